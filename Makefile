@@ -1,0 +1,32 @@
+# make quickstart: set up .venv, then train a timm model whose convolutions learn their shape (about 5 minutes the first time).
+# make test:       the same set-up, then the tests.
+# Use another interpreter with `make PYTHON=python3.12 ...`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test lint setup clean
+
+quickstart: setup
+	$(BIN)/lightning-acu fit --config configs/quickstart.yaml $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+setup: $(VENV)/.installed
+
+# torch and torchvision in one command, so that pip finds builds that fit each other.
+$(VENV)/.installed: pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet torch torchvision -e ".[dev,demo]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,60 @@
+"""Active Convolution Units for PyTorch: learnable convolution shapes for any timm or torchvision model.
+
+Names are imported on first use (PEP 562): the operator needs neither Lightning nor timm.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .classifier import ImageClassifier
+    from .conv import ACUConv2d, acu_layers
+    from .folded import FoldedConv2d
+    from .functional import acu_conv2d
+    from .models import create_model
+    from .surgery import ConvertConfig, convert_to_acu, fold_acu, report_acu, round_acu
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ACUConv2d",
+    "ConvertConfig",
+    "FoldedConv2d",
+    "ImageClassifier",
+    "__version__",
+    "acu_conv2d",
+    "acu_layers",
+    "callbacks",
+    "convert_to_acu",
+    "create_model",
+    "data",
+    "fold_acu",
+    "report_acu",
+    "round_acu",
+]
+
+_HOME = {
+    "ACUConv2d": "conv",
+    "acu_layers": "conv",
+    "FoldedConv2d": "folded",
+    "acu_conv2d": "functional",
+    "ConvertConfig": "surgery",
+    "convert_to_acu": "surgery",
+    "fold_acu": "surgery",
+    "report_acu": "surgery",
+    "round_acu": "surgery",
+    "ImageClassifier": "classifier",
+    "create_model": "models",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    if name in ("callbacks", "data", "functional", "surgery"):
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

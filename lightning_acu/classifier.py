@@ -1,0 +1,152 @@
+"""A LightningModule for image classification with any timm or torchvision model, plain or active."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from .models import create_model
+from .surgery import ConvertConfig
+
+__all__ = ["ImageClassifier", "MulticlassError"]
+
+#: Weight of an auxiliary head's loss, as in the papers of Inception v3 (0.4) and GoogLeNet (0.3).
+_AUXILIARY = {"InceptionOutputs": 0.4, "GoogLeNetOutputs": 0.3}
+
+
+class MulticlassError(MulticlassAccuracy):
+    """1 - accuracy, the number that papers report."""
+
+    higher_is_better = False
+
+    def compute(self) -> Tensor:
+        """The share of wrong predictions."""
+        return 1 - super().compute()
+
+
+class ImageClassifier(pl.LightningModule):
+    """Trains a model to tell ``num_classes`` kinds of images apart. Logs loss, accuracy and error (1 - accuracy).
+
+    Batches are (images, labels): float (N, in_chans, H, W) and int (N,). ``predict`` gives class probabilities.
+
+    Args:
+        model: a timm name ("resnet18"), or "torchvision/" and a torchvision name.
+        num_classes: classes to tell apart.
+        in_chans: channels of the images.
+        pretrained: start from published weights.
+        convert: how to turn the convolutions into active ones (see :func:`lightning_acu.convert_to_acu`);
+            None leaves the model plain.
+        optimizer: from parameters to an optimizer; in a configuration, ``class_path`` and ``init_args``.
+        lr_scheduler: from an optimizer to a scheduler, or None.
+        lr_scheduler_interval: "epoch" or "step": how often the scheduler steps.
+        label_smoothing: share of the target spread over all classes, in training.
+        model_kwargs: further arguments of the model, such as ``drop_path_rate``.
+
+    Raises:
+        ValueError: an unknown model, with the nearest known names.
+        TypeError: while running, if the model's output is not class scores.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        num_classes: int = 10,
+        in_chans: int = 3,
+        pretrained: bool = False,
+        convert: ConvertConfig | None = None,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_scheduler_interval: str = "epoch",
+        label_smoothing: float = 0.0,
+        model_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if lr_scheduler_interval not in ("epoch", "step"):
+            raise ValueError(f"`lr_scheduler_interval` (={lr_scheduler_interval!r}) must be 'epoch' or 'step'")
+        self.save_hyperparameters()
+        self.model = create_model(
+            model, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans, **(model_kwargs or {})
+        )
+        if convert is not None:
+            convert.apply(self.model)
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.lr_scheduler_interval = lr_scheduler_interval
+        self.label_smoothing = label_smoothing
+        metrics = {
+            "accuracy": MulticlassAccuracy(num_classes, average="micro"),
+            "error": MulticlassError(num_classes, average="micro"),
+        }
+        if num_classes > 5:
+            metrics["top5_accuracy"] = MulticlassAccuracy(num_classes, top_k=5, average="micro")
+        collection = MetricCollection(metrics)  # type: ignore[arg-type]
+        self.train_metrics = collection.clone(prefix="train/")
+        self.val_metrics = collection.clone(prefix="val/")
+        self.test_metrics = collection.clone(prefix="test/")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, in_chans, H, W) to class scores (N, num_classes)."""
+        return self._scores(images)[0]
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Cross entropy, with that of auxiliary heads where the model has some."""
+        images, labels = batch
+        scores, auxiliary, weight = self._scores(images)
+        loss = F.cross_entropy(scores, labels, label_smoothing=self.label_smoothing)
+        for extra in auxiliary:
+            loss = loss + weight * F.cross_entropy(extra, labels, label_smoothing=self.label_smoothing)
+        self.train_metrics.update(scores.detach(), labels)
+        self.log("train/loss", loss, prog_bar=True)
+        self.log_dict(self.train_metrics, on_step=False, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Loss, accuracy and error of the validation images."""
+        self._evaluate(batch, self.val_metrics, "val")
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Loss, accuracy and error of the test images."""
+        self._evaluate(batch, self.test_metrics, "test")
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Class probabilities (N, num_classes)."""
+        images = batch[0] if isinstance(batch, list | tuple) else batch
+        return self(images).softmax(-1)
+
+    def configure_optimizers(self) -> Any:
+        """What ``optimizer`` and ``lr_scheduler`` make."""
+        optimizer = self.optimizer(self.parameters())
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = {"scheduler": self.lr_scheduler(optimizer), "interval": self.lr_scheduler_interval}
+        if isinstance(scheduler["scheduler"], torch.optim.lr_scheduler.ReduceLROnPlateau):
+            scheduler["monitor"] = getattr(scheduler["scheduler"], "monitor", "val/loss")
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor], metrics: MetricCollection, stage: str) -> None:
+        images, labels = batch
+        scores = self(images)
+        metrics.update(scores, labels)
+        loss = F.cross_entropy(scores, labels)
+        self.log(f"{stage}/loss", loss, on_step=False, on_epoch=True, batch_size=len(images), sync_dist=True)
+        self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=stage == "val")
+
+    def _scores(self, images: Tensor) -> tuple[Tensor, list[Tensor], float]:
+        """Class scores, those of auxiliary heads (Inception and GoogLeNet have some in training), and their weight."""
+        output = self.model(images)
+        weight = _AUXILIARY.get(type(output).__name__, 0.4)
+        scores, *auxiliary = output if isinstance(output, tuple | list) else (output,)
+        if not isinstance(scores, Tensor) or scores.ndim != 2:
+            kind = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise TypeError(
+                f"{type(self.model).__name__} gave {kind} instead of class scores (N, num_classes); "
+                "ImageClassifier takes classification models only"
+            )
+        return scores, [extra for extra in auxiliary if extra is not None], weight

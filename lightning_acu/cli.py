@@ -1,0 +1,144 @@
+"""The console script ``lightning-acu``: LightningCLI for this package, and its example configurations.
+
+lightning-acu fit --config quickstart.yaml            train (also: validate, test, predict)
+lightning-acu configs                                 list the configurations that come with the package
+lightning-acu configs quickstart.yaml                 copy one to the current directory
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning.pytorch as pl
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.table import Table
+
+from .callbacks import RoundThenFinetune
+from .metrics import model_statistics
+
+__all__ = ["ACULightningCLI", "configs_directory", "main"]
+
+
+_DISPLACEMENTS = ("mean_displacement", "max_displacement")
+
+
+class ACULightningCLI(LightningCLI):
+    """LightningCLI for any LightningModule and LightningDataModule, named in the configuration by class path.
+
+    With ``--test_after_fit true``, ``fit`` ends with a test of the final model (and of the model just before and after
+    rounding, where a RoundThenFinetune callback kept them), a table on the screen and ``summary.json`` in the log
+    directory. The test images play no part before.
+    """
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """One argument more than LightningCLI."""
+        parser.add_argument(
+            "--test_after_fit", type=bool, default=False, help="test the models of this fit, as a table"
+        )
+
+    def after_fit(self) -> None:
+        """Test, if asked to."""
+        if self.config["fit"]["test_after_fit"] and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            directory = Path(self.trainer.log_dir or self.trainer.default_root_dir)  # on every rank: it is broadcast
+            self._summarize(directory, self._test_all(directory))
+
+    @property
+    def _rounding(self) -> RoundThenFinetune | None:
+        """The callback that rounded during this fit, if there is one."""
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        return next((c for c in callbacks if isinstance(c, RoundThenFinetune) and c.checkpoints), None)
+
+    def _test_all(self, directory: Path) -> dict[str, dict[str, float]]:
+        """Test metrics of each stage of the training that was kept, and of the model as it is now."""
+        final = str(directory / "final.ckpt")
+        self.trainer.save_checkpoint(final, weights_only=True)
+        stages = {"final": final}
+        if (rounding := self._rounding) is not None:
+            kept = rounding.checkpoints
+            stages = {"before rounding": kept["before_rounding"], "after rounding": kept["rounded"]}
+            stages["after fine-tuning"] = final  # last, so that this is the model the trainer is left with
+        return {stage: self._test(path) for stage, path in stages.items()}
+
+    def _test(self, checkpoint: str) -> dict[str, float]:
+        # weights_only=False: a file of our own, whose hyperparameters may name classes.
+        (metrics,) = self.trainer.test(
+            self.model, datamodule=self.datamodule, ckpt_path=checkpoint, verbose=False, weights_only=False
+        )
+        return {name: float(value) for name, value in metrics.items()}
+
+    @rank_zero_only
+    def _summarize(self, directory: Path, tests: dict[str, dict[str, float]]) -> None:
+        layers = model_statistics(self.model)
+        learned = self._rounding.learned if self._rounding is not None else layers
+        summary = {
+            "test": tests,
+            "learned": {name: vars(row) for name, row in learned.items()},
+            "final": {name: vars(row) for name, row in layers.items()},
+        }
+        (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+        console = Console(width=None if sys.stdout.isatty() else 100)
+        names = list(next(iter(tests.values())))
+        results = Table("model", *names, title="on the test images")
+        for stage, metrics in tests.items():
+            results.add_row(stage, *(f"{metrics[name]:.4f}" for name in names))
+        console.print(results)
+        if layers:
+            moved = Table("layer", "learned: mean", "max", "final: mean", "max", title="how far taps moved, in pixels")
+            for name, row in layers.items():
+                numbers = [getattr(of, kind) for of in (learned[name], row) for kind in _DISPLACEMENTS]
+                moved.add_row(name, *(f"{number:.2f}" for number in numbers))
+            console.print(moved)
+        console.print(f"In {directory}: {', '.join(sorted(path.name for path in directory.iterdir()))}")
+
+
+def configs_directory() -> Path:
+    """Where the example configurations are: inside an installed package, or at the root of a checkout."""
+    installed = Path(__file__).with_name("configs")
+    return installed if installed.is_dir() else Path(__file__).parents[1] / "configs"
+
+
+def _configs(arguments: Sequence[str]) -> None:
+    """``lightning-acu configs [NAME] [--to DIRECTORY]``."""
+    parser = argparse.ArgumentParser("lightning-acu configs", description="list the configurations, or copy one out")
+    parser.add_argument("name", nargs="?", help="the one to copy")
+    parser.add_argument("--to", type=Path, default=Path(), metavar="DIRECTORY", help="where to (default: here)")
+    options = parser.parse_args(arguments)
+    root = configs_directory()
+    known = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*.yaml"))}
+    if options.name is None:
+        for name, path in known.items():
+            print(f"{name:32} {path.read_text().splitlines()[0].removeprefix('# ')}")
+        return
+    name = options.name if options.name.endswith(".yaml") else f"{options.name}.yaml"
+    if name not in known:
+        parser.error(f"no configuration is called {options.name!r}; there are {', '.join(known)}")
+    target = options.to / known[name].name
+    if target.exists():
+        parser.error(f"{target} exists already; remove it or choose another directory with --to")
+    options.to.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(known[name], target)
+    print(f"copied to {target}; run: lightning-acu fit --config {target}")
+
+
+def main(args: ArgsType = None) -> None:
+    """Run ``lightning-acu`` with ``args`` (default: those of the command line)."""
+    given = sys.argv[1:] if args is None else args
+    if isinstance(given, list) and given[:1] == ["configs"]:
+        _configs(given[1:])
+        return
+    ACULightningCLI(
+        pl.LightningModule,
+        pl.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        seed_everything_default=0,
+        args=args,
+    )

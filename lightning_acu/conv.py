@@ -1,0 +1,274 @@
+""":class:`ACUConv2d`: an ``nn.Conv2d`` whose taps sit at learned positions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .folded import FoldedConv2d, fold_conv2d
+from .functional import acu_conv2d
+from .geometry import ConvGeometry, Padding, resolve_padding
+from .ops import check_backend
+
+__all__ = ["ACUConv2d", "acu_layers"]
+
+
+class ACUConv2d(nn.Conv2d):
+    """``nn.Conv2d`` plus ``offsets``; see :func:`lightning_acu.functional.acu_conv2d` for the formula.
+
+    ``weight`` and ``bias`` keep the names and shapes of ``nn.Conv2d``, so that a plain layer's state_dict loads and
+    only ``offsets`` is new. ``offsets`` is a 1-D parameter of P*K*2 numbers, (dy, dx) in pixels for each tap of each
+    position group, in raster order; zero at first, when the layer computes exactly what the plain one does. It stays
+    in float32 when the layer goes to half or bfloat16 (``.to``, ``.half()``), where small steps would be lost.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype:
+            as in ``nn.Conv2d``. With a ``padding_mode`` other than "zeros" the image is padded by ``padding`` in that
+            mode; beyond that there are zeros.
+        position_groups: P sets of positions; output channel co uses set ``co * P // out_channels``. Divides
+            ``out_channels``; independent of ``groups``.
+        fixed_centre: the centre tap of an odd kernel stays where it is, as in the paper: 8 taps move in a 3x3.
+            Its two numbers in ``offsets`` are stored, ignored, and get zero gradients.
+        backend: "auto" or the name of one, as in :func:`lightning_acu.functional.acu_conv2d`.
+
+    Raises:
+        ValueError: an argument that does not fit; the message names it and its value.
+    """
+
+    offsets: nn.Parameter
+    position_groups: int
+    fixed_tap: int | None
+    start: tuple[tuple[float, float], ...] | None
+    backend: str
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        position_groups: int = 1,
+        fixed_centre: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
+        )  # fmt: skip
+        self._add_offsets(position_groups, fixed_centre, backend)
+
+    @classmethod
+    def from_conv2d(
+        cls, conv: nn.Conv2d, *, position_groups: int = 1, fixed_centre: bool = True, backend: str = "auto"
+    ) -> Self:
+        """An active convolution that computes what ``conv`` does and shares its ``weight`` and ``bias``.
+
+        Raises:
+            TypeError: ``conv`` is not exactly an ``nn.Conv2d``: a subclass may compute something else.
+        """
+        new = cls.__new__(cls)
+        nn.Module.__init__(new)
+        _check_plain(conv)
+        new.__dict__.update({k: v for k, v in conv.__dict__.items() if k in _CONFIGURATION})
+        new.weight, new.bias = conv.weight, conv.bias
+        new.train(conv.training)
+        new._add_offsets(position_groups, fixed_centre, backend)
+        return new
+
+    @classmethod
+    def adopt(
+        cls, conv: nn.Conv2d, *, position_groups: int = 1, fixed_centre: bool = True, backend: str = "auto"
+    ) -> Self:
+        """Turn ``conv`` itself into an active convolution, by changing its class.
+
+        The object and its parameters keep their identity, and with it optimizers, hooks and shared references.
+
+        Raises:
+            TypeError: ``conv`` is not exactly an ``nn.Conv2d``.
+        """
+        _check_plain(conv)
+        _check_configuration(conv.out_channels, position_groups, backend)
+        conv.__class__ = cls
+        assert isinstance(conv, cls)
+        conv._add_offsets(position_groups, fixed_centre, backend)
+        return conv
+
+    @classmethod
+    def from_positions(
+        cls,
+        in_channels: int,
+        out_channels: int,
+        positions: Tensor | Sequence[Sequence[float]],
+        stride: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        position_groups: int = 1,
+        fixed_centre: bool = True,
+        backend: str = "auto",
+    ) -> Self:
+        """A layer of any shape: a 4-tap cross, a ring, 24 taps.
+
+        ``weight`` is (out_channels, in_channels/groups, 1, K), and the output has the size of a 1x1 convolution's:
+        ``ceil(H / stride)``. The positions are where training starts; ``offsets`` holds them from the first.
+
+        Args:
+            positions: (K, 2), (dy, dx) of each tap in pixels from the output pixel.
+            fixed_centre: a tap given at exactly (0, 0) stays there.
+            in_channels, out_channels, stride, groups, bias, device, dtype, position_groups, backend: as in the class.
+
+        Raises:
+            ValueError: ``positions`` is not (K, 2) with K >= 1, or not finite.
+        """
+        taps = torch.as_tensor(positions, dtype=torch.float64).detach().cpu()
+        if taps.ndim != 2 or taps.shape[-1] != 2 or not len(taps):
+            raise ValueError(f"`positions` must be (K, 2) with K >= 1 taps, got shape {tuple(taps.shape)}")
+        if not taps.isfinite().all():
+            raise ValueError(f"`positions` (={taps.tolist()}) must be finite")
+        _check_configuration(out_channels, position_groups, backend)
+        self = cls.__new__(cls)
+        # Dilation 0 puts the whole 1 x K grid on the output pixel: the offsets are the positions.
+        nn.Conv2d.__init__(
+            self, in_channels, out_channels, (1, len(taps)), stride, 0, (1, 0), groups, bias, "zeros", device, dtype
+        )
+        self._add_offsets(position_groups, False, backend)
+        self.start = tuple((y, x) for y, x in taps.tolist())
+        centre = (taps == 0).all(-1).nonzero().flatten().tolist()
+        self.fixed_tap = centre[0] if fixed_centre and centre else None
+        with torch.no_grad():
+            self.offsets.copy_(taps.expand(position_groups, -1, -1).flatten())
+        return self
+
+    def _add_offsets(self, position_groups: int, fixed_centre: bool, backend: str) -> None:
+        _check_configuration(self.out_channels, position_groups, backend)
+        self.position_groups = position_groups
+        self.backend = backend
+        self.start = None
+        odd = all(k % 2 for k in self.kernel_size)
+        self.fixed_tap = self.geometry.taps // 2 if fixed_centre and odd else None
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        size = position_groups * self.geometry.taps * 2
+        self.offsets = nn.Parameter(torch.zeros(size, dtype=dtype, device=self.weight.device))
+
+    @property
+    def geometry(self) -> ConvGeometry:
+        """The geometry that the operator sees (for other padding modes: after the padding)."""
+        kernel_size, stride, dilation = self.kernel_size, self.stride, self.dilation
+        padding: Padding = self.padding if self.padding_mode == "zeros" else 0
+        sides = resolve_padding(padding, kernel_size, stride, dilation)  # type: ignore[arg-type]
+        return ConvGeometry(kernel_size, stride, sides, dilation, self.groups)  # type: ignore[arg-type]
+
+    def active_offsets(self) -> Tensor:
+        """(P, K, 2), differentiable: ``offsets`` as the layer uses them, with the fixed tap at zero."""
+        offsets = self.offsets.view(self.position_groups, -1, 2)
+        if self.fixed_tap is None:
+            return offsets
+        before, _, after = offsets.split([self.fixed_tap, 1, offsets.shape[1] - self.fixed_tap - 1], dim=1)
+        return torch.cat((before, offsets.new_zeros(len(offsets), 1, 2), after), dim=1)
+
+    @property
+    def positions(self) -> Tensor:
+        """(P, K, 2), detached: (dy, dx) of each tap in pixels from the centre of the kernel."""
+        (kh, kw), (dh, dw) = self.kernel_size, self.dilation
+        grid = [((i - (kh - 1) / 2) * dh, (j - (kw - 1) / 2) * dw) for i in range(kh) for j in range(kw)]
+        return self.active_offsets().detach() + self.offsets.new_tensor(grid)
+
+    @property
+    def displacement(self) -> Tensor:
+        """(P, K, 2), detached: how far each tap has moved from where it started, (dy, dx) in pixels."""
+        moved = self.active_offsets().detach()
+        return moved if self.start is None else moved - moved.new_tensor(self.start)
+
+    @property
+    def movable(self) -> Tensor:
+        """(K,) bool: True for the taps that can move."""
+        movable = torch.ones(self.geometry.taps, dtype=torch.bool, device=self.offsets.device)
+        if self.fixed_tap is not None:
+            movable[self.fixed_tap] = False
+        return movable
+
+    @torch.no_grad()
+    def round_(self) -> Self:
+        """Move every tap to the nearest whole pixel (ties to even), in place."""
+        self.offsets.round_()
+        return self
+
+    def fold(self) -> nn.Conv2d | FoldedConv2d:
+        """The same function in plain convolutions, exactly, at any positions; the layer itself stays as it is.
+
+        One ``nn.Conv2d`` where the taps lie close together (the original kernel size and dilation where they are on
+        such a grid), else a :class:`~lightning_acu.folded.FoldedConv2d`, a sum of small ones.
+        """
+        border = () if self.padding_mode == "zeros" else tuple(self._reversed_padding_repeated_twice)
+        folded = fold_conv2d(
+            self.weight, self.active_offsets().detach(), self.bias, self.geometry, border, self.padding_mode
+        )
+        return folded.train(self.training)
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        padding: Padding = self.padding
+        if self.padding_mode != "zeros":
+            input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
+        return acu_conv2d(
+            input, weight, self.active_offsets(), bias, self.stride, padding, self.dilation, self.groups,
+            backend=self.backend,
+        )  # fmt: skip
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        offsets = self.offsets
+
+        def keep_precision(tensor: Tensor) -> Tensor:
+            applied = fn(tensor)
+            if (tensor is offsets or tensor is offsets.grad) and applied.dtype in (torch.float16, torch.bfloat16):
+                return tensor.to(applied.device)
+            return applied
+
+        return super()._apply(keep_precision, recurse)
+
+    def extra_repr(self) -> str:
+        """``nn.Conv2d``'s, and what differs from the defaults here."""
+        text = super().extra_repr()
+        if self.start is not None:  # the 1 x K kernel and its dilation are how the layer is stored, not what it is
+            text = f"{self.in_channels}, {self.out_channels}, taps={len(self.start)}, stride={self.stride}"
+            text += f", groups={self.groups}" if self.groups != 1 else ""
+            text += ", bias=False" if self.bias is None else ""
+        if self.position_groups != 1:
+            text += f", position_groups={self.position_groups}"
+        if self.fixed_tap is None and (self.start is None and all(k % 2 for k in self.kernel_size)):
+            text += ", fixed_centre=False"
+        return text + (f", backend={self.backend!r}" if self.backend != "auto" else "")
+
+
+#: What makes an nn.Conv2d what it is, besides its parameters.
+_CONFIGURATION = frozenset(vars(nn.Conv2d(1, 1, 1, device="meta"))) - frozenset(vars(nn.Module())) - {"weight", "bias"}
+
+
+def acu_layers(model: nn.Module) -> Iterator[tuple[str, ACUConv2d]]:
+    """(qualified name, layer) of every active convolution in ``model``, a shared one once."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, ACUConv2d))
+
+
+def _check_plain(conv: nn.Module) -> None:
+    if type(conv) is not nn.Conv2d:
+        raise TypeError(
+            f"`conv` (={type(conv).__name__}) must be exactly an nn.Conv2d: a subclass may compute otherwise"
+        )
+
+
+def _check_configuration(out_channels: int, position_groups: int, backend: str) -> None:
+    if position_groups < 1 or out_channels % position_groups:
+        raise ValueError(f"`position_groups` (={position_groups}) must divide `out_channels` (={out_channels})")
+    check_backend(backend)

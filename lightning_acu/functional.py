@@ -1,0 +1,151 @@
+"""The active convolution as a function: ``F.conv2d`` plus ``offsets``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .geometry import ConvGeometry, Padding, resolve_padding
+from .ops import acu_conv2d_op, check_backend, reference
+
+__all__ = ["acu_conv2d"]
+
+
+def acu_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: Padding = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Convolve with taps at real-valued positions: the Active Convolution Unit.
+
+    Each tap k = (i, j) of the kernel is moved from its place on the regular grid by its own offset, the same at every
+    pixel and channel, and reads the image by bilinear interpolation::
+
+        y_k = oy * stride - padding + i * dilation + dy_k
+        x_k = ox * stride - padding + j * dilation + dx_k
+        output[n, co, oy, ox] = bias[co] + sum_{ci, k} weight[co, ci, k] * bilinear(input[n, ci], y_k, x_k)
+
+    with zeros outside the image. ``offsets = 0`` is exactly ``F.conv2d``. Differentiable with respect to input, weight,
+    offsets and bias. Where a coordinate is a whole number the bilinear interpolation has a kink: the derivative is the
+    one to the right (of the cell that floor() picks), in every backend.
+
+    Args:
+        input: (N, C_in, H, W) or (C_in, H, W); any memory format, channels_last is kept.
+        weight: (C_out, C_in/groups, kh, kw), of the input's dtype.
+        offsets: (K, 2), or (P, K, 2) for P position groups, with K = kh * kw in raster order: (dy, dx) in input pixels,
+            rows first as in ``torchvision.ops.deform_conv2d``. Output channel co uses group ``co * P // C_out``.
+            float32 or float64, whatever the precision of the input: in bfloat16 small steps would be lost.
+        bias: (C_out,) or None.
+        stride, padding, dilation, groups: as in ``F.conv2d``. ``padding`` may also be four sides
+            (left, right, top, bottom) as in ``F.pad``. A ``dilation`` of 0 puts all taps of that axis on one grid
+            point, so that their offsets alone make the shape.
+        backend: "auto" (the fastest that can run), "dense" (expanded kernel and ``F.conv2d``; any device) or
+            "reference" (the formula in plain torch; slow; has second derivatives).
+
+    Returns:
+        (N, C_out, H_out, W_out), or (C_out, H_out, W_out) for a 3-D input, of the input's dtype (of autocast's dtype
+        under autocast), with the H_out and W_out of ``F.conv2d``.
+
+    Raises:
+        TypeError: a dtype that cannot be used.
+        ValueError: a shape or number that does not fit, an unknown backend; the message names argument and value.
+        RuntimeError: arguments on different devices, or a named backend that cannot run here.
+
+    References:
+        Y. Jeon and J. Kim, Active Convolution: Learning the Shape of Convolution for Image Classification, CVPR 2017
+        (arXiv 1703.09076), section 3, equations 1 to 7.
+    """
+    check_backend(backend)
+    stride, dilation = _pair("stride", stride, 1), _pair("dilation", dilation, 0)
+    _check_tensors(input, weight, offsets, bias, groups)
+    kernel_size = (weight.shape[2], weight.shape[3])
+    geometry = ConvGeometry(
+        kernel_size, stride, resolve_padding(padding, kernel_size, stride, dilation), dilation, groups
+    )
+    if min(geometry.output_size(input.shape[-2:])) < 1:
+        top, left, bottom, right = geometry.padding
+        padded = (input.shape[-2] + top + bottom, input.shape[-1] + left + right)
+        effective = tuple(d * (k - 1) + 1 for d, k in zip(dilation, kernel_size, strict=True))
+        raise ValueError(
+            f"the kernel covers {effective} pixels (`weight` kernel size {kernel_size}, `dilation` {dilation}), "
+            f"more than the padded `input` of {padded}; pad more or use a larger image"
+        )
+
+    device = input.device.type
+    if torch.is_autocast_enabled(device):  # as autocast does for conv2d; the offsets keep their precision
+        dtype = torch.get_autocast_dtype(device)
+        if input.dtype != torch.float64:
+            input, weight = input.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+    offsets = offsets if offsets.ndim == 3 else offsets[None]
+    batch = input if input.ndim == 4 else input[None]
+    if backend == "reference":
+        with torch.autocast(device, enabled=False):
+            output = reference.acu_conv2d(batch, weight, offsets, bias, geometry)
+    else:
+        output = acu_conv2d_op(batch, weight, offsets, bias, stride, geometry.padding, dilation, groups, backend)
+    return output if input.ndim == 4 else output[0]
+
+
+def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) == 1:
+        pair = (pair[0], pair[0])
+    if len(pair) != 2 or min(pair) < least:
+        raise ValueError(f"`{name}` (={value}) must be an int >= {least} or a pair of them")
+    return int(pair[0]), int(pair[1])
+
+
+def _check_tensors(input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, groups: int) -> None:
+    """Every demand on shapes, dtypes and devices, each with an error that says what was given."""
+    if input.ndim not in (3, 4):
+        raise ValueError(f"`input` must be (N, C_in, H, W) or (C_in, H, W), got shape {tuple(input.shape)}")
+    if weight.ndim != 4:
+        raise ValueError(f"`weight` must be (C_out, C_in/groups, kh, kw), got shape {tuple(weight.shape)}")
+    c_in, (c_out, c_per_group, kh, kw) = input.shape[-3], weight.shape
+    if groups < 1 or c_in % groups:
+        raise ValueError(f"`groups` (={groups}) must divide the `input` channels (={c_in})")
+    if c_out % groups:
+        raise ValueError(f"`groups` (={groups}) must divide the output channels of `weight` (={c_out})")
+    if c_per_group != c_in // groups:
+        raise ValueError(
+            f"`weight` {tuple(weight.shape)} takes {c_per_group} channels for each of {groups} groups, "
+            f"but `input` has {c_in} channels; expected `weight`.shape[1] = {c_in // groups}"
+        )
+    taps = kh * kw
+    if offsets.ndim not in (2, 3) or offsets.shape[-2:] != (taps, 2):
+        raise ValueError(
+            f"`offsets` must be (K, 2) or (P, K, 2) with K = {kh} * {kw} = {taps} taps, "
+            f"got shape {tuple(offsets.shape)}"
+        )
+    if offsets.ndim == 3 and (len(offsets) < 1 or c_out % len(offsets)):
+        raise ValueError(
+            f"`offsets` has {len(offsets)} position groups, which must divide the output channels (={c_out})"
+        )
+    if bias is not None and bias.shape != (c_out,):
+        raise ValueError(f"`bias` must be ({c_out},), got shape {tuple(bias.shape)}")
+
+    tensors = {"input": input, "weight": weight, "offsets": offsets} | ({} if bias is None else {"bias": bias})
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise TypeError(f"`{name}` must be a floating point tensor, got {tensor.dtype}")
+        if tensor.device != input.device:
+            raise RuntimeError(f"`{name}` is on {tensor.device} but `input` is on {input.device}; move them together")
+    if offsets.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"`offsets` must be float32 or float64, got {offsets.dtype}, which loses position steps of 0.001 pixel; "
+            "use offsets.float()"
+        )
+    if not torch.is_autocast_enabled(input.device.type):
+        for name, tensor in tensors.items():
+            if name != "offsets" and tensor.dtype != input.dtype:
+                raise TypeError(f"`{name}` is {tensor.dtype} but `input` is {input.dtype}; convert one of them")

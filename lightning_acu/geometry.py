@@ -1,0 +1,82 @@
+"""The geometry of a convolution: kernel size, stride, padding, dilation, groups, and what they imply."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["ConvGeometry", "Padding", "resolve_padding"]
+
+#: int, (rows, columns), (left, right, top, bottom) as in ``F.pad``, "same" or "valid".
+Padding = int | Sequence[int] | str
+
+
+@dataclass(frozen=True)
+class ConvGeometry:
+    """Everything about a 2-D convolution but its numbers. Pairs are (rows, columns).
+
+    ``padding`` is (top, left, bottom, right), in pixels; the sides may differ, as "same" needs for even kernels.
+    ``dilation`` may be 0: all taps of that axis then share one grid point, and their offsets alone place them.
+    """
+
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    @property
+    def taps(self) -> int:
+        """K, the number of taps."""
+        return self.kernel_size[0] * self.kernel_size[1]
+
+    @property
+    def shrinkage(self) -> tuple[int, int]:
+        """(rows, columns) that a stride-1 output lacks of the input: ``dilation * (k - 1) - padding``."""
+        (kh, kw), (dh, dw), (top, left, bottom, right) = self.kernel_size, self.dilation, self.padding
+        return dh * (kh - 1) - top - bottom, dw * (kw - 1) - left - right
+
+    def output_size(self, size: Sequence[int]) -> tuple[int, int]:
+        """Output (height, width) for an input of ``size`` (height, width); below 1 where the kernel does not fit."""
+        lost = self.shrinkage
+        height, width = ((size[axis] - lost[axis] - 1) // self.stride[axis] + 1 for axis in (0, 1))
+        return height, width
+
+    def grid(self) -> list[tuple[int, int]]:
+        """The K regular tap positions in raster order: (row, column) in pixels from input pixel ``output * stride``."""
+        (kh, kw), (dh, dw), (top, left, _, _) = self.kernel_size, self.dilation, self.padding
+        return [(i * dh - top, j * dw - left) for i in range(kh) for j in range(kw)]
+
+
+def resolve_padding(
+    padding: Padding, kernel_size: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]
+) -> tuple[int, int, int, int]:
+    """``padding`` as ``F.conv2d`` takes it, or four sides as ``F.pad`` takes them, to (top, left, bottom, right).
+
+    Raises:
+        ValueError: "same" with a stride other than 1, an unknown word, a negative side, or a wrong number of sides.
+    """
+    if isinstance(padding, str):
+        if padding == "valid":
+            return 0, 0, 0, 0
+        if padding != "same":
+            raise ValueError(
+                f"`padding` (={padding!r}) must be an int, a pair, four sides (left, right, top, bottom), "
+                "'same' or 'valid'"
+            )
+        if stride != (1, 1):
+            raise ValueError(f"`padding`='same' needs stride 1, got `stride` (={stride}); give the padding in numbers")
+        total = [d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True)]
+        top, left = total[0] // 2, total[1] // 2  # the odd pixel goes to the end, as in F.conv2d
+        return top, left, total[0] - top, total[1] - left
+    sides = [int(padding)] if isinstance(padding, int) else [int(side) for side in padding]
+    if min(sides, default=0) < 0:
+        raise ValueError(f"`padding` (={padding}) must not be negative")
+    if len(sides) == 1:
+        return sides[0], sides[0], sides[0], sides[0]
+    if len(sides) == 2:
+        return sides[0], sides[1], sides[0], sides[1]
+    if len(sides) == 4:
+        left, right, top, bottom = sides
+        return top, left, bottom, right
+    raise ValueError(f"`padding` (={padding}) must have 1, 2 or 4 numbers, got {len(sides)}")

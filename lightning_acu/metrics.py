@@ -1,0 +1,54 @@
+"""How far the taps of a model have moved, in numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .conv import ACUConv2d, acu_layers
+
+__all__ = ["LayerStatistics", "layer_statistics", "model_statistics"]
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """Positions of one layer, over the taps that can move; all lengths in input pixels.
+
+    Attributes:
+        mean_displacement: mean distance of a tap from where it started.
+        max_displacement: largest such distance.
+        receptive_radius: distance of the furthest tap from the centre of the kernel.
+        off_lattice: share of taps that are not on whole pixels, 0 to 1.
+        collisions: taps that share their position with an earlier tap of their position group, fixed ones included.
+    """
+
+    mean_displacement: float
+    max_displacement: float
+    receptive_radius: float
+    off_lattice: float
+    collisions: int
+
+
+@torch.no_grad()
+def layer_statistics(layer: ACUConv2d) -> LayerStatistics:
+    """The statistics of one layer."""
+    positions, offsets = layer.positions.cpu(), layer.active_offsets().cpu()
+    movable = layer.movable.cpu()
+    distance = layer.displacement.cpu().norm(dim=-1)[:, movable]
+    off_lattice = (offsets != offsets.round()).any(-1)[:, movable]
+    collisions = sum(len(taps) - len(taps.unique(dim=0)) for taps in positions)
+    empty = not distance.numel()  # a 1x1 kernel whose only tap is fixed
+    return LayerStatistics(
+        mean_displacement=0.0 if empty else distance.mean().item(),
+        max_displacement=0.0 if empty else distance.max().item(),
+        receptive_radius=positions.norm(dim=-1).max().item(),
+        off_lattice=0.0 if empty else off_lattice.float().mean().item(),
+        collisions=collisions,
+    )
+
+
+def model_statistics(model: nn.Module) -> dict[str, LayerStatistics]:
+    """The statistics of every active convolution of ``model``, by qualified name; a shared layer once."""
+    return {name: layer_statistics(layer) for name, layer in acu_layers(model)}

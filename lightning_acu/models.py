@@ -1,0 +1,100 @@
+"""Any timm or torchvision classification model by its name."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from lightning.pytorch.utilities import rank_zero_info
+from timm.models import adapt_input_conv
+from torch import nn
+
+__all__ = ["create_model"]
+
+_TORCHVISION = "torchvision/"
+
+
+def create_model(
+    name: str,
+    *,
+    pretrained: bool = False,
+    num_classes: int = 1000,
+    in_chans: int = 3,
+    **kwargs: Any,
+) -> nn.Module:
+    """Build a model by name: "resnet18" is timm's, "torchvision/resnet18" is torchvision's.
+
+    Args:
+        name: a timm name (also "name.tag" and "hf-hub:..."), or "torchvision/" and a torchvision name.
+        pretrained: load published weights (downloads them on first use). Layers whose shape ``num_classes`` or
+            ``in_chans`` changes start anew (the head) or are adapted as timm does (the first convolution).
+        num_classes: classes of the head.
+        in_chans: channels of the image.
+        **kwargs: passed on to the model.
+
+    Raises:
+        ValueError: an unknown name; the message suggests the nearest known ones.
+    """
+    if name.startswith(_TORCHVISION):
+        return _torchvision_model(name.removeprefix(_TORCHVISION), pretrained, num_classes, in_chans, kwargs)
+    if ":" not in name and not timm.is_model(name):
+        raise ValueError(_unknown(name))
+    model: nn.Module = timm.create_model(
+        name, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans, **kwargs
+    )
+    return model
+
+
+def _unknown(name: str) -> str:
+    torchvision_names = torchvision.models.list_models()
+    if name in torchvision_names:
+        return f"`model` (={name!r}) is no timm model but one of torchvision's; write {_TORCHVISION + name!r}"
+    known = [*timm.list_models(), *(_TORCHVISION + known for known in torchvision_names)]
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "timm.list_models() lists timm's"
+    return f"`model` (={name!r}) is neither a timm model nor {_TORCHVISION!r} and a torchvision one; {hint}"
+
+
+def _torchvision_model(
+    name: str, pretrained: bool, num_classes: int, in_chans: int, kwargs: dict[str, Any]
+) -> nn.Module:
+    if name not in torchvision.models.list_models():
+        raise ValueError(_unknown(_TORCHVISION + name))
+    kwargs = {"weights": None, "num_classes": num_classes} | kwargs
+    if "weights_backbone" in torchvision.models.get_model_builder(name).__annotations__:
+        kwargs.setdefault("weights_backbone", None)  # segmentation models would download one
+    model: nn.Module = torchvision.models.get_model(name, **kwargs)
+    state: dict[str, torch.Tensor] = {}
+    if pretrained:
+        state = torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(progress=True, check_hash=True)
+    first_name, first = next((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d))
+    if in_chans != first.in_channels:
+        if first.groups != 1:
+            raise ValueError(f"`in_chans` (={in_chans}): the first convolution of {name} is grouped and cannot change")
+        _change_input(first, in_chans)
+        if pretrained:
+            key = f"{first_name}.weight"
+            state[key] = adapt_input_conv(in_chans, state[key])
+    if pretrained:
+        _load_what_fits(model, state, name)
+    return model
+
+
+def _change_input(conv: nn.Conv2d, in_chans: int) -> None:
+    """In place, so that names and hooks stay; initialised as a convolution of that width."""
+    conv.in_channels = in_chans
+    conv.weight = nn.Parameter(conv.weight.new_empty(conv.out_channels, in_chans, *conv.kernel_size))
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+
+
+def _load_what_fits(model: nn.Module, state: dict[str, torch.Tensor], name: str) -> None:
+    """All published weights but those of layers that ``num_classes`` gave another shape; says which."""
+    own = model.state_dict()
+    fitting = {key: value for key, value in state.items() if key in own and own[key].shape == value.shape}
+    model.load_state_dict(fitting, strict=False)
+    anew = sorted(own.keys() - fitting.keys())
+    if anew:
+        rank_zero_info(f"{name}: these start anew, because their shape differs from the published weights: {anew}")

@@ -1,0 +1,9 @@
+"""The operator and its backends. This room knows torch only.
+
+A backend is a module with three functions: ``why_not(input)`` says why it cannot serve this input (None: it can),
+``forward`` and ``backward`` compute. To add one, write the module beside ``dense.py`` and name it in ``BACKENDS``.
+"""
+
+from .op import BACKENDS, acu_conv2d_op, available_backends, check_backend
+
+__all__ = ["BACKENDS", "acu_conv2d_op", "available_backends", "check_backend"]

@@ -1,0 +1,143 @@
+"""The dense backend: expand the kernel over the integer cells of its taps, then one plain convolution.
+
+Runs wherever torch does and needs nothing else. A 3x3 whose taps stay within 2 pixels becomes a 5x5, so it costs about
+25/9 of the plain convolution; taps far apart (large dilations) become one small convolution each. The shape of the
+expanded kernel depends on the positions, so on a GPU every call waits for them to reach the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..geometry import ConvGeometry
+from ..positions import Plan, Window, expand_kernel, expand_kernel_backward, plan_windows
+
+__all__ = ["backward", "forward", "pad_or_crop", "why_not"]
+
+
+def why_not(input: Tensor) -> str | None:
+    """None: this backend always runs."""
+    return None
+
+
+def forward(input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, geometry: ConvGeometry) -> Tensor:
+    """(N, C_in, H, W) to (N, C_out, H_out, W_out); shapes as in the reference."""
+    plan = plan_windows(offsets, geometry, input.shape[2:])
+    if not plan.windows:  # every tap lies outside the image
+        output = input.new_zeros(len(input), len(weight), *geometry.output_size(input.shape[2:]))
+        return output if bias is None else output + bias[:, None, None]
+    kernels = plan.split(expand_kernel(weight, offsets, plan).to(input.dtype))
+    first, *others = zip(plan.windows, kernels, strict=True)
+    output = _conv(input, *first, bias, geometry)
+    if others:  # summed in at least float32: up to one rounding for each tap otherwise
+        output = output.to(torch.promote_types(output.dtype, torch.float32))
+        for window, kernel in others:
+            output += _conv(input, window, kernel, None, geometry)
+    return output.to(input.dtype)
+
+
+def backward(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    geometry: ConvGeometry,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of input, weight and offsets; None for those that ``needs`` does not ask for."""
+    grad_input = grad_weight = grad_offsets = None
+    if needs[0]:
+        plan = plan_windows(offsets, geometry, input.shape[2:])
+        grad_input = _input_gradient(grad, input, weight, offsets, plan, geometry)
+    if needs[1] or needs[2]:
+        plan = plan_windows(offsets, geometry, input.shape[2:], gradient=needs[2])
+        expanded = [_kernel_gradient(grad, input, weight, window, geometry).flatten(2) for window in plan.windows]
+        flat = torch.cat(expanded, -1) if expanded else weight.new_zeros(*weight.shape[:2], 0)
+        grad_weight, grad_offsets = expand_kernel_backward(weight, offsets, plan, flat)
+    return grad_input, grad_weight if needs[1] else None, grad_offsets if needs[2] else None
+
+
+def _input_gradient(
+    grad: Tensor, input: Tensor, weight: Tensor, offsets: Tensor, plan: Plan, geometry: ConvGeometry
+) -> Tensor:
+    if not plan.windows:
+        return torch.zeros_like(input)
+    total: Tensor | None = None
+    kernels = plan.split(expand_kernel(weight, offsets, plan).to(grad.dtype))
+    for window, kernel in zip(plan.windows, kernels, strict=True):
+        padded, padding = _place(input, window, geometry)
+        part = _convolution_backward(grad, padded, kernel, padding, window, geometry, (True, False))[0]
+        if padded.shape != input.shape:  # the adjoint of padding is cropping, and the other way round
+            top, left, bottom, right = window.padding(geometry)
+            part = pad_or_crop(part, (-top, -left, -bottom, -right))
+        if total is None:
+            total = part if len(plan.windows) == 1 else part.to(torch.promote_types(part.dtype, torch.float32))
+        else:
+            total += part
+    assert total is not None
+    return total.to(input.dtype)
+
+
+def _kernel_gradient(grad: Tensor, input: Tensor, weight: Tensor, window: Window, geometry: ConvGeometry) -> Tensor:
+    """The gradient of a window's expanded kernel, (C_out, C_in/groups, height, width)."""
+    padded, padding = _place(input, window, geometry)
+    kernel = weight.new_empty(()).to(grad.dtype).expand(*weight.shape[:2], window.height, window.width)
+    return _convolution_backward(grad, padded, kernel, padding, window, geometry, (False, True))[1]
+
+
+def _convolution_backward(
+    grad: Tensor,
+    padded: Tensor,
+    kernel: Tensor,
+    padding: tuple[int, int],
+    window: Window,
+    geometry: ConvGeometry,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor, Tensor]:
+    grad_input, grad_kernel, _ = torch.ops.aten.convolution_backward(
+        grad, padded, kernel, None, geometry.stride, padding, window.dilation, False, (0, 0), geometry.groups,
+        (*needs, False),
+    )  # fmt: skip
+    return grad_input, grad_kernel
+
+
+def _conv(input: Tensor, window: Window, kernel: Tensor, bias: Tensor | None, geometry: ConvGeometry) -> Tensor:
+    padded, padding = _place(input, window, geometry)
+    return F.conv2d(padded, kernel, bias, geometry.stride, padding, window.dilation, geometry.groups)
+
+
+def _place(input: Tensor, window: Window, geometry: ConvGeometry) -> tuple[Tensor, tuple[int, int]]:
+    """The input and the padding that make a plain convolution read it at ``window``.
+
+    A window of its own around both sides needs no copy: the convolution pads. Others are padded or cropped first.
+    """
+    top, left, bottom, right = sides = window.padding(geometry)
+    if top == bottom >= 0 and left == right >= 0:
+        return _canonical(input), (top, left)
+    return _canonical(pad_or_crop(input, sides)), (0, 0)
+
+
+def pad_or_crop(image: Tensor, sides: tuple[int, int, int, int]) -> Tensor:
+    """Zeros added at (top, left, bottom, right), or pixels taken away where a side is negative.
+
+    Adds first: a window that lies wholly beside the image crops more than the image has.
+    """
+    top, left, bottom, right = sides
+    image = F.pad(image, [max(side, 0) for side in (left, right, top, bottom)])
+    return F.pad(image, [min(side, 0) for side in (left, right, top, bottom)])
+
+
+def _canonical(image: Tensor) -> Tensor:
+    """One-channel images with the strides of NCHW.
+
+    They may carry those of channels_last, which are as contiguous; torch 2.15's float32 CPU convolution is wrong on
+    them where the output is one column wide and the stride is 2.
+    """
+    if image.shape[1] != 1:
+        return image
+    _, _, height, width = image.shape
+    return image.contiguous().as_strided(image.shape, (height * width, height * width, width, 1))

@@ -1,0 +1,220 @@
+"""``lightning_acu::acu_conv2d``, the one registered operator, and the choice of the backend that runs it.
+
+One operator for every device and backend: a graph that was compiled or exported names it, not the kernel that happened
+to run where it was traced. torch.compile and torch.export see through its shape rules, autograd through its backward
+operator, torch's FLOP counter through its formula.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from ..geometry import ConvGeometry
+from . import dense
+
+__all__ = ["BACKENDS", "Backend", "acu_conv2d_op", "available_backends", "check_backend"]
+
+
+class Backend(Protocol):
+    """What a backend module offers. Shapes as in :mod:`lightning_acu.ops.reference`."""
+
+    def why_not(self, input: Tensor) -> str | None:
+        """Why this backend cannot serve ``input``, or None."""
+
+    def forward(
+        self, input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, geometry: ConvGeometry
+    ) -> Tensor:
+        """The output, without autograd."""
+
+    def backward(
+        self,
+        grad: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        offsets: Tensor,
+        geometry: ConvGeometry,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of input, weight and offsets, each where ``needs`` asks for it."""
+
+
+#: Fastest first: "auto" takes the first that can run. ("reference" is no entry: autograd runs through it directly.)
+BACKENDS: dict[str, Backend] = {"dense": cast(Backend, dense)}
+
+
+def available_backends() -> tuple[str, ...]:
+    """Every value that ``backend`` may take."""
+    return ("auto", "reference", *BACKENDS)
+
+
+def check_backend(backend: str) -> str:
+    """``backend`` itself, or a ValueError that lists the known ones."""
+    if backend not in available_backends():
+        raise ValueError(f"`backend` (={backend!r}) is unknown; choose one of {', '.join(available_backends())}")
+    return backend
+
+
+def _select(backend: str, input: Tensor) -> Backend:
+    """The backend to run: the one named, which has to be able to, or for "auto" the first that is."""
+    if backend != "auto":
+        reason = BACKENDS[check_backend(backend)].why_not(input)
+        if reason is not None:
+            raise RuntimeError(f"`backend` (={backend!r}) cannot run here: {reason}")
+        return BACKENDS[backend]
+    return next(candidate for candidate in BACKENDS.values() if candidate.why_not(input) is None)
+
+
+def _geometry(
+    weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+) -> ConvGeometry:
+    top, left, bottom, right = padding
+    return ConvGeometry(
+        kernel_size=(weight.shape[-2], weight.shape[-1]),
+        stride=(stride[0], stride[1]),
+        padding=(top, left, bottom, right),
+        dilation=(dilation[0], dilation[1]),
+        groups=groups,
+    )
+
+
+def _memory_format(input: Tensor, weight: Tensor) -> torch.memory_format:
+    """F.conv2d's rule: channels_last where input or weight is (and is not NCHW as well)."""
+    for tensor in (input, weight):
+        if tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
+            return torch.channels_last
+    return torch.contiguous_format
+
+
+@torch.library.custom_op("lightning_acu::acu_conv2d", mutates_args=())
+def acu_conv2d_op(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    backend: str,
+) -> Tensor:
+    """:func:`lightning_acu.acu_conv2d` after its checks: offsets (P, K, 2), padding (top, left, bottom, right)."""
+    geometry = _geometry(weight, stride, padding, dilation, groups)
+    # The caller has cast for autocast already; inside, it would take the float32 positions down too.
+    with torch.autocast(input.device.type, enabled=False):
+        output = _select(backend, input).forward(input, weight, offsets, bias, geometry)
+    return output.contiguous(memory_format=_memory_format(input, weight))
+
+
+@acu_conv2d_op.register_fake
+def _(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    backend: str,
+) -> Tensor:
+    size = _geometry(weight, stride, padding, dilation, groups).output_size(input.shape[2:])
+    output = input.new_empty(input.shape[0], weight.shape[0], *size)
+    return output.contiguous(memory_format=_memory_format(input, weight))
+
+
+@torch.library.custom_op("lightning_acu::acu_conv2d_backward", mutates_args=())
+def acu_conv2d_backward_op(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    backend: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of input, weight and offsets; an empty tensor for each that ``needs`` does not ask for."""
+    geometry = _geometry(weight, stride, padding, dilation, groups)
+    with torch.autocast(input.device.type, enabled=False):
+        grads = _select(backend, input).backward(grad, input, weight, offsets, geometry, needs)
+    return cast(
+        tuple[Tensor, Tensor, Tensor],
+        tuple(
+            like.new_empty(0) if found is None else found.contiguous(memory_format=_preserved(like))
+            for found, like in zip(grads, (input, weight, offsets), strict=True)
+        ),
+    )
+
+
+@acu_conv2d_backward_op.register_fake
+def _(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    backend: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    return cast(
+        tuple[Tensor, Tensor, Tensor],
+        tuple(
+            like.new_empty(like.shape if need else 0).contiguous(
+                memory_format=_preserved(like) if need else torch.contiguous_format
+            )
+            for like, need in zip((input, weight, offsets), needs, strict=True)
+        ),
+    )
+
+
+def _preserved(tensor: Tensor) -> torch.memory_format:
+    return _memory_format(tensor, tensor) if tensor.ndim == 4 else torch.contiguous_format
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, weight, offsets, _, *ctx.configuration = inputs
+    ctx.save_for_backward(input, weight, offsets)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:3])
+    grads: list[Tensor | None] = [None, None, None]
+    if any(needs):
+        found = acu_conv2d_backward_op(grad, *ctx.saved_tensors, *ctx.configuration, needs)
+        grads = [one if need else None for one, need in zip(found, needs, strict=True)]
+    grad_bias = grad.sum((0, 2, 3)) if ctx.needs_input_grad[3] else None
+    return *grads, grad_bias, None, None, None, None, None
+
+
+def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError(
+        "acu_conv2d has no second derivative in its fast backends; use backend='reference' for double backward"
+    )
+
+
+acu_conv2d_op.register_autograd(_backward, setup_context=_setup_context)
+acu_conv2d_backward_op.register_autograd(_no_double_backward, setup_context=lambda ctx, inputs, output: None)
+
+
+@register_flop_formula(torch.ops.lightning_acu.acu_conv2d)
+def _flops(input_shape: Any, weight_shape: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+    """A convolution with K taps, as torch counts one: 2 FLOP for each multiply-add. Interpolation is not counted."""
+    return 2 * int(math.prod(out_shape) * math.prod(weight_shape[1:]))
+
+
+@register_flop_formula(torch.ops.lightning_acu.acu_conv2d_backward)
+def _backward_flops(grad_shape: Any, input_shape: Any, weight_shape: Any, *args: Any, **kwargs: Any) -> int:
+    """As much for each of the two gradients that are convolutions: the input's, and the weights' with the offsets'."""
+    needs = args[-1] if not kwargs.get("needs") else kwargs["needs"]
+    return 2 * int(math.prod(grad_shape) * math.prod(weight_shape[1:])) * (int(needs[0]) + int(needs[1] or needs[2]))

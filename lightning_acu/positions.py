@@ -1,0 +1,219 @@
+"""Real-valued tap positions as integer cells: expansion of a kernel over them, and the plain convolutions they form.
+
+Positions are shared by all pixels, so an active convolution equals a plain one whose kernel spreads the weight of every
+tap over its 4 integer neighbours with bilinear weights. This module owns that fact. :func:`plan_windows` decides which
+plain convolutions hold those cells, :func:`expand_kernel` fills them, :func:`expand_kernel_backward` is the adjoint.
+The dense backend and the fold are both thin layers over these three, so that a folded model computes what the dense
+backend does.
+
+Shapes: P position groups, K taps, C_out output channels; offsets (P, K, 2) hold (row, column) in input pixels.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .geometry import ConvGeometry
+
+__all__ = ["Plan", "Window", "expand_kernel", "expand_kernel_backward", "plan_windows", "split_offsets"]
+
+#: The 4 integer neighbours of a position, as (row, column) steps from the cell that floor() picks.
+_NEIGHBOURS = ((0, 0), (0, 1), (1, 0), (1, 1))
+
+#: Offsets are clamped to this many pixels: far outside any image, and still exact as an integer.
+_FAR = 2.0**20
+
+#: One kernel over all cells is used until it holds this many times the cells of one small kernel per tap.
+#: Such a kernel does more arithmetic, but one large convolution runs nearer to the peak than many small ones.
+_SPARSE_FACTOR = 4
+
+
+@dataclass(frozen=True)
+class Window:
+    """The kernel of one plain convolution: ``height x width`` cells ``dilation`` apart.
+
+    ``top`` and ``left`` place its first cell, in input pixels seen from ``output pixel * stride``.
+    """
+
+    top: int
+    left: int
+    height: int
+    width: int
+    dilation: tuple[int, int] = (1, 1)
+
+    @property
+    def area(self) -> int:
+        """The number of cells."""
+        return self.height * self.width
+
+    def padding(self, geometry: ConvGeometry) -> tuple[int, int, int, int]:
+        """(top, left, bottom, right) that keep the output size of ``geometry``; a negative side is cropped."""
+        lost = geometry.shrinkage
+        bottom = (self.height - 1) * self.dilation[0] - lost[0] + self.top
+        right = (self.width - 1) * self.dilation[1] - lost[1] + self.left
+        return -self.top, -self.left, bottom, right
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which plain convolutions hold the taps, and where in them each tap's 4 neighbours lie.
+
+    ``index`` (P, K, 4) counts cells through all ``windows`` in order; ``cells`` (one past the end) stands for a
+    neighbour that no window holds.
+    """
+
+    windows: tuple[Window, ...]
+    index: Tensor
+
+    @property
+    def cells(self) -> int:
+        """The number of cells of all windows."""
+        return sum(window.area for window in self.windows)
+
+    def split(self, expanded: Tensor) -> list[Tensor]:
+        """(..., cells) to one (..., height, width) for each window."""
+        parts = expanded.split([window.area for window in self.windows], dim=-1)
+        return [part.unflatten(-1, (w.height, w.width)) for part, w in zip(parts, self.windows, strict=True)]
+
+
+def split_offsets(offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Offsets to whole pixels (int64, by floor) and the fractions in [0, 1) above them.
+
+    On the lattice the fraction is 0, so that derivatives with respect to it are those of the cell to the right: the
+    one-sided derivative this project uses everywhere. A weight written as ``relu(1 - |p - g|)`` has none there.
+    Infinite offsets count as far outside the image; NaN stays NaN in the fraction and so reaches the output.
+    """
+    clamped = offsets.clamp(-_FAR, _FAR)
+    whole = clamped.detach().floor().nan_to_num()
+    return whole.long(), clamped - whole
+
+
+def plan_windows(
+    offsets: Tensor,
+    geometry: ConvGeometry,
+    input_size: Sequence[int] | None = None,
+    *,
+    gradient: bool = False,
+) -> Plan:
+    """The fewest and smallest plain convolutions that hold every tap of ``offsets`` (P, K, 2), on the CPU.
+
+    One window where the taps lie close together, with the dilation their rows and columns share; where that would
+    hold far more cells than taps (large dilations, scattered taps), one small window for each distinct cell.
+
+    Args:
+        offsets: (P, K, 2) in pixels, on any device (a GPU tensor is copied to the host, which waits for it).
+        geometry: the convolution the offsets belong to.
+        input_size: (height, width) of the image; cells that never meet it are dropped. None keeps all.
+        gradient: keep all 4 neighbours of a tap on the lattice. Their weight is 0 there, their derivative is not.
+    """
+    whole, fraction = split_offsets(offsets.detach().cpu())
+    grid, steps = _constants(geometry)
+    corner = whole + grid  # (P, K, 2)
+    neighbours = corner[:, :, None, :] + steps  # (P, K, 4, 2)
+    used = torch.ones(neighbours.shape[:-1], dtype=torch.bool)
+    if not gradient:
+        used = ((fraction != 0)[:, :, None, :] | (steps == 0)).all(-1)
+    if input_size is not None:
+        size, stride = torch.tensor(input_size), torch.tensor(geometry.stride)
+        reach = (torch.tensor(geometry.output_size(input_size)) - 1) * stride
+        used &= ((neighbours < size) & (neighbours + reach >= 0)).all(-1)
+    held = neighbours[used]
+    if not len(held):
+        return Plan((), torch.zeros(used.shape, dtype=torch.long))
+
+    rows, columns = (sorted(set(values)) for values in held.T.tolist())
+    (top, height, row_step), (left, width, column_step) = map(_fit, (rows, columns), geometry.shrinkage)
+    span = Window(top, left, height, width, (row_step, column_step))
+
+    taps = used.any(-1)
+    # One number for each cell, so that a set can count them: columns lie in a range of less than 2^22.
+    cells = (corner[taps] * torch.tensor((1 << 22, 1))).sum(-1).tolist()
+    origins = {cell: place for place, cell in enumerate(dict.fromkeys(cells))}
+    box_height, box_width = (1 + bool((used & (steps[:, axis] == 1)).any()) for axis in (0, 1))
+    area = box_height * box_width
+    if span.area <= _SPARSE_FACTOR * len(origins) * area:
+        place = (neighbours - torch.tensor((top, left))).div(torch.tensor(span.dilation), rounding_mode="floor")
+        windows: tuple[Window, ...] = (span,)
+        index = (place * torch.tensor((width, 1))).sum(-1)
+    else:
+        first = dict(zip(cells, corner[taps].tolist(), strict=True))
+        windows = tuple(Window(first[cell][0], first[cell][1], box_height, box_width) for cell in origins)
+        window = torch.zeros(taps.shape, dtype=torch.long)
+        window[taps] = torch.tensor([origins[cell] for cell in cells])
+        index = window[..., None] * area + (steps * torch.tensor((box_width, 1))).sum(-1)
+    return Plan(windows, index.masked_fill(~used, sum(window.area for window in windows)))
+
+
+@functools.lru_cache
+def _constants(geometry: ConvGeometry) -> tuple[Tensor, Tensor]:
+    """The regular grid (K, 2) and the steps to the neighbours (4, 2)."""
+    return torch.tensor(geometry.grid()), torch.tensor(_NEIGHBOURS)
+
+
+def _fit(values: list[int], lost: int) -> tuple[int, int, int]:
+    """First cell, number of cells and step of the smallest plain axis that holds ``values``.
+
+    A plain convolution pads both sides by the same p >= 0 and its cells span exactly ``2 p + lost`` pixels.
+    """
+    pad = max(0, -values[0], values[-1] - lost, -(lost // 2))
+    span = 2 * pad + lost
+    step = math.gcd(span, *(value + pad for value in values)) or 1
+    return -pad, span // step + 1, step
+
+
+def expand_kernel(weight: Tensor, offsets: Tensor, plan: Plan) -> Tensor:
+    """``weight`` (C_out, C_in/groups, kh, kw) spread over the cells of ``plan``: (C_out, C_in/groups, cells).
+
+    Computed and returned in at least float32, whatever the weight's precision.
+    """
+    matrix = _bilinear_matrix(split_offsets(offsets)[1], plan)
+    grouped = _by_position_group(weight, len(offsets)).to(_precision(weight, offsets))
+    return (grouped @ matrix.to(grouped.dtype)).reshape(*weight.shape[:2], plan.cells)
+
+
+def expand_kernel_backward(weight: Tensor, offsets: Tensor, plan: Plan, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """From the gradient of the expanded kernel (C_out, C_in/groups, cells) to those of ``weight`` and ``offsets``.
+
+    ``plan`` has to be made with ``gradient=True``. With g_00, g_01, g_10, g_11 the gradients of a tap's 4 bilinear
+    weights (each a sum over the tap's weights times the gradient of the cell) and (fy, fx) its fractions:
+
+        d/d row    = (1 - fx) (g_10 - g_00) + fx (g_11 - g_01)
+        d/d column = (1 - fy) (g_01 - g_00) + fy (g_11 - g_10)
+    """
+    fraction = split_offsets(offsets)[1]
+    matrix = _bilinear_matrix(fraction, plan)
+    dtype = _precision(weight, offsets)
+    grouped = _by_position_group(weight, len(offsets)).to(dtype)
+    grad_grouped = grad.to(dtype).reshape(*grouped.shape[:2], plan.cells)
+    grad_weight = (grad_grouped @ matrix.to(dtype).transpose(-1, -2)).reshape(weight.shape)
+
+    grad_matrix = torch.nn.functional.pad(grouped.transpose(-1, -2) @ grad_grouped, (0, 1))  # a 0 for dropped cells
+    g00, g01, g10, g11 = grad_matrix.gather(-1, plan.index.to(grad.device)).unbind(-1)
+    fy, fx = fraction.to(dtype).unbind(-1)
+    grad_rows = (1 - fx) * (g10 - g00) + fx * (g11 - g01)
+    grad_columns = (1 - fy) * (g01 - g00) + fy * (g11 - g10)
+    return grad_weight.to(weight.dtype), torch.stack((grad_rows, grad_columns), -1).to(offsets.dtype)
+
+
+def _bilinear_matrix(fraction: Tensor, plan: Plan) -> Tensor:
+    """(P, K, cells): the share of tap k that falls on each cell."""
+    fy, fx = fraction.unbind(-1)
+    shares = torch.stack(((1 - fy) * (1 - fx), (1 - fy) * fx, fy * (1 - fx), fy * fx), -1)
+    matrix = fraction.new_zeros(*fraction.shape[:2], plan.cells + 1)
+    return matrix.scatter_add(-1, plan.index.to(fraction.device), shares)[..., :-1]
+
+
+def _by_position_group(weight: Tensor, groups: int) -> Tensor:
+    """(C_out, C_in/groups, kh, kw) to (P, C_out/P * C_in/groups, K)."""
+    return weight.reshape(groups, -1, weight.shape[-2] * weight.shape[-1])
+
+
+def _precision(weight: Tensor, offsets: Tensor) -> torch.dtype:
+    """At least float32: a bfloat16 share of a tap would be wrong by up to 0.4 %."""
+    return torch.promote_types(torch.promote_types(weight.dtype, offsets.dtype), torch.float32)

@@ -1,0 +1,180 @@
+"""One call that turns the convolutions of a model into active ones."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+from torch import nn
+
+from ..conv import ACUConv2d
+from ..ops import check_backend
+from .rules import find_rule, is_conv2d, why_not_convertible
+
+__all__ = ["ConvertConfig", "NoEffectWarning", "convert_to_acu"]
+
+#: Where convert_to_acu leaves, on a convolution it skipped, the reason; report_acu reads it.
+SKIP_REASON = "acu_skip_reason"
+
+
+class NoEffectWarning(UserWarning):
+    """A conversion that matched no module."""
+
+
+@dataclass
+class ConvertConfig:
+    """The arguments of :func:`convert_to_acu`, for configuration files.
+
+    Args:
+        kernel_sizes: sizes to convert; 3 stands for 3x3.
+        target_modules: only modules whose name matches: one regular expression (in full), or a list of name endings.
+        exclude_modules: not those modules, given in the same way.
+        depthwise: whether to convert depthwise convolutions.
+        grouped: whether to convert other grouped convolutions.
+        position_groups: sets of positions for each layer.
+        fixed_centre: keep the centre tap of odd kernels in place.
+        backend: which backend runs the layers.
+    """
+
+    kernel_sizes: list[int] | None = None
+    target_modules: str | list[str] | None = None
+    exclude_modules: str | list[str] | None = None
+    depthwise: bool = True
+    grouped: bool = True
+    position_groups: int = 1
+    fixed_centre: bool = True
+    backend: str = "auto"
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Convert ``model`` in place with these arguments."""
+        arguments = {field.name: getattr(self, field.name) for field in fields(self)}
+        if arguments["kernel_sizes"] is None:
+            del arguments["kernel_sizes"]
+        return convert_to_acu(model, **arguments)
+
+
+def convert_to_acu(
+    model: nn.Module,
+    *,
+    kernel_sizes: Sequence[int | tuple[int, int]] = (3, 5),
+    target_modules: str | Sequence[str] | None = None,
+    exclude_modules: str | Sequence[str] | None = None,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    depthwise: bool = True,
+    grouped: bool = True,
+    position_groups: int = 1,
+    fixed_centre: bool = True,
+    backend: str = "auto",
+) -> nn.Module:
+    """Turn the convolutions of ``model`` into :class:`~lightning_acu.ACUConv2d`, in place; the output stays the same.
+
+    Every module keeps its identity and its parameters; only its class changes, and ``offsets`` is added. Optimizers,
+    hooks and shared modules therefore survive, but an optimizer made before does not know the offsets yet.
+    Converting twice does nothing. What was skipped and why: :func:`report_acu`.
+
+    Args:
+        model: any module, also a single convolution.
+        kernel_sizes: which to convert; 3 stands for (3, 3).
+        target_modules: only modules whose qualified name matches: a str is a regular expression for the whole name,
+            a sequence lists names or their endings ("conv1" matches "layer1.0.conv1").
+        exclude_modules: not those, given in the same way.
+        filter_fn: only modules for which ``filter_fn(module, qualified_name)`` is true.
+        depthwise: convert depthwise convolutions (one input channel for each group).
+        grouped: convert other convolutions with more than one group.
+        position_groups: sets of positions for each layer.
+        fixed_centre: keep the centre tap of odd kernels in place, as in the paper.
+        backend: the backend of the new layers.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: ``model`` is not a module, or a compiled, DDP- or FSDP-wrapped one.
+        ValueError: an argument that cannot be meant, such as a pattern that does not compile or ``position_groups``
+            that do not divide the channels of a layer. Nothing has been converted then.
+
+    Warns:
+        NoEffectWarning: nothing matched.
+    """
+    check_model(model)
+    check_backend(backend)
+    sizes = {_size(size) for size in kernel_sizes}
+    targeted, excluded = _matcher("target_modules", target_modules), _matcher("exclude_modules", exclude_modules)
+
+    def why_not(module: nn.Module, name: str) -> str | None:
+        if target_modules is not None and not targeted(name):
+            return f"not among target_modules={target_modules!r}"
+        if excluded(name):
+            return f"matches exclude_modules={exclude_modules!r}"
+        if filter_fn is not None and not filter_fn(module, name):
+            return "filter_fn said no"
+        size = tuple(module.kernel_size)  # type: ignore[arg-type]
+        if size not in sizes:
+            return f"kernel size {size[0]}x{size[1]} not among kernel_sizes={list(kernel_sizes)}"
+        groups = getattr(module, "groups", 1)
+        if not depthwise and groups > 1 and groups == module.in_channels:
+            return "depthwise=False"
+        if not grouped and 1 < groups < module.in_channels:  # type: ignore[operator]
+            return "grouped=False"
+        return why_not_convertible(module)
+
+    convs = [(n, m) for n, m in model.named_modules() if is_conv2d(m) and not isinstance(m, ACUConv2d)]
+    reasons = {name: why_not(module, name) for name, module in convs}
+    chosen = [(name, module) for name, module in convs if reasons[name] is None]
+    for name, module in chosen:  # all checked before the first is changed
+        if position_groups < 1 or module.out_channels % position_groups:  # type: ignore[operator]
+            raise ValueError(
+                f"`position_groups` (={position_groups}) must divide the output channels of {name or 'the model'} "
+                f"(={module.out_channels}); exclude it or choose another number"
+            )
+    for name, module in convs:
+        if reasons[name] is not None:
+            setattr(module, SKIP_REASON, reasons[name])
+    for _, module in chosen:
+        rule = find_rule(module)
+        assert rule is not None
+        vars(module).pop(SKIP_REASON, None)  # of an earlier, narrower conversion
+        rule.convert(module, position_groups=position_groups, fixed_centre=fixed_centre, backend=backend)
+    if not chosen and not any(isinstance(module, ACUConv2d) for module in model.modules()):
+        why = "; ".join(sorted({reason for reason in reasons.values() if reason})) or "it has no 2-D convolution"
+        warnings.warn(
+            f"convert_to_acu converted nothing in {type(model).__name__}: {why}", NoEffectWarning, stacklevel=2
+        )
+    return model
+
+
+def check_model(model: nn.Module) -> None:
+    """TypeError for what surgery must not touch: no module, or a wrapper that has taken note of the parameters."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__} (={model!r})")
+    for module in model.modules():
+        name = type(module).__name__
+        if name in ("OptimizedModule", "DistributedDataParallel", "FullyShardedDataParallel") or name.startswith(
+            "FSDP"
+        ):
+            raise TypeError(f"`model` contains a {name}; convert the plain model first, then compile or wrap it")
+        if name == "DataParallel":
+            raise TypeError("`model` contains a DataParallel; convert the module inside it")
+
+
+def _size(size: int | tuple[int, int]) -> tuple[int, int]:
+    pair = (size, size) if isinstance(size, int) else tuple(size)
+    if len(pair) != 2 or min(pair) < 1:
+        raise ValueError(f"`kernel_sizes` has {size!r}; each must be an int >= 1 or a pair of them")
+    return pair
+
+
+def _matcher(argument: str, patterns: str | Sequence[str] | None) -> Callable[[str], bool]:
+    """Peft's convention: a str is a regular expression for the whole name, a sequence lists names or endings."""
+    if patterns is None:
+        return lambda name: False
+    if isinstance(patterns, str):
+        try:
+            compiled = re.compile(patterns)
+        except re.error as error:
+            raise ValueError(f"`{argument}` (={patterns!r}) is not a regular expression: {error}") from error
+        return lambda name: compiled.fullmatch(name) is not None
+    endings = tuple(patterns)
+    return lambda name: any(name == ending or name.endswith(f".{ending}") for ending in endings)

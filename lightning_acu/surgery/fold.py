@@ -1,0 +1,59 @@
+"""A whole model back to plain convolutions, or its positions to whole pixels."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..conv import acu_layers
+from .convert import check_model
+
+__all__ = ["fold_acu", "round_acu"]
+
+#: What nn.Module keeps of hooks; a folded layer goes on with those of the layer it was.
+_HOOKS = tuple(
+    name for name in vars(nn.Module()) if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called"))
+)
+
+
+def fold_acu(model: nn.Module) -> nn.Module:
+    """Replace every active convolution by plain ones that compute the same, exactly, at any positions.
+
+    In place: each layer becomes its fold (see :meth:`ACUConv2d.fold`) without changing its identity, so that shared
+    modules, a convolution as the root and hooks stay what they are. Parameters are new; an optimizer made before holds
+    the old ones. A taps-between-pixels fold has a larger kernel than the layer it came from: round first
+    (:func:`round_acu`) where that matters more than exactness.
+
+    Returns:
+        ``model``, now without active convolutions.
+
+    Raises:
+        TypeError: ``model`` is not a module, or a compiled, DDP- or FSDP-wrapped one.
+        ValueError: positions that are not finite, with the layer's name; nothing has been folded then.
+    """
+    check_model(model)
+    folds = []
+    for name, layer in acu_layers(model):
+        try:
+            folds.append((layer, layer.fold()))
+        except ValueError as error:
+            raise ValueError(f"{name or 'the model'}: {error}") from error
+    for layer, folded in folds:
+        state = vars(folded) | {name: vars(layer)[name] for name in _HOOKS if name in vars(layer)}
+        layer.__class__ = type(folded)  # type: ignore[assignment]
+        vars(layer).clear()
+        vars(layer).update(state)
+    return model
+
+
+def round_acu(model: nn.Module) -> nn.Module:
+    """Move every tap of every active convolution to the nearest whole pixel, in place; returns ``model``.
+
+    Taps of one layer that end on the same pixel keep their weights and act as one.
+
+    Raises:
+        TypeError: ``model`` is not a module, or a compiled, DDP- or FSDP-wrapped one.
+    """
+    check_model(model)
+    for _, layer in acu_layers(model):
+        layer.round_()
+    return model

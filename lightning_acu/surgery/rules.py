@@ -1,0 +1,94 @@
+"""Which convolutions can become active ones, and how: one rule for each class.
+
+A rule is chosen by the exact type of a module. A subclass that is not listed may compute something else (standardise
+its weight, pad by the size of the input), so it is skipped with that reason rather than swapped in hope. To support
+another class, write a rule and register it::
+
+    @register_rule(MyConv2d)
+    def my_conv2d(conv: nn.Module) -> str | None:
+        return "a reason" if ... else None
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from ..conv import ACUConv2d
+
+__all__ = ["Rule", "find_rule", "is_conv2d", "register_rule", "why_not_convertible"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one class of convolutions becomes active.
+
+    Attributes:
+        why_not: the reason why a given module cannot be converted, or None.
+        convert: changes the module in place; called with ``position_groups``, ``fixed_centre`` and ``backend``.
+    """
+
+    why_not: Callable[[nn.Module], str | None]
+    convert: Callable[..., Any]
+
+
+_RULES: dict[type[nn.Module], Rule] = {}
+
+
+def register_rule(
+    cls: type[nn.Module], convert: Callable[..., Any] = ACUConv2d.adopt
+) -> Callable[[Callable[[Any], str | None]], Callable[[Any], str | None]]:
+    """Decorator: the function says why a module of exactly class ``cls`` cannot be converted, or None if it can.
+
+    Args:
+        cls: the class, matched exactly.
+        convert: makes the module active in place, as :meth:`ACUConv2d.adopt` does.
+    """
+
+    def decorate(why_not: Callable[[Any], str | None]) -> Callable[[Any], str | None]:
+        _RULES[cls] = Rule(why_not, convert)
+        return why_not
+
+    return decorate
+
+
+def find_rule(module: nn.Module) -> Rule | None:
+    """The rule for the exact type of ``module``."""
+    return _RULES.get(type(module))
+
+
+def is_conv2d(module: nn.Module) -> bool:
+    """True for everything that a report should account for as a 2-D convolution, of whatever class."""
+    if isinstance(module, nn.Conv2d):
+        return True
+    # Such as timm's CondConv2d, which is no nn.Conv2d.
+    return type(module).__name__.endswith("Conv2d") and hasattr(module, "kernel_size")
+
+
+def why_not_convertible(module: nn.Module) -> str | None:
+    """The reason why no rule can convert ``module``, whatever the user asks for; None if one can."""
+    if parametrize.is_parametrized(module):
+        return "its parameters are parametrized; remove the parametrization first"
+    rule = find_rule(module)
+    if rule is None:
+        return f"no rule for the class {type(module).__name__}"
+    return rule.why_not(module)
+
+
+@register_rule(nn.Conv2d)
+def _conv2d(conv: nn.Conv2d) -> str | None:
+    """nn.Conv2d: any kernel size, stride, dilation, groups and padding."""
+    weight = conv._parameters.get("weight")
+    if weight is None:  # weight_norm, spectral_norm and pruning of the older kind recompute it from others
+        return (
+            "its weight is recomputed from other parameters (weight norm, spectral norm or pruning); remove that first"
+        )
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        return "its parameters are not initialised yet; run one batch first"
+    if not weight.is_floating_point():
+        return f"its weight is {weight.dtype}, not real floating point"
+    return None
