@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .geometry import ConvGeometry, Padding, resolve_padding
-from .ops import acu_conv2d_op, check_backend, reference
+from .ops import acu_conv2d_op, check_backend, reference, without_autocast
 
 __all__ = ["acu_conv2d"]
 
@@ -81,7 +81,7 @@ def acu_conv2d(
         )
 
     device = input.device.type
-    if torch.is_autocast_enabled(device):  # as autocast does for conv2d; the offsets keep their precision
+    if _autocast_enabled(device):  # as autocast does for conv2d; the offsets keep their precision
         dtype = torch.get_autocast_dtype(device)
         if input.dtype != torch.float64:
             input, weight = input.to(dtype), weight.to(dtype)
@@ -89,11 +89,15 @@ def acu_conv2d(
     offsets = offsets if offsets.ndim == 3 else offsets[None]
     batch = input if input.ndim == 4 else input[None]
     if backend == "reference":
-        with torch.autocast(device, enabled=False):
+        with without_autocast(device):
             output = reference.acu_conv2d(batch, weight, offsets, bias, geometry)
     else:
         output = acu_conv2d_op(batch, weight, offsets, bias, stride, geometry.padding, dilation, groups, backend)
     return output if input.ndim == 4 else output[0]
+
+
+def _autocast_enabled(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
@@ -145,7 +149,7 @@ def _check_tensors(input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor 
             f"`offsets` must be float32 or float64, got {offsets.dtype}, which loses position steps of 0.001 pixel; "
             "use offsets.float()"
         )
-    if not torch.is_autocast_enabled(input.device.type):
+    if not _autocast_enabled(input.device.type):
         for name, tensor in tensors.items():
             if name != "offsets" and tensor.dtype != input.dtype:
                 raise TypeError(f"`{name}` is {tensor.dtype} but `input` is {input.dtype}; convert one of them")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, cast
 
 import torch
@@ -18,7 +19,12 @@ from torch.utils.flop_counter import register_flop_formula
 from ..geometry import ConvGeometry
 from . import dense
 
-__all__ = ["BACKENDS", "Backend", "acu_conv2d_op", "available_backends", "check_backend"]
+__all__ = ["BACKENDS", "Backend", "acu_conv2d_op", "available_backends", "check_backend", "without_autocast"]
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Autocast off on ``device``, where there is autocast at all (not on "meta")."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 class Backend(Protocol):
@@ -106,7 +112,7 @@ def acu_conv2d_op(
     """:func:`lightning_acu.acu_conv2d` after its checks: offsets (P, K, 2), padding (top, left, bottom, right)."""
     geometry = _geometry(weight, stride, padding, dilation, groups)
     # The caller has cast for autocast already; inside, it would take the float32 positions down too.
-    with torch.autocast(input.device.type, enabled=False):
+    with without_autocast(input.device.type):
         output = _select(backend, input).forward(input, weight, offsets, bias, geometry)
     return output.contiguous(memory_format=_memory_format(input, weight))
 
@@ -124,8 +130,7 @@ def _(
     backend: str,
 ) -> Tensor:
     size = _geometry(weight, stride, padding, dilation, groups).output_size(input.shape[2:])
-    output = input.new_empty(input.shape[0], weight.shape[0], *size)
-    return output.contiguous(memory_format=_memory_format(input, weight))
+    return _empty((input.shape[0], weight.shape[0], *size), input, _memory_format(input, weight))
 
 
 @torch.library.custom_op("lightning_acu::acu_conv2d_backward", mutates_args=())
@@ -143,15 +148,13 @@ def acu_conv2d_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of input, weight and offsets; an empty tensor for each that ``needs`` does not ask for."""
     geometry = _geometry(weight, stride, padding, dilation, groups)
-    with torch.autocast(input.device.type, enabled=False):
+    with without_autocast(input.device.type):
         grads = _select(backend, input).backward(grad, input, weight, offsets, geometry, needs)
-    return cast(
-        tuple[Tensor, Tensor, Tensor],
-        tuple(
-            like.new_empty(0) if found is None else found.contiguous(memory_format=_preserved(like))
-            for found, like in zip(grads, (input, weight, offsets), strict=True)
-        ),
+    grad_input, grad_weight, grad_offsets = (
+        like.new_empty(0) if found is None else found.contiguous(memory_format=_preserved(like))
+        for found, like in zip(grads, (input, weight, offsets), strict=True)
     )
+    return grad_input, grad_weight, grad_offsets
 
 
 @acu_conv2d_backward_op.register_fake
@@ -167,15 +170,15 @@ def _(
     backend: str,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return cast(
-        tuple[Tensor, Tensor, Tensor],
-        tuple(
-            like.new_empty(like.shape if need else 0).contiguous(
-                memory_format=_preserved(like) if need else torch.contiguous_format
-            )
-            for like, need in zip((input, weight, offsets), needs, strict=True)
-        ),
+    grad_input, grad_weight, grad_offsets = (
+        _empty(like.shape, like, _preserved(like)) if need else like.new_empty(0)
+        for like, need in zip((input, weight, offsets), needs, strict=True)
     )
+    return grad_input, grad_weight, grad_offsets
+
+
+def _empty(size: Sequence[int], like: Tensor, memory_format: torch.memory_format) -> Tensor:
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=memory_format)
 
 
 def _preserved(tensor: Tensor) -> torch.memory_format:

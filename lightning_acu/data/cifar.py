@@ -1,0 +1,112 @@
+"""CIFAR-10 and CIFAR-100."""
+
+from __future__ import annotations
+
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.datasets import CIFAR10, CIFAR100
+
+from .base import ImageDataModule
+from .memory import TensorImages, image_transform, subset
+from .split import resolve_size, stratified_order
+
+__all__ = ["CIFARDataModule"]
+
+#: Dataset, mean and standard deviation (of the training images, scaled to [0, 1]) by number of classes.
+_VARIANTS = {
+    10: (CIFAR10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    100: (CIFAR100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
+
+#: Pixels of zeros around a training image before it is cropped, as usual for CIFAR.
+_CROP_PADDING = 4
+
+
+class CIFARDataModule(ImageDataModule):
+    """CIFAR-10 or CIFAR-100: 50,000 training and 10,000 test images, 32 x 32 pixels, RGB.
+
+    Args:
+        root: folder of the data; a download goes there.
+        num_classes: 10 or 100, for CIFAR-10 or CIFAR-100.
+        val_size: training images set aside for validation; a float is a share of them. 0: train on all 50,000 as
+            published recipes do, without validation.
+        augment: crop training images at random after padding by 4 pixels, and mirror them with probability 1/2.
+        download: get the data where ``root`` lacks them.
+        **loader: ``batch_size``, ``num_workers``, ``pin_memory`` and ``seed`` of :class:`ImageDataModule`.
+
+    Raises:
+        ValueError: ``num_classes`` is neither 10 nor 100.
+    """
+
+    num_classes: int = 10
+    in_chans = 3
+    image_size = (32, 32)
+
+    def __init__(
+        self,
+        root: str | Path = "data",
+        num_classes: int = 10,
+        val_size: int | float = 5000,
+        augment: bool = True,
+        download: bool = True,
+        **loader: Any,
+    ) -> None:
+        if num_classes not in _VARIANTS:
+            raise ValueError(f"`num_classes` (={num_classes}) must be 10, for CIFAR-10, or 100, for CIFAR-100")
+        super().__init__(**loader)
+        self.root = Path(root).expanduser()
+        self.num_classes = num_classes
+        self.val_size = val_size
+        self.augment = augment
+        self.download = download
+        self._source, self.mean, self.std = _VARIANTS[num_classes]
+
+    def prepare_data(self) -> None:
+        """Download the data, or unpack an archive that is in ``root`` already, if ``download`` is set.
+
+        Raises:
+            RuntimeError: that did not work.
+        """
+        if not self.download:
+            return
+        try:
+            self._source(self.root, download=True)
+        # No network; a connection that ends too early; a file with a wrong checksum.
+        except (OSError, HTTPException, RuntimeError) as error:
+            raise RuntimeError(f"could not get {self._source.__name__} ({error}). {self._advice()}") from error
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read what the stage needs, once: training and validation images to fit or validate, else the test images.
+
+        Raises:
+            FileNotFoundError: the data are not in ``root``.
+            ValueError: ``val_size`` leaves no image for training.
+        """
+        plain = image_transform(self.image_size, self.mean, self.std)
+        if stage in (None, "fit", "validate") and self.train_set is None:
+            images, labels = self._read(train=True)
+            vals = resolve_size("val_size", self.val_size, len(labels))
+            val, train = stratified_order(labels, self.seed).tensor_split([vals])
+            augmenting = image_transform(self.image_size, self.mean, self.std, _CROP_PADDING, flip=True)
+            self.train_set = subset(TensorImages(images, labels, augmenting if self.augment else plain), train)
+            self.val_set = subset(TensorImages(images, labels, plain), val)
+        if stage in (None, "test", "predict") and self.test_set is None:
+            self.test_set = TensorImages(*self._read(train=False), plain)
+
+    def _read(self, train: bool) -> tuple[Tensor, Tensor]:
+        """Images (N, 3, 32, 32), uint8, and labels (N,), int64."""
+        try:
+            source = self._source(self.root, train=train)
+        except RuntimeError as error:
+            raise FileNotFoundError(f"{self._source.__name__} is missing or damaged. {self._advice()}") from error
+        return torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(source.targets)
+
+    def _advice(self) -> str:
+        return (
+            f"Put {self._source.filename}, from {self._source.url}, into `root` (={str(self.root)!r}); "
+            "`download=True` then unpacks it without a network"
+        )

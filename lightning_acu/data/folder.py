@@ -1,0 +1,165 @@
+"""ImageNet, Places365 or one's own images: a folder for each class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.data import create_transform, resolve_data_config  # type: ignore[attr-defined]
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import find_classes
+from torchvision.transforms import InterpolationMode
+
+from .base import ImageDataModule
+
+__all__ = ["ImageFolderDataModule"]
+
+
+class ImageFolderDataModule(ImageDataModule):
+    """Images in folders, one for each class: ``root/train/CLASS/*.jpg`` and ``root/val/CLASS/*.jpg``.
+
+    Training images are cropped, resized and mirrored at random; others are resized and cropped at the centre. A setting
+    that is None is the one that the authors of ``transforms_of`` published; without that, the one of ImageNet.
+
+    Args:
+        root: folder of the data.
+        train: folder of the training images, in ``root``.
+        val: folder of the validation images, in ``root``.
+        test: folder of the test images, in ``root``. None: ``val``, as the labels of ImageNet's test images are secret.
+        image_size: pixels, or (height, width). None: of ``transforms_of``, or 224.
+        mean: per channel, of images in [0, 1]. None: of ``transforms_of``, or of ImageNet.
+        std: per channel, of images in [0, 1]. None: of ``transforms_of``, or of ImageNet.
+        interpolation: "nearest", "bilinear", "bicubic", ... None: of ``transforms_of``, or "bicubic".
+        crop_pct: the share of a side that the crop at the centre keeps. None: of ``transforms_of``, or 0.875.
+        transforms_of: a timm model whose published settings fill those left None. Neither built nor downloaded.
+        auto_augment: a policy of timm, like "rand-m9-mstd0.5-inc1". None: none.
+        hflip: probability of mirroring a training image.
+        scale: smallest and largest share of the area of a training image that its crop keeps.
+        color_jitter: strength of random changes of brightness, contrast and saturation; timm leaves them out beside
+            most policies of ``auto_augment``. None: none.
+        **loader: ``batch_size``, ``num_workers``, ``pin_memory`` and ``seed`` of :class:`ImageDataModule`; the seed has
+            no use here, since the folders are the split.
+
+    Raises:
+        ValueError: ``transforms_of`` is no timm model, or ``mean``, ``std``, ``interpolation`` or ``crop_pct`` does
+            not fit.
+    """
+
+    in_chans = 3
+
+    def __init__(
+        self,
+        root: str | Path,
+        train: str = "train",
+        val: str = "val",
+        test: str | None = None,
+        image_size: int | tuple[int, int] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        interpolation: str | None = None,
+        crop_pct: float | None = None,
+        transforms_of: str | None = None,
+        auto_augment: str | None = None,
+        hflip: float = 0.5,
+        scale: tuple[float, float] = (0.08, 1.0),
+        color_jitter: float | None = None,
+        **loader: Any,
+    ) -> None:
+        for name, value in (("mean", mean), ("std", std)):
+            if value is not None and len(value) != 3:
+                raise ValueError(f"`{name}` (={value}) must have one number for each of the 3 channels")
+        modes = [mode.value for mode in InterpolationMode]
+        if interpolation is not None and interpolation not in modes:
+            raise ValueError(f"`interpolation` (={interpolation!r}) must be one of {modes}")
+        if crop_pct is not None and not 0 < crop_pct <= 1:
+            raise ValueError(f"`crop_pct` (={crop_pct}) must be a share of a side: above 0 and at most 1")
+        super().__init__(**loader)
+        self.root = Path(root).expanduser()
+        self.folders = {"train": train, "val": val} | ({} if test is None else {"test": test})
+        size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        #: Arguments of timm's ``create_transform`` that training and evaluation share.
+        self.preprocessing: dict[str, Any] = resolve_data_config(  # type: ignore[no-untyped-call]
+            {
+                "input_size": size and (self.in_chans, *size),
+                "mean": mean,
+                "std": std,
+                "interpolation": interpolation,
+                "crop_pct": crop_pct,
+            },
+            pretrained_cfg=_published(transforms_of) if transforms_of is not None else None,
+        )
+        #: Arguments of it that only training has.
+        self.augmentation: dict[str, Any] = {
+            "auto_augment": auto_augment,
+            "hflip": hflip,
+            "scale": scale,
+            "color_jitter": color_jitter,
+        }
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) that images are cropped to, in pixels."""
+        height, width = self.preprocessing["input_size"][1:]
+        return height, width
+
+    @property
+    def num_classes(self) -> int:
+        """The number of class folders."""
+        return len(self.classes)
+
+    @cached_property
+    def classes(self) -> list[str]:
+        """Names of the classes, in the order of the labels: of the first of the three folders that exists."""
+        present = (argument for argument, folder in self.folders.items() if (self.root / folder).is_dir())
+        names: list[str] = find_classes(self._folder(next(present, "train")))[0]
+        return names
+
+    def setup(self, stage: str | None = None) -> None:
+        """List the images that the stage needs, once. Only fitting needs the training images.
+
+        Raises:
+            FileNotFoundError: a folder is missing, or has no class or a class without images.
+            ValueError: the classes of two folders differ.
+        """
+        evaluation = create_transform(**self.preprocessing)
+        if stage in (None, "fit") and self.train_set is None:
+            augmenting = create_transform(**self.preprocessing, **self.augmentation, is_training=True)
+            self.train_set = self._open("train", augmenting)
+        if stage in (None, "fit", "validate") and self.val_set is None:
+            self.val_set = self._open("val", evaluation)
+        if stage in (None, "test", "predict") and self.test_set is None:
+            self.test_set = self._open("test" if "test" in self.folders else "val", evaluation)
+
+    def _open(self, argument: str, transform: Any) -> ImageFolder:
+        dataset = ImageFolder(self._folder(argument), transform)
+        ours, theirs = set(self.classes), set(dataset.classes)
+        if ours != theirs:
+            raise ValueError(
+                f"`{argument}` (={self.folders[argument]!r}) must have the class folders of `train`: "
+                f"it lacks {sorted(ours - theirs)[:5]} and adds {sorted(theirs - ours)[:5]}"
+            )
+        return dataset
+
+    def _folder(self, argument: str) -> Path:
+        folder = (self.root / self.folders[argument]).absolute()
+        if not folder.is_dir() or not any(entry.is_dir() for entry in folder.iterdir()):
+            raise FileNotFoundError(
+                f"`{argument}` (={self.folders[argument]!r}): {folder} "
+                f"{'has no class folders' if folder.is_dir() else 'does not exist'}; expected {folder}/CLASS/*.jpg"
+            )
+        return folder
+
+
+def _published(model: str) -> dict[str, Any]:
+    """How the authors of ``model`` prepared their images, as timm records it."""
+    config = None
+    with suppress(RuntimeError):  # which timm raises for a wrong tag, while a wrong name gives None
+        config = timm.get_pretrained_cfg(model)
+    if config is None:
+        raise ValueError(f"`transforms_of` (={model!r}) must be one of timm.list_models(pretrained=True)")
+    return asdict(config)

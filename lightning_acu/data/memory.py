@@ -1,0 +1,67 @@
+"""Images that fit in memory: a dataset over tensors, and the transforms that small images need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+from torchvision.transforms import v2
+
+__all__ = ["TensorImages", "image_transform", "subset"]
+
+
+class TensorImages(Dataset[tuple[Tensor, int]]):
+    """Images and labels held as tensors, an image being transformed each time it is read.
+
+    Args:
+        images: (N, C, H, W), uint8 or float32.
+        labels: (N,), int64.
+        transform: takes and gives one image (C, H, W).
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, transform: Callable[[Tensor], Tensor]) -> None:
+        self.images = images
+        self.labels = labels
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(self.images[index]), int(self.labels[index])
+
+
+def subset(images: TensorImages, indices: Tensor) -> Subset[tuple[Tensor, int]]:
+    """Those images whose ``indices`` (M,) are given, in their order; nothing is copied."""
+    return Subset(images, indices.tolist())
+
+
+def image_transform(
+    size: tuple[int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    crop_padding: int = 0,
+    flip: bool = False,
+) -> Callable[[Tensor], Tensor]:
+    """The usual transform of small images: shifted and mirrored at random if asked for, then normalised.
+
+    Args:
+        size: (height, width) of the images, in pixels.
+        mean: (C,), of images in [0, 1].
+        std: (C,), of images in [0, 1].
+        crop_padding: pixels of zeros around the image before a crop of its own size is taken at random.
+        flip: mirror left and right with probability 1/2.
+
+    Returns:
+        A function from one image (C, H, W), uint8 (scaled to [0, 1]) or float32 (taken as it is), to float32.
+    """
+    steps: list[Callable[[Tensor], Tensor]] = []
+    if crop_padding:
+        steps.append(v2.RandomCrop(size, padding=crop_padding))
+    if flip:
+        steps.append(v2.RandomHorizontalFlip())
+    steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
+    transform: Callable[[Tensor], Tensor] = v2.Compose(steps)
+    return transform

@@ -1,0 +1,118 @@
+"""Where and how the gradients of positions are changed."""
+
+import pytest
+import torch
+from tiny import TinyModule, fit, loader
+
+from lightning_acu import ACUConv2d
+from lightning_acu.callbacks import PositionLRSchedule
+from lightning_acu.callbacks._gradients import GradientGate, unit_gradients
+
+
+@pytest.mark.parametrize(
+    ("gradient", "expected"),
+    [
+        ((3.0, 4.0), (0.6, 0.8)),
+        ((-2.0, 0.0), (-1.0, 0.0)),
+        ((0.0, 0.0), (0.0, 0.0)),
+        ((3e-30, 4e-30), (0.6, 0.8)),  # squares of these underflow in float32
+        ((3e30, -4e30), (0.6, -0.8)),  # and of these overflow
+    ],
+)
+def test_unit_gradients(gradient, expected):
+    layer = ACUConv2d(1, 1, 3)
+    full = torch.ones(18)
+    full[6:8] = torch.tensor(gradient)
+    result = unit_gradients(layer, full).view(9, 2)
+    torch.testing.assert_close(result[3], torch.tensor(expected))
+    torch.testing.assert_close(result[0], torch.full((2,), 0.5**0.5))
+
+
+def run(tmp_path, module, *, schedule=True, transform=None, **arguments):
+    torch.manual_seed(0)
+    module = module()
+    seen = []
+
+    class Seen(PositionLRSchedule):
+        def on_before_zero_grad(self, trainer, pl_module, optimizer):
+            seen.append([None if layer.offsets.grad is None else layer.offsets.grad.clone() for layer in layers])
+
+    layers = (module.net[0], module.net[2])
+    callbacks = [Seen(1.0, warmup_steps=0)] if schedule else []
+    fit(module, callbacks, tmp_path, max_epochs=1, **arguments)
+    return module, seen
+
+
+@pytest.mark.parametrize("clip", [None, 1e-3])
+def test_every_tap_has_a_unit_gradient_at_the_step_even_under_clipping(tmp_path, clip):
+    _, seen = run(tmp_path, TinyModule, gradient_clip_val=clip)
+    for gradients in seen[1:]:
+        for gradient in gradients:
+            length = gradient.view(9, 2).norm(dim=-1)
+            torch.testing.assert_close(length, torch.tensor([1.0] * 4 + [0.0] + [1.0] * 4))
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_weights_are_clipped_as_if_there_were_no_offsets(tmp_path, algorithm):
+    """With positions kept still, weights train exactly as in the plain network."""
+    arguments = {"gradient_clip_val": 1e-2, "gradient_clip_algorithm": algorithm}
+    torch.manual_seed(0)
+    plain = TinyModule(convert=False)
+    fit(plain, [], tmp_path, **arguments)
+    torch.manual_seed(0)
+    active = TinyModule()
+    fit(active, [PositionLRSchedule(multiplier=0, warmup_steps=0)], tmp_path, **arguments)
+    torch.testing.assert_close(active.weights, plain.weights, rtol=0, atol=1e-7)
+
+
+def test_normalised_once_after_accumulation(tmp_path):
+    """Four small batches are one large one, also for the normalised gradient (float64: rounding would drift)."""
+    results = []
+    for size, accumulate in ((2, 4), (8, 1)):
+        torch.manual_seed(0)
+        module = TinyModule().double()
+        data = loader(size, 24 // size, torch.float64)
+        fit(
+            module,
+            [PositionLRSchedule(0.5, 0)],
+            tmp_path,
+            data,
+            accumulate_grad_batches=accumulate,
+            precision="64-true",
+        )
+        results.append((module.offsets, module.weights))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+    assert results[0][0].abs().max() > 0.1
+
+
+def test_the_gate_goes_with_its_last_transform():
+    module = TinyModule()
+
+    def keep(layer, grad):
+        return grad
+
+    def drop(layer, grad):
+        return None
+
+    GradientGate.add(module, keep)
+    GradientGate.add(module, drop)
+    assert GradientGate.of(module).transforms == [keep, drop]
+    GradientGate.remove(module, keep)
+    GradientGate.remove(module, keep)
+    GradientGate.remove(module, drop)
+    assert GradientGate.of(module) is None
+    assert "configure_gradient_clipping" not in vars(module)
+
+
+def test_a_clipping_hook_of_the_users_own_still_runs(tmp_path):
+    calls = []
+
+    class Own(TinyModule):
+        def configure_gradient_clipping(self, optimizer, gradient_clip_val, gradient_clip_algorithm):
+            calls.append(gradient_clip_val)
+            assert self.net[0].offsets.grad is None  # positions are set aside meanwhile
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    run(tmp_path, Own, gradient_clip_val=0.5)
+    assert calls == [0.5] * 6

@@ -1,0 +1,158 @@
+"""RoundThenFinetune under a Trainer: the moment, the freeze, what is kept, resume, errors."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from tiny import ManualModule, Spy, TinyModule, fit
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_acu.callbacks import PositionLRSchedule, RoundThenFinetune
+
+
+def schedule():
+    return PositionLRSchedule(3.0, warmup_steps=1)
+
+
+@pytest.mark.parametrize("module", [TinyModule, ManualModule])
+@pytest.mark.parametrize("rounding_first", [False, True])
+@pytest.mark.parametrize(("when", "step"), [({"at_step": 5}, 5), ({"at_epoch": 1}, 6), ({"at_fraction": 0.7}, 9)])
+def test_rounds_once_and_freezes_for_good(tmp_path, module, rounding_first, when, step):
+    spy, rounding = Spy(), RoundThenFinetune(**when)
+    callbacks = [rounding, schedule()] if rounding_first else [schedule(), rounding]
+    model = module(optimizer=lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.5))
+    fit(model, [*callbacks, spy], tmp_path)
+    assert rounding.rounded_at == step
+    before, after = spy.offsets[step - 1], spy.offsets[step]  # the spy looks after rounding at the step itself
+    assert not torch.equal(before, before.round())
+    assert torch.equal(after, after.round())
+    assert after.abs().max() >= 1
+    assert all(torch.equal(offsets, after) for offsets in [*spy.offsets[step:], model.offsets])
+    assert not torch.equal(spy.weights[step], spy.weights[-1])  # the weights go on
+
+
+def test_works_without_a_position_schedule(tmp_path):
+    model, rounding = TinyModule(), RoundThenFinetune(at_step=3)
+    fit(model, [rounding], tmp_path)
+    assert torch.equal(model.offsets, model.offsets.round())
+
+
+def test_keeps_the_model_before_and_after_and_the_picture(tmp_path):
+    model, rounding = TinyModule(), RoundThenFinetune(at_step=9)
+    fit(model, [schedule(), rounding], tmp_path)
+    assert set(rounding.checkpoints) == {"before_rounding", "rounded"}
+    states = [torch.load(path, weights_only=True)["state_dict"] for path in rounding.checkpoints.values()]
+    before, after = (torch.cat([state["net.0.offsets"], state["net.2.offsets"]]) for state in states)
+    assert torch.equal(before.round(), after)
+    assert not torch.equal(before, after)
+    assert torch.equal(states[0]["net.0.weight"], states[1]["net.0.weight"])
+    assert (tmp_path / "shapes_before_rounding.png").stat().st_size > 5000
+    taps = before.view(2, 9, 2)[:, [0, 1, 2, 3, 5, 6, 7, 8]].norm(dim=-1)
+    assert rounding.learned["net.0"].mean_displacement == pytest.approx(taps[0].mean().item(), rel=1e-5)
+
+
+def test_the_optimizer_forgets_the_momentum_of_positions_only(tmp_path):
+    seen = {}
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 5:
+                state = trainer.optimizers[0].state
+                seen["offsets"] = pl_module.net[0].offsets in state
+                seen["weight"] = pl_module.net[0].weight in state
+
+    fit(TinyModule(), [schedule(), RoundThenFinetune(at_step=5), Look()], tmp_path)
+    assert seen == {"offsets": False, "weight": True}
+
+
+@pytest.mark.filterwarnings("ignore:RoundThenFinetune. training ended at step")
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_resume_before_at_and_after_rounding_equals_an_uninterrupted_run(tmp_path, stop):
+    """Rounding is at the start of epoch 2; stopped after 1, 2 or 3 of 4 epochs."""
+
+    def train(epochs, ckpt_path=None):
+        torch.manual_seed(0)
+        model = TinyModule(optimizer=lambda p: torch.optim.Adam(p, lr=0.05))
+        callbacks = [schedule(), RoundThenFinetune(at_epoch=2), StopAfter(epochs)]
+        return model, fit(model, callbacks, tmp_path, ckpt_path=ckpt_path, max_epochs=4)
+
+    whole, _ = train(4)
+    _, trainer = train(stop)
+    path = tmp_path / "stopped.ckpt"
+    trainer.save_checkpoint(path)
+    resumed, _ = train(4, path)
+    assert torch.equal(resumed.offsets, whole.offsets)
+    torch.testing.assert_close(resumed.weights, whole.weights, rtol=0, atol=0)
+
+
+class StopAfter(pl.Callback):
+    def __init__(self, epochs):
+        self.epochs = epochs
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.should_stop = trainer.current_epoch + 1 >= self.epochs
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "give exactly one of `at_step`, `at_epoch` and `at_fraction`, got none"),
+        ({"at_step": 3, "at_epoch": 1}, r"exactly one .* got \{'at_step': 3, 'at_epoch': 1\}"),
+        ({"at_step": 0}, r"`at_step` \(=0\) must be 1 or more"),
+        ({"at_fraction": 1.0}, r"`at_fraction` \(=1.0\) must be between 0 and 1"),
+        ({"at_epoch": 1, "collision": "merge"}, r"`collision` \(='merge'\) must be 'report' or 'error'"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        RoundThenFinetune(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("rounding", "callback", "message"),
+    [
+        (RoundThenFinetune(at_step=12), None, r"`at_step` \(=12\) is step 12, but this training has only 12"),
+        (RoundThenFinetune(at_epoch=9), None, r"`at_epoch` \(=9\) is step 54, but this training has only 12"),
+        (RoundThenFinetune(at_step=3), PositionLRSchedule(1, 3), r"is step 3, before the warm-up .*`warmup_steps`=3"),
+    ],
+)
+def test_moments_that_cannot_work_stop_before_training(tmp_path, rounding, callback, message):
+    spy = Spy()
+    with pytest.raises(RuntimeError, match=message):
+        fit(TinyModule(), [rounding, spy] + ([callback] if callback else []), tmp_path)
+    assert not spy.offsets
+
+
+def test_a_fraction_of_an_endless_training(tmp_path):
+    with pytest.raises(RuntimeError, match=r"`at_fraction` \(=0.5\) of a training without end"):
+        fit(TinyModule(), [RoundThenFinetune(at_fraction=0.5)], tmp_path, max_epochs=-1)
+
+
+def test_no_active_convolution(tmp_path):
+    with pytest.raises(RuntimeError, match="RoundThenFinetune: TinyModule has no active convolution"):
+        fit(TinyModule(convert=False), [RoundThenFinetune(at_step=3)], tmp_path)
+
+
+@pytest.mark.parametrize("collision", ["report", "error"])
+def test_taps_that_fell_on_one_pixel(tmp_path, caplog, collision):
+    model = TinyModule()
+    with torch.no_grad():
+        model.net[2].offsets[2:6] = torch.tensor([0.0, 0.8, 0.0, 0.3])  # taps 1 and 2 both to column 2
+    rounding = RoundThenFinetune(at_step=1, collision=collision)
+    still = PositionLRSchedule(multiplier=0, warmup_steps=0)
+    if collision == "error":
+        with pytest.raises(RuntimeError, match=r"taps fell on the pixel of another: 1 in net\.2"):
+            fit(model, [still, rounding], tmp_path)
+    else:
+        with caplog.at_level("INFO"):
+            fit(model, [still, rounding], tmp_path)
+        assert "taps that fell on the pixel of another: 1 in net.2" in caplog.text
+
+
+def test_training_that_ends_early_says_that_nothing_was_rounded(tmp_path):
+    class StopNow(pl.Callback):
+        def on_train_batch_end(self, trainer, *arguments):
+            trainer.should_stop = True
+
+    data = DataLoader(TensorDataset(torch.randn(8, 2, 7, 6), torch.zeros(8, dtype=torch.long)), 2)
+    with pytest.warns(UserWarning, match=r"ended at step 1, before `at_step` \(=6\); the positions are not rounded"):
+        fit(TinyModule(), [RoundThenFinetune(at_step=6), StopNow()], tmp_path, data)

@@ -1,0 +1,169 @@
+import hashlib
+import io
+import pickle
+import tarfile
+from http.client import IncompleteRead
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+from torchvision.datasets import CIFAR10, CIFAR100
+
+from lightning_acu.data import CIFARDataModule
+
+PER_FILE = 20
+
+
+def write(source, folder, classes):
+    """Small files in the official layout: rows of 1024 red, 1024 green and 1024 blue pixels."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    key = "labels" if classes == 10 else "fine_labels"
+    for name, _ in source.train_list + source.test_list:
+        count = PER_FILE * (5 if classes == 100 else 1)
+        labels = [i % classes for i in range(count)]
+        data = rng.integers(0, 256, (count, 3, 1024), dtype=np.uint8)
+        # Red tells the class, blue the row.
+        data[:, 0] = np.array(labels, np.uint8)[:, None]
+        data[:, 2] = np.repeat(np.arange(32, dtype=np.uint8), 32)
+        (folder / name).write_bytes(pickle.dumps({"data": data.reshape(count, 3072), key: labels}))
+    meta = {source.meta["key"]: [str(i) for i in range(classes)]}
+    (folder / source.meta["filename"]).write_bytes(pickle.dumps(meta))
+
+
+@pytest.fixture(params=[10, 100])
+def classes(request):
+    return request.param
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch, classes):
+    """A folder with a small CIFAR, whose checksums torchvision is made to leave out."""
+    source = {10: CIFAR10, 100: CIFAR100}[classes]
+    for name in ("train_list", "test_list"):
+        monkeypatch.setattr(source, name, [[file, None] for file, _ in getattr(source, name)])
+    monkeypatch.setattr(source, "meta", source.meta | {"md5": None})
+    write(source, tmp_path / source.base_folder, classes)
+    return tmp_path
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def fail(*_, **__):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", fail)
+    monkeypatch.setattr("torchvision.datasets.utils._get_redirect_url", fail)
+
+
+def ready(root, classes=10, stage=None, **arguments):
+    data = CIFARDataModule(root, classes, **arguments)
+    data.prepare_data()
+    data.setup(stage)
+    return data
+
+
+def test_batches(root, classes, no_network):
+    data = ready(root, classes, val_size=20, batch_size=16, num_workers=0)
+    assert (data.num_classes, data.in_chans, data.image_size) == (classes, 3, (32, 32))
+    for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
+        images, labels = next(iter(loader))
+        assert images.shape == (16, 3, 32, 32)
+        assert (images.dtype, labels.dtype, labels.shape) == (torch.float32, torch.int64, (16,))
+
+
+def test_images_are_normalised_and_keep_their_labels(root, classes):
+    mean, std = {10: (0.4914, 0.2470), 100: (0.5071, 0.2673)}[classes]
+    data = ready(root, classes, val_size=20, augment=False)
+    for dataset in (data.train_set, data.val_set, data.test_set):
+        for image, label in dataset:
+            torch.testing.assert_close(image[0], torch.full((32, 32), (label / 255 - mean) / std))
+            assert (image[2].diff(dim=0) > 0).all()
+            assert (image[2].diff(dim=1) == 0).all()
+
+
+def test_split(root, classes):
+    data = ready(root, classes, val_size=0.5, download=False)
+    train, val = data.train_set, data.val_set
+    assert sorted([*train.indices, *val.indices]) == list(range(100))
+    if classes == 10:
+        assert val.dataset.labels[val.indices].bincount().tolist() == [5] * 10
+    assert ready(root, classes, val_size=50).val_set.indices == val.indices
+    assert ready(root, classes, val_size=50, seed=1).val_set.indices != val.indices
+    assert len(ready(root, classes, val_size=0).train_set) == 100
+
+
+def test_augmentation_is_for_training_only(root, classes):
+    data, plain = ready(root, classes, val_size=20), ready(root, classes, val_size=20, augment=False)
+    assert not torch.equal(data.train_set[0][0], data.train_set[0][0])
+    for dataset in (data.val_set, data.test_set, plain.train_set):
+        assert torch.equal(dataset[0][0], dataset[0][0])
+    # Where the centre of a view is found in the original (green is noise), and in its mirror image: shifts of up to 4.
+    original = plain.train_set[0][0][1]
+    torch.manual_seed(0)
+    views = [data.train_set[0][0][1, 12:20, 12:20] for _ in range(100)]
+    for candidate in (original, original.flip(1)):
+        windows = candidate.unfold(0, 8, 1).unfold(1, 8, 1)
+        found = torch.cat([(windows == view).all(2).all(2).nonzero() for view in views])
+        assert 30 < len(found) < 70
+        assert {row for row, _ in found.tolist()} == {column for _, column in found.tolist()} == set(range(8, 17))
+
+
+def test_each_stage_reads_only_what_it_needs(root, classes):
+    fit, test = ready(root, classes, "fit", val_size=20), ready(root, classes, "test", val_size=20)
+    assert fit.test_set is None
+    assert test.train_set is None
+    train = fit.train_set
+    fit.setup("fit")
+    fit.setup("test")
+    assert fit.train_set is train
+    assert len(fit.test_set) == len(test.test_set)
+
+
+def test_archive_in_the_folder_is_unpacked_without_a_network(tmp_path, monkeypatch, root, classes, no_network):
+    source = {10: CIFAR10, 100: CIFAR100}[classes]
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        archive.add(root / source.base_folder, source.base_folder)
+    place = tmp_path / "elsewhere"
+    place.mkdir()
+    (place / source.filename).write_bytes(packed.getvalue())
+    monkeypatch.setattr(source, "tgz_md5", hashlib.md5(packed.getvalue()).hexdigest())
+    assert len(ready(place, classes, val_size=20).train_set) == 80
+
+
+def test_failed_download_says_what_to_do(tmp_path, no_network, classes):
+    source = {10: CIFAR10, 100: CIFAR100}[classes]
+    with pytest.raises(RuntimeError, match=rf"^could not get {source.__name__} .*no route to host") as error:
+        CIFARDataModule(tmp_path / "here", classes).prepare_data()
+    assert f"Put {source.filename}, from {source.url}, into `root` (='{tmp_path / 'here'}')" in str(error.value)
+
+
+@pytest.mark.parametrize("ending", ["early", "wrong"])
+def test_damaged_download(tmp_path, monkeypatch, ending):
+    def retrieve(url, path):
+        Path(path).write_bytes(b"a part of the archive")
+        if ending == "early":
+            raise IncompleteRead(b"")
+
+    monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", retrieve)
+    monkeypatch.setattr("torchvision.datasets.utils._get_redirect_url", lambda url, **_: url)
+    with pytest.raises(RuntimeError, match=r"^could not get CIFAR10 \(.*\). Put cifar-10-python.tar.gz"):
+        CIFARDataModule(tmp_path).prepare_data()
+
+
+@pytest.mark.parametrize("stage", ["fit", "test"])
+def test_missing_files_without_download(tmp_path, stage):
+    with pytest.raises(
+        FileNotFoundError, match=r"^CIFAR10 is missing or damaged. Put cifar-10-python.tar.gz, from http"
+    ):
+        ready(tmp_path, stage=stage, download=False)
+
+
+def test_bad_arguments(root, classes):
+    with pytest.raises(ValueError, match=r"^`num_classes` \(=20\) must be 10, for CIFAR-10, or 100, for CIFAR-100$"):
+        CIFARDataModule(root, num_classes=20)
+    with pytest.raises(ValueError, match=r"^`val_size` \(=5000\) must be smaller than the 100 training images$"):
+        ready(root, classes)
