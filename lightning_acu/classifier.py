@@ -70,7 +70,8 @@ class ImageClassifier(pl.LightningModule):
         super().__init__()
         if lr_scheduler_interval not in ("epoch", "step"):
             raise ValueError(f"`lr_scheduler_interval` (={lr_scheduler_interval!r}) must be 'epoch' or 'step'")
-        self.save_hyperparameters()
+        # Not the callables: they may be lambdas, and a restored model that only predicts needs none.
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         self.model = create_model(
             model, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans, **(model_kwargs or {})
         )

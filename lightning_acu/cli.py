@@ -11,8 +11,10 @@ import argparse
 import json
 import shutil
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -25,6 +27,9 @@ from .metrics import model_statistics
 
 __all__ = ["ACULightningCLI", "configs_directory", "main"]
 
+
+#: A mistyped option is an error, not the one it happens to begin.
+_EXACT: dict[str, Any] = {"allow_abbrev": False}
 
 _DISPLACEMENTS = ("mean_displacement", "max_displacement")
 
@@ -134,11 +139,14 @@ def main(args: ArgsType = None) -> None:
     if isinstance(given, list) and given[:1] == ["configs"]:
         _configs(given[1:])
         return
+    # Lightning's own use of torch and jsonargparse, once a loader: nothing that a user could change.
+    warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     ACULightningCLI(
         pl.LightningModule,
         pl.LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
         seed_everything_default=0,
+        parser_kwargs={name: _EXACT for name in ("fit", "validate", "test", "predict")} | _EXACT,
         args=args,
     )

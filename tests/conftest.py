@@ -1,7 +1,12 @@
 """What several test files share."""
 
+import os
+
 import pytest
 import torch
+
+# LightningCLI 2.6 calls what jsonargparse 4.49 deprecates; as errors, these would end up in jsonargparse's own messages.
+os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
+import torch
 from torch import nn
 
 from ..conv import ACUConv2d
@@ -53,6 +54,10 @@ class ConvertConfig:
         if arguments["kernel_sizes"] is None:
             del arguments["kernel_sizes"]
         return convert_to_acu(model, **arguments)
+
+
+# Lightning checkpoints hold the arguments of ImageClassifier: torch.load(..., weights_only=True) may read this one.
+torch.serialization.add_safe_globals([ConvertConfig])
 
 
 def convert_to_acu(

@@ -1,0 +1,179 @@
+"""The console script: LightningCLI, the shipped configurations, the table at the end."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lightning_acu.cli import configs_directory, main
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+SHORT = [*QUIET, "--trainer.accelerator=cpu", "--trainer.max_epochs=4", "--trainer.limit_train_batches=30"]
+
+
+def run(tmp_path, monkeypatch, *arguments):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lightning-acu", *arguments])
+    main()
+
+
+def fit_quickstart(tmp_path, monkeypatch, name="quickstart", *extra):
+    run(tmp_path, monkeypatch, "fit", "--config", str(CONFIGS / f"{name}.yaml"), *SHORT, *extra)
+    return tmp_path / "runs" / name / "version_0"
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    """One short quickstart, for several tests to look at."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return fit_quickstart(tmp_path_factory.mktemp("quickstart"), monkeypatch)
+
+
+def test_quickstart_writes_what_it_says(quickstart):
+    expected = {"shapes.png", "shapes_before_rounding.png", "metrics.csv", "summary.json", "config.yaml"}
+    expected |= {"before_rounding.ckpt", "rounded.ckpt", "final.ckpt"}
+    assert expected <= {path.name for path in quickstart.iterdir()}
+    summary = json.loads((quickstart / "summary.json").read_text())
+    assert list(summary["test"]) == ["before rounding", "after rounding", "after fine-tuning"]
+    assert all(0 <= metrics["test/accuracy"] <= 1 for metrics in summary["test"].values())
+    assert len(summary["learned"]) == 7
+    assert max(row["mean_displacement"] for row in summary["learned"].values()) > 0.1
+    assert all(row["off_lattice"] == 0 for row in summary["final"].values())
+
+
+def test_quickstart_stages_differ_as_they_should(quickstart):
+    before, rounded, final = (
+        torch.load(quickstart / f"{name}.ckpt", weights_only=False)["state_dict"]
+        for name in ("before_rounding", "rounded", "final")
+    )
+    offsets = [name for name in before if name.endswith("offsets")]
+    assert len(offsets) == 7
+    for name in offsets:
+        assert torch.equal(before[name].round(), rounded[name])
+        assert torch.equal(rounded[name], final[name])
+    assert torch.equal(before["model.conv1.0.weight"], rounded["model.conv1.0.weight"])
+    assert not torch.equal(rounded["model.conv1.0.weight"], final["model.conv1.0.weight"])
+
+
+@pytest.mark.parametrize("command", ["test", "validate", "predict"])
+def test_the_other_commands_take_the_saved_config_and_checkpoint(quickstart, tmp_path, monkeypatch, command):
+    saved = ["--config", str(quickstart / "config.yaml"), "--ckpt_path", str(quickstart / "final.ckpt")]
+    run(tmp_path, monkeypatch, command, *saved, *QUIET)
+
+
+def test_baseline_differs_from_the_quickstart_only_where_it_says():
+    quickstart, baseline = (
+        yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) for name in ("quickstart", "quickstart_baseline")
+    )
+    assert baseline["model"]["init_args"].pop("convert") is None
+    assert quickstart["model"]["init_args"].pop("convert")
+    assert quickstart["trainer"].pop("callbacks")
+    assert "callbacks" not in baseline["trainer"]
+    for config in (quickstart, baseline):
+        del config["trainer"]["logger"]["init_args"]["name"]
+    assert quickstart == baseline
+
+
+def test_baseline_runs_and_shows_one_row(tmp_path, monkeypatch, capsys):
+    directory = fit_quickstart(tmp_path, monkeypatch, "quickstart_baseline", "--trainer.limit_train_batches=2")
+    assert list(json.loads((directory / "summary.json").read_text())["test"]) == ["final"]
+    assert "on the test images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_key_of_every_config_has_a_comment_or_a_documented_twin(path):
+    lines = path.read_text().splitlines()
+    assert lines[0].startswith("# ")
+    assert len(lines[0]) < 130
+    assert any(line.strip().startswith("# ") for line in lines[1:])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.init_args.models=resnet18"], "models"),
+        (["--model.init_args.convert.kernel=3"], "kernel"),
+        (["--model.class_path=lightning_acu.NoSuchThing"], "NoSuchThing"),
+        (["--trainer.max_epoch=3"], "trainer.max_epoch"),
+        (["--data.init_args.batch_sizes=3"], "batch_sizes"),
+        (["--model.init_args.model=resnet_18"], "did you mean 'resnet18'"),
+    ],
+)
+def test_a_wrong_key_or_value_is_named(tmp_path, monkeypatch, capsys, arguments, message):
+    with pytest.raises((SystemExit, ValueError)) as caught:
+        fit_quickstart(tmp_path, monkeypatch, "quickstart", *arguments)
+    text = capsys.readouterr().err + str(caught.value)
+    assert message in text
+    assert not (tmp_path / "runs").exists()
+
+
+def test_callbacks_can_be_added_by_dotted_path(tmp_path, monkeypatch):
+    extra = [
+        "--trainer.callbacks+=lightning_acu.callbacks.OffsetLogger",
+        "--trainer.callbacks.every_n_steps=7",
+        "--trainer.max_steps=3",
+        "--trainer.callbacks+=lightning.pytorch.callbacks.LearningRateMonitor",
+    ]
+    monkeypatch.setattr(LightningArgumentParser, "instantiate_classes", _stop_after(found := []))
+    with pytest.raises(StopIteration):
+        fit_quickstart(tmp_path, monkeypatch, "quickstart", *extra)
+    names = [callback.class_path.rsplit(".", 1)[1] for callback in found[0].fit.trainer.callbacks]
+    assert names == ["PositionLRSchedule", "RoundThenFinetune", "OffsetLogger", "OffsetLogger", "LearningRateMonitor"]
+    assert found[0].fit.trainer.callbacks[3].init_args.every_n_steps == 7
+
+
+def _stop_after(found):
+    def instantiate(self, config):
+        found.append(config)
+        raise StopIteration
+
+    return instantiate
+
+
+def test_configs_lists_and_copies(tmp_path, monkeypatch, capsys):
+    run(tmp_path, monkeypatch, "configs")
+    listed = capsys.readouterr().out
+    assert "quickstart.yaml" in listed
+    assert "quickstart_baseline.yaml" in listed
+    run(tmp_path, monkeypatch, "configs", "quickstart", "--to", "here")
+    assert (tmp_path / "here" / "quickstart.yaml").read_bytes() == (CONFIGS / "quickstart.yaml").read_bytes()
+
+
+def test_configs_errors(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run(tmp_path, monkeypatch, "configs", "nothing")
+    assert "no configuration is called 'nothing'; there are quickstart.yaml" in capsys.readouterr().err
+    run(tmp_path, monkeypatch, "configs", "quickstart")
+    with pytest.raises(SystemExit):
+        run(tmp_path, monkeypatch, "configs", "quickstart")
+    assert "quickstart.yaml exists already" in capsys.readouterr().err
+
+
+def test_configs_are_found_inside_an_installed_package(tmp_path, monkeypatch):
+    assert configs_directory() == CONFIGS
+    package = tmp_path / "lightning_acu"
+    shutil.copytree(CONFIGS, package / "configs")
+    monkeypatch.setattr("lightning_acu.cli.__file__", str(package / "cli.py"))
+    assert configs_directory() == package / "configs"
+
+
+def test_the_wheel_holds_the_configs_and_the_type_marker(tmp_path):
+    root = CONFIGS.parent
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns(".git", ".venv", "build", "*.egg-info", "__pycache__", "runs", ".*_cache")
+    shutil.copytree(root, source, ignore=ignored)
+    code = "from setuptools import build_meta; import sys; build_meta.build_wheel(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=source, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = shutil.unpack_archive(wheel, tmp_path / "unpacked", "zip") or {
+        path.relative_to(tmp_path / "unpacked").as_posix() for path in (tmp_path / "unpacked").rglob("*")
+    }
+    assert {"lightning_acu/configs/quickstart.yaml", "lightning_acu/py.typed", "lightning_acu/ops/dense.py"} <= names
+    assert not any(name.startswith(("tests", "configs")) for name in names)
