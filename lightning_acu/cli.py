@@ -147,6 +147,6 @@ def main(args: ArgsType = None) -> None:
         subclass_mode_model=True,
         subclass_mode_data=True,
         seed_everything_default=0,
-        parser_kwargs={name: _EXACT for name in ("fit", "validate", "test", "predict")} | _EXACT,
+        parser_kwargs=dict.fromkeys(("fit", "validate", "test", "predict"), _EXACT) | _EXACT,
         args=args,
     )

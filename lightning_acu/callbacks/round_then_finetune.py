@@ -73,7 +73,7 @@ class RoundThenFinetune(pl.Callback):
         self.learned: dict[str, LayerStatistics] = {}
         #: Where the model just before and just after rounding was saved.
         self.checkpoints: dict[str, str] = {}
-        self._step = math.inf
+        self._step: int | None = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stand between the gradients and the optimizers; a no-op until rounding."""
@@ -85,20 +85,10 @@ class RoundThenFinetune(pl.Callback):
         if self.rounded_at is not None:
             return
         steps = trainer.estimated_stepping_batches
-        if self.at_step is not None:
-            self._step = self.at_step
-        elif self.at_epoch is not None:
-            per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-            self._step = self.at_epoch * per_epoch
-        elif math.isinf(steps):
-            raise RuntimeError(
-                f"RoundThenFinetune: `at_fraction` (={self.at_fraction}) of a training without end is no step; "
-                "set the trainer's max_steps or max_epochs, or give `at_step`"
-            )
-        else:
-            assert self.at_fraction is not None
-            self._step = math.ceil(self.at_fraction * steps)
-        if self._step >= steps and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        self._step = self._find_step(trainer, steps)
+        if self._step is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if self._step >= steps:
             raise RuntimeError(
                 f"RoundThenFinetune: {self._moment()} is step {self._step}, but this training has only {steps}"
             )
@@ -112,8 +102,12 @@ class RoundThenFinetune(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Round when the step has come."""
-        if self.rounded_at is None and trainer.global_step >= self._step:
+        """Round when the moment has come."""
+        if self.at_epoch is not None:
+            due = trainer.current_epoch >= self.at_epoch
+        else:
+            due = self._step is not None and trainer.global_step >= self._step
+        if due and self.rounded_at is None:
             self._round(trainer, pl_module)
 
     def on_before_optimizer_step(
@@ -144,6 +138,21 @@ class RoundThenFinetune(pl.Callback):
         self.rounded_at = state_dict["rounded_at"]
         self.learned = {name: LayerStatistics(**row) for name, row in state_dict["learned"].items()}
         self.checkpoints = dict(state_dict["checkpoints"])
+
+    def _find_step(self, trainer: pl.Trainer, steps: float) -> int | None:
+        """The optimizer step before which to round; None where epochs have no known length."""
+        if self.at_step is not None:
+            return self.at_step
+        if self.at_epoch is not None:
+            batches = trainer.num_training_batches
+            return None if math.isinf(batches) else self.at_epoch * math.ceil(batches / trainer.accumulate_grad_batches)
+        assert self.at_fraction is not None
+        if math.isinf(steps):
+            raise RuntimeError(
+                f"RoundThenFinetune: `at_fraction` (={self.at_fraction}) of a training without end is no step; "
+                "set the trainer's max_steps or max_epochs, or give `at_step`"
+            )
+        return math.ceil(self.at_fraction * steps)
 
     def _round(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         layers = require_layers(self, pl_module)

@@ -29,7 +29,7 @@ class ConvertConfig:
     """The arguments of :func:`convert_to_acu`, for configuration files.
 
     Args:
-        kernel_sizes: sizes to convert; 3 stands for 3x3.
+        kernel_sizes: sizes to convert; 3 stands for 3x3, [1, 7] for 1x7. None: 3 and 5.
         target_modules: only modules whose name matches: one regular expression (in full), or a list of name endings.
         exclude_modules: not those modules, given in the same way.
         depthwise: whether to convert depthwise convolutions.
@@ -39,7 +39,7 @@ class ConvertConfig:
         backend: which backend runs the layers.
     """
 
-    kernel_sizes: list[int] | None = None
+    kernel_sizes: list[int | tuple[int, int]] | None = None
     target_modules: str | list[str] | None = None
     exclude_modules: str | list[str] | None = None
     depthwise: bool = True
