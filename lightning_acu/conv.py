@@ -8,13 +8,14 @@ from typing import Any, Literal, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .folded import FoldedConv2d, fold_conv2d
 from .functional import acu_conv2d
 from .geometry import ConvGeometry, Padding, resolve_padding
 from .ops import check_backend
 
-__all__ = ["ACUConv2d", "acu_layers"]
+__all__ = ["ACUConv2d", "acu_layers", "recomputed_parameter"]
 
 
 class ACUConv2d(nn.Conv2d):
@@ -76,10 +77,12 @@ class ACUConv2d(nn.Conv2d):
 
         Raises:
             TypeError: ``conv`` is not exactly an ``nn.Conv2d``: a subclass may compute something else.
+            ValueError: its weight or bias is recomputed from other parameters, or an argument does not fit.
         """
+        _check_plain(conv)
+        _check_own_parameters(conv)
         new = cls.__new__(cls)
         nn.Module.__init__(new)
-        _check_plain(conv)
         new.__dict__.update({k: v for k, v in conv.__dict__.items() if k in _CONFIGURATION})
         new.weight, new.bias = conv.weight, conv.bias
         new.train(conv.training)
@@ -88,16 +91,31 @@ class ACUConv2d(nn.Conv2d):
 
     @classmethod
     def adopt(
-        cls, conv: nn.Conv2d, *, position_groups: int = 1, fixed_centre: bool = True, backend: str = "auto"
+        cls,
+        conv: nn.Conv2d,
+        *,
+        position_groups: int = 1,
+        fixed_centre: bool = True,
+        backend: str = "auto",
+        exact: bool = True,
     ) -> Self:
         """Turn ``conv`` itself into an active convolution, by changing its class.
 
         The object and its parameters keep their identity, and with it optimizers, hooks and shared references.
 
+        Args:
+            conv: the layer to change.
+            position_groups, fixed_centre, backend: as in the class.
+            exact: refuse subclasses of ``nn.Conv2d``; False for one whose ``forward`` is known to do what
+                ``nn.Conv2d``'s does.
+
         Raises:
             TypeError: ``conv`` is not exactly an ``nn.Conv2d``.
+            ValueError: its weight or bias is recomputed from other parameters, or an argument does not fit.
         """
-        _check_plain(conv)
+        if exact:
+            _check_plain(conv)
+        _check_own_parameters(conv)
         _check_configuration(conv.out_channels, position_groups, backend)
         conv.__class__ = cls
         assert isinstance(conv, cls)
@@ -163,6 +181,14 @@ class ACUConv2d(nn.Conv2d):
         size = position_groups * self.geometry.taps * 2
         self.offsets = nn.Parameter(torch.zeros(size, dtype=dtype, device=self.weight.device))
 
+    def reset_parameters(self) -> None:
+        """``nn.Conv2d``'s initialisation, and the taps back to where they start."""
+        super().reset_parameters()
+        if "offsets" in self._parameters:  # nn.Conv2d calls this before there are any
+            start = self.offsets.new_zeros(1, 2) if self.start is None else self.offsets.new_tensor(self.start)
+            with torch.no_grad():
+                self.offsets.view(self.position_groups, -1, 2).copy_(start)
+
     @property
     def geometry(self) -> ConvGeometry:
         """The geometry that the operator sees (for other padding modes: after the padding)."""
@@ -211,7 +237,12 @@ class ACUConv2d(nn.Conv2d):
 
         One ``nn.Conv2d`` where the taps lie close together (the original kernel size and dilation where they are on
         such a grid), else a :class:`~lightning_acu.folded.FoldedConv2d`, a sum of small ones.
+
+        Raises:
+            ValueError: ``offsets`` are not finite, or a hook recomputes the weight (old weight norm, pruning).
         """
+        if not parametrize.is_parametrized(self):  # then self.weight is computed when it is read
+            _check_own_parameters(self)
         border = () if self.padding_mode == "zeros" else tuple(self._reversed_padding_repeated_twice)
         folded = fold_conv2d(
             self.weight, self.active_offsets().detach(), self.bias, self.geometry, border, self.padding_mode
@@ -265,6 +296,22 @@ def _check_plain(conv: nn.Module) -> None:
     if type(conv) is not nn.Conv2d:
         raise TypeError(
             f"`conv` (={type(conv).__name__}) must be exactly an nn.Conv2d: a subclass may compute otherwise"
+        )
+
+
+def recomputed_parameter(conv: nn.Module) -> str | None:
+    """The one of "weight" and "bias" that is no parameter of the layer's own but computed from others, if any.
+
+    Weight norm, spectral norm and pruning do that, in hooks or by parametrization.
+    """
+    return next((name for name in ("weight", "bias") if name not in conv._parameters), None)
+
+
+def _check_own_parameters(conv: nn.Module) -> None:
+    if (name := recomputed_parameter(conv)) is not None:
+        raise ValueError(
+            f"the {name} of this {type(conv).__name__} is recomputed from other parameters "
+            "(weight norm, spectral norm or pruning); remove that first"
         )
 
 

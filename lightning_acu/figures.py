@@ -64,7 +64,7 @@ def _draw(axes: Axes, name: str, layer: ACUConv2d, reach: float) -> None:
     fixed = (~layer.movable).cpu()
 
     limit = math.ceil(reach)
-    for line in range(-limit, limit + 1):
+    for line in range(-limit, limit + 1, 1 + limit // 50):  # no more lines than a panel can show
         axes.axhline(line, color="#e4e7eb", linewidth=0.7, zorder=0)
         axes.axvline(line, color="#e4e7eb", linewidth=0.7, zorder=0)
     axes.scatter(start[:, 1], start[:, 0], s=26, facecolors="none", edgecolors=_START, linewidths=0.9, zorder=1)

@@ -82,7 +82,8 @@ def fold_conv2d(
     sides: list[tuple[int, int, int, int]] = []
     for window, kernel in zip(plan.windows, kernels, strict=True):
         top, left, bottom, right = window.padding(geometry)
-        own = len(plan.windows) == 1 and not border  # then both sides are alike: the convolution pads by itself
+        # The convolution pads by itself where it can.
+        own = len(plan.windows) == 1 and not border and top == bottom >= 0 and left == right >= 0
         conv = nn.Conv2d(
             geometry.groups * weight.shape[1],
             len(weight),

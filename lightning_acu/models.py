@@ -66,12 +66,18 @@ def _torchvision_model(
     kwargs = {"weights": None, "num_classes": num_classes} | kwargs
     if "weights_backbone" in torchvision.models.get_model_builder(name).__annotations__:
         kwargs.setdefault("weights_backbone", None)  # segmentation models would download one
+    if name in ("inception_v3", "googlenet"):  # as torchvision's own loading of weights does
+        kwargs.setdefault("init_weights", not pretrained)
+        if pretrained:
+            kwargs.setdefault("transform_input", True)
     model: nn.Module = torchvision.models.get_model(name, **kwargs)
     state: dict[str, torch.Tensor] = {}
     if pretrained:
         state = torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(progress=True, check_hash=True)
-    first_name, first = next((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d))
-    if in_chans != first.in_channels:
+    first_name, first = next(((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d)), ("", None))
+    if in_chans != (3 if first is None else first.in_channels):
+        if first is None:
+            raise ValueError(f"`in_chans` (={in_chans}): {name} has no 2-D convolution that could take them")
         if first.groups != 1:
             raise ValueError(f"`in_chans` (={in_chans}): the first convolution of {name} is grouped and cannot change")
         _change_input(first, in_chans)

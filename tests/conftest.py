@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-# LightningCLI 2.6 calls what jsonargparse 4.49 deprecates; as errors, these would end up in jsonargparse's own messages.
+# LightningCLI 2.6 calls what jsonargparse 4.49 deprecates; as errors, these would end up in its own error messages.
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 
 

@@ -53,7 +53,7 @@ def drawn(axes, colour):
 
 def test_taps_are_drawn_where_they_are_with_rows_downwards():
     layer = ACUConv2d(1, 1, 3)
-    layer.offsets.data.copy_(torch.arange(18.0) / 20)
+    layer.offsets.data.copy_(torch.arange(18.0) / 32)
     [axes] = plot_shapes(layer).axes
     moved = layer.positions[0][layer.movable].double()
     torch.testing.assert_close(drawn(axes, "#c8102e"), moved)

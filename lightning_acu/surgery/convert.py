@@ -12,6 +12,7 @@ from torch import nn
 
 from ..conv import ACUConv2d
 from ..ops import check_backend
+from .guards import guard_merging
 from .rules import find_rule, is_conv2d, why_not_convertible
 
 __all__ = ["ConvertConfig", "NoEffectWarning", "convert_to_acu"]
@@ -108,12 +109,12 @@ def convert_to_acu(
     sizes = {_size(size) for size in kernel_sizes}
     targeted, excluded = _matcher("target_modules", target_modules), _matcher("exclude_modules", exclude_modules)
 
-    def why_not(module: nn.Module, name: str) -> str | None:
-        if target_modules is not None and not targeted(name):
+    def why_not(module: nn.Module, names: list[str]) -> str | None:
+        if target_modules is not None and not any(map(targeted, names)):
             return f"not among target_modules={target_modules!r}"
-        if excluded(name):
+        if any(map(excluded, names)):
             return f"matches exclude_modules={exclude_modules!r}"
-        if filter_fn is not None and not filter_fn(module, name):
+        if filter_fn is not None and not filter_fn(module, names[0]):
             return "filter_fn said no"
         size = tuple(module.kernel_size)  # type: ignore[arg-type]
         if size not in sizes:
@@ -125,23 +126,28 @@ def convert_to_acu(
             return "grouped=False"
         return why_not_convertible(module)
 
-    convs = [(n, m) for n, m in model.named_modules() if is_conv2d(m) and not isinstance(m, ACUConv2d)]
-    reasons = {name: why_not(module, name) for name, module in convs}
-    chosen = [(name, module) for name, module in convs if reasons[name] is None]
-    for name, module in chosen:  # all checked before the first is changed
+    names: dict[nn.Module, list[str]] = {}  # a shared module has several
+    for name, module in model.named_modules(remove_duplicate=False):
+        if is_conv2d(module) and not isinstance(module, ACUConv2d):
+            names.setdefault(module, []).append(name)
+    reasons = {module: why_not(module, aliases) for module, aliases in names.items()}
+    chosen = [module for module, reason in reasons.items() if reason is None]
+    for module in chosen:  # all checked before the first is changed
         if position_groups < 1 or module.out_channels % position_groups:  # type: ignore[operator]
             raise ValueError(
-                f"`position_groups` (={position_groups}) must divide the output channels of {name or 'the model'} "
+                f"`position_groups` (={position_groups}) must divide the output channels of "
+                f"{names[module][0] or 'the model'} "
                 f"(={module.out_channels}); exclude it or choose another number"
             )
-    for name, module in convs:
-        if reasons[name] is not None:
-            setattr(module, SKIP_REASON, reasons[name])
-    for _, module in chosen:
+    for module, reason in reasons.items():
+        if reason is not None and why_not_convertible(module) is None:  # what a rule says can be asked again
+            setattr(module, SKIP_REASON, reason)
+    for module in chosen:
         rule = find_rule(module)
         assert rule is not None
         vars(module).pop(SKIP_REASON, None)  # of an earlier, narrower conversion
         rule.convert(module, position_groups=position_groups, fixed_centre=fixed_centre, backend=backend)
+    guard_merging(model)
     if not chosen and not any(isinstance(module, ACUConv2d) for module in model.modules()):
         why = "; ".join(sorted({reason for reason in reasons.values() if reason})) or "it has no 2-D convolution"
         warnings.warn(

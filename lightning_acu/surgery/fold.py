@@ -6,12 +6,15 @@ from torch import nn
 
 from ..conv import acu_layers
 from .convert import check_model
+from .guards import unguard_merging
 
 __all__ = ["fold_acu", "round_acu"]
 
 #: What nn.Module keeps of hooks; a folded layer goes on with those of the layer it was.
 _HOOKS = tuple(
-    name for name in vars(nn.Module()) if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called"))
+    name
+    for name in vars(nn.Module())
+    if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called", "_is_full_backward_hook"))
 )
 
 
@@ -42,6 +45,7 @@ def fold_acu(model: nn.Module) -> nn.Module:
         layer.__class__ = type(folded)  # type: ignore[assignment]
         vars(layer).clear()
         vars(layer).update(state)
+    unguard_merging(model)
     return model
 
 

@@ -6,6 +6,7 @@ import io
 from dataclasses import dataclass
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
@@ -80,7 +81,7 @@ class ACUReport:
                 *("x".join(map(str, pair)) for pair in (row.kernel_size, row.stride, row.dilation)),
                 str(row.groups),
                 f"{row.channels[0]} -> {row.channels[1]}",
-                f"yes, +{row.added}" if row.converted else f"no: {row.reason}",
+                f"yes, +{row.added}" if row.converted else escape(f"no: {row.reason}"),
             )
         return table
 
@@ -107,7 +108,7 @@ def report_acu(model: nn.Module) -> ACUReport:
 def _row(module: nn.Module, names: list[str]) -> ConvRow:
     converted = isinstance(module, ACUConv2d)
     reason = (
-        "" if converted else getattr(module, SKIP_REASON, None) or why_not_convertible(module) or "not converted yet"
+        "" if converted else why_not_convertible(module) or getattr(module, SKIP_REASON, None) or "not converted yet"
     )
 
     def pair(attribute: str) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ another class, write a rule and register it::
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ..conv import ACUConv2d
+from ..conv import ACUConv2d, recomputed_parameter
 
 __all__ = ["Rule", "find_rule", "is_conv2d", "register_rule", "why_not_convertible"]
 
@@ -36,17 +37,21 @@ class Rule:
     convert: Callable[..., Any]
 
 
+#: For subclasses of nn.Conv2d that compute what it does.
+_ADOPT = functools.partial(ACUConv2d.adopt, exact=False)
+
 _RULES: dict[type[nn.Module], Rule] = {}
 
 
 def register_rule(
-    cls: type[nn.Module], convert: Callable[..., Any] = ACUConv2d.adopt
+    cls: type[nn.Module], convert: Callable[..., Any] = _ADOPT
 ) -> Callable[[Callable[[Any], str | None]], Callable[[Any], str | None]]:
     """Decorator: the function says why a module of exactly class ``cls`` cannot be converted, or None if it can.
 
     Args:
         cls: the class, matched exactly.
-        convert: makes the module active in place, as :meth:`ACUConv2d.adopt` does.
+        convert: makes the module active in place, as :meth:`ACUConv2d.adopt` does (the default: for subclasses of
+            ``nn.Conv2d`` that compute what it does).
     """
 
     def decorate(why_not: Callable[[Any], str | None]) -> Callable[[Any], str | None]:
@@ -65,8 +70,11 @@ def is_conv2d(module: nn.Module) -> bool:
     """True for everything that a report should account for as a 2-D convolution, of whatever class."""
     if isinstance(module, nn.Conv2d):
         return True
-    # Such as timm's CondConv2d, which is no nn.Conv2d.
-    return type(module).__name__.endswith("Conv2d") and hasattr(module, "kernel_size")
+    # Such as CondConv2d, which is no nn.Conv2d. (A SeparableConv2d is a block of two, found inside it.)
+    kinds = {"kernel_size": tuple, "in_channels": int, "out_channels": int}
+    return type(module).__name__.endswith("Conv2d") and all(
+        isinstance(getattr(module, name, None), kind) for name, kind in kinds.items()
+    )
 
 
 def why_not_convertible(module: nn.Module) -> str | None:
@@ -82,11 +90,11 @@ def why_not_convertible(module: nn.Module) -> str | None:
 @register_rule(nn.Conv2d)
 def _conv2d(conv: nn.Conv2d) -> str | None:
     """nn.Conv2d: any kernel size, stride, dilation, groups and padding."""
-    weight = conv._parameters.get("weight")
-    if weight is None:  # weight_norm, spectral_norm and pruning of the older kind recompute it from others
+    if (name := recomputed_parameter(conv)) is not None:
         return (
-            "its weight is recomputed from other parameters (weight norm, spectral norm or pruning); remove that first"
+            f"its {name} is recomputed from other parameters (weight norm, spectral norm, pruning); remove that first"
         )
+    weight = conv.weight
     if isinstance(weight, nn.parameter.UninitializedParameter):
         return "its parameters are not initialised yet; run one batch first"
     if not weight.is_floating_point():
