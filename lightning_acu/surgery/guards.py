@@ -22,7 +22,7 @@ _MERGING = ("fuse", "reparameterize", "switch_to_deploy")
 def guard_merging(model: nn.Module) -> None:
     """Let those methods raise, in every module of ``model`` that holds an active convolution."""
     for module in model.modules():
-        names = [name for name in _MERGING if callable(getattr(module, name, None))]
+        names = [name for name in _MERGING if callable(getattr(type(module), name, None))]  # methods, no layers
         if names and any(isinstance(inner, ACUConv2d) for inner in module.modules()):
             # In the instance, over the method of its class; a partial can be copied and pickled with the model.
             vars(module).update({name: functools.partial(_refuse, type(module).__name__, name) for name in names})

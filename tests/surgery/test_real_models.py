@@ -29,6 +29,15 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 models = pytest.mark.parametrize("name", MODELS)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Two threads that wait for each other take ten times as long where something else runs beside them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @functools.cache
 def built(name):
     """Random weights, in which no path is closed: gains are 1 (where they start at 0 or 1e-6), dropout is off."""
@@ -94,6 +103,7 @@ import json, resource, torch
 from lightning_acu import acu_layers, convert_to_acu, create_model, fold_acu
 
 torch.manual_seed(0)
+torch.set_num_threads(1)
 model, x = create_model("torchvision/deeplabv3_resnet50", num_classes=4).eval(), torch.randn(1, 3, 289, 297)
 with torch.no_grad():
     plain = model(x)["out"]
