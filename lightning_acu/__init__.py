@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .classifier import ImageClassifier
     from .conv import ACUConv2d, acu_layers
+    from .figures import plot_shapes
     from .folded import FoldedConv2d
     from .functional import acu_conv2d
+    from .metrics import model_statistics
     from .models import create_model
     from .surgery import ConvertConfig, convert_to_acu, fold_acu, report_acu, round_acu
 
@@ -28,9 +30,15 @@ __all__ = [
     "convert_to_acu",
     "create_model",
     "data",
+    "figures",
     "fold_acu",
+    "functional",
+    "metrics",
+    "model_statistics",
+    "plot_shapes",
     "report_acu",
     "round_acu",
+    "surgery",
 ]
 
 _HOME = {
@@ -38,6 +46,8 @@ _HOME = {
     "acu_layers": "conv",
     "FoldedConv2d": "folded",
     "acu_conv2d": "functional",
+    "plot_shapes": "figures",
+    "model_statistics": "metrics",
     "ConvertConfig": "surgery",
     "convert_to_acu": "surgery",
     "fold_acu": "surgery",
@@ -51,7 +61,7 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(f".{_HOME[name]}", __name__), name)
-    if name in ("callbacks", "data", "functional", "surgery"):
+    if name in ("callbacks", "data", "figures", "functional", "metrics", "surgery"):
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

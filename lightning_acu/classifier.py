@@ -43,7 +43,8 @@ class ImageClassifier(pl.LightningModule):
         pretrained: start from published weights.
         convert: how to turn the convolutions into active ones (see :func:`lightning_acu.convert_to_acu`);
             None leaves the model plain.
-        optimizer: from parameters to an optimizer; in a configuration, ``class_path`` and ``init_args``.
+        optimizer: from parameters to an optimizer; in a configuration, ``class_path`` and ``init_args``. Checkpoints
+            of a module made in Python do not hold it: to train on, give it again to ``load_from_checkpoint``.
         lr_scheduler: from an optimizer to a scheduler, or None.
         lr_scheduler_interval: "epoch" or "step": how often the scheduler steps.
         label_smoothing: share of the target spread over all classes, in training.
@@ -75,6 +76,7 @@ class ImageClassifier(pl.LightningModule):
         self.model = create_model(
             model, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans, **(model_kwargs or {})
         )
+        self.hparams["pretrained"] = False  # a checkpoint brings its weights: restoring it must not download others
         if convert is not None:
             convert.apply(self.model)
         self.optimizer = optimizer
@@ -91,6 +93,19 @@ class ImageClassifier(pl.LightningModule):
         self.train_metrics = collection.clone(prefix="train/")
         self.val_metrics = collection.clone(prefix="val/")
         self.test_metrics = collection.clone(prefix="test/")
+
+    def setup(self, stage: str) -> None:
+        """Compare with what the data module says of its images, where it does.
+
+        Raises:
+            ValueError: the data have more classes than ``num_classes``, or other channels than ``in_chans``.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        classes, channels = (getattr(data, name, None) for name in ("num_classes", "in_chans"))
+        if isinstance(classes, int) and classes > self.hparams["num_classes"]:
+            raise ValueError(f"`num_classes` (={self.hparams['num_classes']}) is too small: the data have {classes}")
+        if isinstance(channels, int) and channels != self.hparams["in_chans"]:
+            raise ValueError(f"`in_chans` (={self.hparams['in_chans']}) does not fit: the images have {channels}")
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, in_chans, H, W) to class scores (N, num_classes)."""

@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from rich.console import Console
 from rich.table import Table
 
 from .callbacks import RoundThenFinetune
+from .callbacks.directory import run_directory
 from .metrics import model_statistics
 
 __all__ = ["ACULightningCLI", "configs_directory", "main"]
@@ -39,7 +41,8 @@ class ACULightningCLI(LightningCLI):
 
     With ``--test_after_fit true``, ``fit`` ends with a test of the final model (and of the model just before and after
     rounding, where a RoundThenFinetune callback kept them), a table on the screen and ``summary.json`` in the log
-    directory. The test images play no part before.
+    directory. The test images play no part before (ImageFolderDataModule without a ``test`` folder has no others than
+    those for validation).
     """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -51,7 +54,7 @@ class ACULightningCLI(LightningCLI):
     def after_fit(self) -> None:
         """Test, if asked to."""
         if self.config["fit"]["test_after_fit"] and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            directory = Path(self.trainer.log_dir or self.trainer.default_root_dir)  # on every rank: it is broadcast
+            directory = run_directory(self.trainer)
             self._summarize(directory, self._test_all(directory))
 
     @property
@@ -66,16 +69,19 @@ class ACULightningCLI(LightningCLI):
         self.trainer.save_checkpoint(final, weights_only=True)
         stages = {"final": final}
         if (rounding := self._rounding) is not None:
-            kept = rounding.checkpoints
-            stages = {"before rounding": kept["before_rounding"], "after rounding": kept["rounded"]}
+            kept = {"before rounding": "before_rounding", "after rounding": "rounded"}
+            stages = {stage: rounding.checkpoints[name] for stage, name in kept.items()}
+            for stage, path in list(stages.items()):
+                if not Path(path).exists():  # of a run that was resumed elsewhere
+                    rank_zero_warn(f"{path} is gone; the table at the end leaves out the model {stage}")
+                    del stages[stage]
             stages["after fine-tuning"] = final  # last, so that this is the model the trainer is left with
         return {stage: self._test(path) for stage, path in stages.items()}
 
     def _test(self, checkpoint: str) -> dict[str, float]:
         # weights_only=False: a file of our own, whose hyperparameters may name classes.
-        (metrics,) = self.trainer.test(
-            self.model, datamodule=self.datamodule, ckpt_path=checkpoint, verbose=False, weights_only=False
-        )
+        self.model.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=False)["state_dict"])
+        (metrics,) = self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
         return {name: float(value) for name, value in metrics.items()}
 
     @rank_zero_only

@@ -84,7 +84,8 @@ class ACUConv2d(nn.Conv2d):
         new = cls.__new__(cls)
         nn.Module.__init__(new)
         new.__dict__.update({k: v for k, v in conv.__dict__.items() if k in _CONFIGURATION})
-        new.weight, new.bias = conv.weight, conv.bias
+        for name in ("weight", "bias"):  # registered also where there is no bias, as in nn.Conv2d
+            new.register_parameter(name, getattr(conv, name))
         new.train(conv.training)
         new._add_offsets(position_groups, fixed_centre, backend)
         return new
@@ -179,7 +180,9 @@ class ACUConv2d(nn.Conv2d):
         self.fixed_tap = self.geometry.taps // 2 if fixed_centre and odd else None
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         size = position_groups * self.geometry.taps * 2
-        self.offsets = nn.Parameter(torch.zeros(size, dtype=dtype, device=self.weight.device))
+        # A frozen convolution stays frozen.
+        offsets = torch.zeros(size, dtype=dtype, device=self.weight.device)
+        self.offsets = nn.Parameter(offsets, requires_grad=self.weight.requires_grad)
 
     def reset_parameters(self) -> None:
         """``nn.Conv2d``'s initialisation, and the taps back to where they start."""

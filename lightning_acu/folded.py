@@ -43,11 +43,11 @@ class FoldedConv2d(nn.Module):
         """(N, C_in, H, W) or (C_in, H, W) to the convolution's output."""
         if self.border:
             input = F.pad(input, self.border, mode=self.padding_mode)
-        parts = [conv(pad_or_crop(input, sides)) for conv, sides in zip(self.convs, self.sides, strict=True)]
-        output: Tensor = parts[0]
-        for part in parts[1:]:
+        first, *others = (conv(pad_or_crop(input, sides)) for conv, sides in zip(self.convs, self.sides, strict=True))
+        output = first.to(torch.promote_types(first.dtype, torch.float32)) if others else first
+        for part in others:
             output = output + part
-        return output
+        return output.to(first.dtype)
 
     def extra_repr(self) -> str:
         """The padding of each summand."""

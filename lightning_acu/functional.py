@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .geometry import ConvGeometry, Padding, resolve_padding
+from .geometry import ConvGeometry, Padding, integers, resolve_padding
 from .ops import acu_conv2d_op, check_backend, reference, without_autocast
 
 __all__ = ["acu_conv2d"]
@@ -56,7 +56,7 @@ def acu_conv2d(
         under autocast), with the H_out and W_out of ``F.conv2d``.
 
     Raises:
-        TypeError: a dtype that cannot be used.
+        TypeError: a dtype that cannot be used, something else than a tensor, or numbers that are not whole.
         ValueError: a shape or number that does not fit, an unknown backend; the message names argument and value.
         RuntimeError: arguments on different devices, or a named backend that cannot run here.
 
@@ -65,7 +65,7 @@ def acu_conv2d(
         (arXiv 1703.09076), section 3, equations 1 to 7.
     """
     check_backend(backend)
-    stride, dilation = _pair("stride", stride, 1), _pair("dilation", dilation, 0)
+    stride, dilation, (groups,) = _pair("stride", stride, 1), _pair("dilation", dilation, 0), integers("groups", groups)
     _check_tensors(input, weight, offsets, bias, groups)
     kernel_size = (weight.shape[2], weight.shape[3])
     geometry = ConvGeometry(
@@ -101,16 +101,18 @@ def _autocast_enabled(device: str) -> bool:
 
 
 def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) == 1:
-        pair = (pair[0], pair[0])
-    if len(pair) != 2 or min(pair) < least:
+    numbers = integers(name, value)
+    if len(numbers) not in (1, 2) or min(numbers) < least:
         raise ValueError(f"`{name}` (={value}) must be an int >= {least} or a pair of them")
-    return int(pair[0]), int(pair[1])
+    return numbers[0], numbers[-1]
 
 
 def _check_tensors(input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, groups: int) -> None:
     """Every demand on shapes, dtypes and devices, each with an error that says what was given."""
+    tensors = {"input": input, "weight": weight, "offsets": offsets} | ({} if bias is None else {"bias": bias})
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"`{name}` must be a tensor, got {type(tensor).__name__}")
     if input.ndim not in (3, 4):
         raise ValueError(f"`input` must be (N, C_in, H, W) or (C_in, H, W), got shape {tuple(input.shape)}")
     if weight.ndim != 4:
@@ -138,7 +140,6 @@ def _check_tensors(input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor 
     if bias is not None and bias.shape != (c_out,):
         raise ValueError(f"`bias` must be ({c_out},), got shape {tuple(bias.shape)}")
 
-    tensors = {"input": input, "weight": weight, "offsets": offsets} | ({} if bias is None else {"bias": bias})
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise TypeError(f"`{name}` must be a floating point tensor, got {tensor.dtype}")

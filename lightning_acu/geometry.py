@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["ConvGeometry", "Padding", "resolve_padding"]
+__all__ = ["ConvGeometry", "Padding", "integers", "resolve_padding"]
 
 #: int, (rows, columns), (left, right, top, bottom) as in ``F.pad``, "same" or "valid".
 Padding = int | Sequence[int] | str
@@ -48,12 +49,21 @@ class ConvGeometry:
         return [(i * dh - top, j * dw - left) for i in range(kh) for j in range(kw)]
 
 
+def integers(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
+    """One int or several, as a tuple; a TypeError that names the argument for anything else."""
+    try:
+        return tuple(map(operator.index, value)) if isinstance(value, Sequence) else (operator.index(value),)
+    except TypeError as error:
+        raise TypeError(f"`{name}` (={value!r}) must be an int or a sequence of ints") from error
+
+
 def resolve_padding(
     padding: Padding, kernel_size: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]
 ) -> tuple[int, int, int, int]:
     """``padding`` as ``F.conv2d`` takes it, or four sides as ``F.pad`` takes them, to (top, left, bottom, right).
 
     Raises:
+        TypeError: neither a word nor ints.
         ValueError: "same" with a stride other than 1, an unknown word, a negative side, or a wrong number of sides.
     """
     if isinstance(padding, str):
@@ -69,7 +79,7 @@ def resolve_padding(
         total = [d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True)]
         top, left = total[0] // 2, total[1] // 2  # the odd pixel goes to the end, as in F.conv2d
         return top, left, total[0] - top, total[1] - left
-    sides = [int(padding)] if isinstance(padding, int) else [int(side) for side in padding]
+    sides = integers("padding", padding)
     if min(sides, default=0) < 0:
         raise ValueError(f"`padding` (={padding}) must not be negative")
     if len(sides) == 1:

@@ -69,7 +69,7 @@ def _torchvision_model(
     if name in ("inception_v3", "googlenet"):  # as torchvision's own loading of weights does
         kwargs.setdefault("init_weights", not pretrained)
         if pretrained:
-            kwargs.setdefault("transform_input", True)
+            kwargs.setdefault("transform_input", in_chans == 3)  # it renormalises the three colours
     model: nn.Module = torchvision.models.get_model(name, **kwargs)
     state: dict[str, torch.Tensor] = {}
     if pretrained:

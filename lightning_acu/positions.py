@@ -119,17 +119,14 @@ def plan_windows(
     used = torch.ones(neighbours.shape[:-1], dtype=torch.bool)
     if not gradient:
         used = ((fraction != 0)[:, :, None, :] | (steps == 0)).all(-1)
-    if input_size is not None:
+    span = _span(neighbours[used], geometry)
+    if input_size is not None and span.area > geometry.taps:  # (the kernel as it was is best left as it was)
         size, stride = torch.tensor(input_size), torch.tensor(geometry.stride)
         reach = (torch.tensor(geometry.output_size(input_size)) - 1) * stride
         used &= ((neighbours < size) & (neighbours + reach >= 0)).all(-1)
-    held = neighbours[used]
-    if not len(held):
-        return Plan((), torch.zeros(used.shape, dtype=torch.long))
-
-    rows, columns = (sorted(set(values)) for values in held.T.tolist())
-    (top, height, row_step), (left, width, column_step) = map(_fit, (rows, columns), geometry.shrinkage)
-    span = Window(top, left, height, width, (row_step, column_step))
+        if not used.any():
+            return Plan((), torch.zeros(used.shape, dtype=torch.long))
+        span = _span(neighbours[used], geometry)
 
     taps = used.any(-1)
     # One number for each cell, so that a set can count them: columns lie in a range of less than 2^22.
@@ -138,9 +135,10 @@ def plan_windows(
     box_height, box_width = (1 + bool((used & (steps[:, axis] == 1)).any()) for axis in (0, 1))
     area = box_height * box_width
     if span.area <= _SPARSE_FACTOR * len(origins) * area:
-        place = (neighbours - torch.tensor((top, left))).div(torch.tensor(span.dilation), rounding_mode="floor")
+        first_cell = torch.tensor((span.top, span.left))
+        place = (neighbours - first_cell).div(torch.tensor(span.dilation), rounding_mode="floor")
         windows: tuple[Window, ...] = (span,)
-        index = (place * torch.tensor((width, 1))).sum(-1)
+        index = (place * torch.tensor((span.width, 1))).sum(-1)
     else:
         first = dict(zip(cells, corner[taps].tolist(), strict=True))
         windows = tuple(Window(first[cell][0], first[cell][1], box_height, box_width) for cell in origins)
@@ -154,6 +152,13 @@ def plan_windows(
 def _constants(geometry: ConvGeometry) -> tuple[Tensor, Tensor]:
     """The regular grid (K, 2) and the steps to the neighbours (4, 2)."""
     return torch.tensor(geometry.grid()), torch.tensor(_NEIGHBOURS)
+
+
+def _span(cells: Tensor, geometry: ConvGeometry) -> Window:
+    """The smallest plain kernel that holds ``cells`` (M, 2)."""
+    rows, columns = (sorted(set(values)) for values in cells.T.tolist())
+    (top, height, row_step), (left, width, column_step) = map(_fit, (rows, columns), geometry.shrinkage)
+    return Window(top, left, height, width, (row_step, column_step))
 
 
 def _fit(values: list[int], lost: int) -> tuple[int, int, int]:
@@ -170,7 +175,8 @@ def _fit(values: list[int], lost: int) -> tuple[int, int, int]:
 def expand_kernel(weight: Tensor, offsets: Tensor, plan: Plan) -> Tensor:
     """``weight`` (C_out, C_in/groups, kh, kw) spread over the cells of ``plan``: (C_out, C_in/groups, cells).
 
-    Computed and returned in at least float32, whatever the weight's precision.
+    Computed and returned in at least float32, whatever the weight's precision (a matrix product: TF32 where the user
+    lets torch use that for them).
     """
     matrix = _bilinear_matrix(split_offsets(offsets)[1], plan)
     grouped = _by_position_group(weight, len(offsets)).to(_precision(weight, offsets))

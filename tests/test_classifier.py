@@ -7,6 +7,7 @@ from tiny import fit
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_acu import ACUConv2d, ConvertConfig, ImageClassifier, acu_layers
+from lightning_acu.data import DigitsDataModule
 
 
 def images(count=8, channels=1, size=28, classes=10):
@@ -114,3 +115,15 @@ def test_a_model_that_gives_no_class_scores():
     module = ImageClassifier("torchvision/lraspp_mobilenet_v3_large", num_classes=3)
     with pytest.raises(TypeError, match=r"LRASPP gave .* instead of class scores \(N, num_classes\)"):
         module.eval()(torch.randn(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_classes": 3}, r"`num_classes` \(=3\) is too small: the data have 10"),
+        ({"in_chans": 3}, r"`in_chans` \(=3\) does not fit: the images have 1"),
+    ],
+)
+def test_data_that_do_not_fit_the_model_stop_before_training(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        fit(classifier(**arguments), [], tmp_path, DigitsDataModule())

@@ -204,3 +204,22 @@ def test_repr_says_what_differs_from_a_plain_convolution():
     assert text.endswith("stride=(1, 1), position_groups=2, fixed_centre=False, backend='dense')")
     ring = ACUConv2d.from_positions(2, 4, RING, 2, groups=2, bias=False)
     assert repr(ring) == "ACUConv2d(2, 4, taps=8, stride=(2, 2), groups=2, bias=False)"
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 1), (5, 4)])
+@pytest.mark.parametrize("dilation", [1, 6])
+def test_zero_offsets_are_exact_also_where_the_kernel_is_larger_than_the_image(size, dilation):
+    plain, x = nn.Conv2d(64, 64, 3, padding=dilation, dilation=dilation), torch.randn(2, 64, *size)
+    assert torch.equal(ACUConv2d.from_conv2d(plain)(x), plain(x))
+
+
+def test_a_layer_from_one_without_bias_folds():
+    layer = perturbed(ACUConv2d.from_conv2d(nn.Conv2d(2, 3, 3, bias=False)))
+    x = torch.randn(1, 2, 7, 6)
+    assert_close(layer.fold()(x), layer(x), 1e-6)
+    assert layer.fold().bias is None
+
+
+def test_a_frozen_convolution_stays_frozen():
+    conv = nn.Conv2d(2, 3, 3).requires_grad_(False)
+    assert not any(parameter.requires_grad for parameter in ACUConv2d.adopt(conv).parameters())

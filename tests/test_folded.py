@@ -11,6 +11,7 @@ from oracle import assert_close
 from torch import nn
 
 from lightning_acu import ACUConv2d, FoldedConv2d
+from lightning_acu.ops.dense import pad_or_crop
 
 MODES = ["zeros", "reflect", "replicate", "circular"]
 
@@ -231,3 +232,12 @@ def test_any_shape_folds():
     layer = ACUConv2d.from_positions(2, 4, taps, (2, 1), position_groups=2, dtype=torch.float64)
     x = torch.randn(2, 2, 7, 9, dtype=torch.float64)
     assert_close(layer.fold()(x), layer(x))
+
+
+def test_a_tap_far_beside_the_image_costs_no_memory():
+    layer = ACUConv2d(1, 1, 3, padding=1)
+    with torch.no_grad():
+        layer.offsets[0], layer.offsets[3] = 1e6, -3e5
+    folded, x = layer.fold(), torch.randn(1, 1, 5, 8)
+    assert_close(folded(x), layer(x), 1e-6)
+    assert all(pad_or_crop(x, sides).numel() < 200 for sides in folded.sides)

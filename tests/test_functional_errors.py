@@ -86,3 +86,23 @@ def test_devices(name):
 
 def test_offsets_may_be_more_precise_than_the_input():
     assert call(dtype={"offsets": torch.float64}).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"stride": 2.0}, r"`stride` \(=2.0\) must be an int or a sequence of ints"),
+        ({"stride": (1.9, 1)}, r"`stride` \(=\(1.9, 1\)\)"),
+        ({"padding": 0.9}, r"`padding` \(=0.9\)"),
+        ({"dilation": "2"}, r"`dilation` \(='2'\)"),
+        ({"groups": 2.0}, r"`groups` \(=2.0\)"),
+    ],
+)
+def test_numbers_that_are_not_whole(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        call(**arguments)
+
+
+def test_what_is_no_tensor():
+    with pytest.raises(TypeError, match="`offsets` must be a tensor, got list"):
+        acu_conv2d(torch.randn(1, 2, 5, 5), torch.randn(2, 2, 3, 3), [[0.0, 0.0]] * 9)

@@ -57,7 +57,9 @@ def split_off_positions(
             new["params"] = mine
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in wanted]
         new.update({key: new[key] * multiplier for key in _GROUP_RATES if key in new})
-        new.update(weight_decay=weight_decay, name=GROUP_NAME, **{_SOURCE: source})
+        # LearningRateMonitor wants names that differ.
+        name = GROUP_NAME if len(found) == len(mine) else f"{GROUP_NAME}_of_group_{source}"
+        new.update(weight_decay=weight_decay, name=name, **{_SOURCE: source})
         optimizer.add_param_group(new)
         for scheduler in schedulers:
             _extend(scheduler, source, multiplier)

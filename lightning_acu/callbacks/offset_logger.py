@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from ..figures import plot_shapes
 from ..metrics import model_statistics
 from ._gradients import require_layers
+from .directory import run_directory
 
 __all__ = ["OffsetLogger"]
 
@@ -56,9 +57,9 @@ class OffsetLogger(pl.Callback):
         """Record the end, and draw it."""
         if self._last != trainer.global_step:
             self._log_scalars(trainer, pl_module)
-        directory = trainer.log_dir  # on every rank: the directory is broadcast
+        directory = run_directory(trainer)
         if self.figures and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self._log_figure(trainer, pl_module, Path(directory or trainer.default_root_dir))
+            self._log_figure(trainer, pl_module, directory)
 
     @rank_zero_only
     def _log_scalars(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -82,5 +83,5 @@ class OffsetLogger(pl.Callback):
             experiment: Any = getattr(logger, "experiment", None)
             if hasattr(experiment, "add_figure"):  # TensorBoard
                 experiment.add_figure("acu/shapes", figure, trainer.global_step)
-            elif hasattr(logger, "log_image"):  # W&B, Comet
+            elif hasattr(logger, "log_image"):  # W&B
                 logger.log_image("acu/shapes", [str(directory / "shapes.png")], step=trainer.global_step)

@@ -66,6 +66,8 @@ class PositionLRSchedule(pl.Callback):
         """Split the parameter groups, before the optimizers' state is restored from a checkpoint."""
         layers = require_layers(self, pl_module)
         offsets = [layer.offsets for _, layer in layers if layer.offsets.requires_grad]
+        if not offsets:
+            raise RuntimeError("PositionLRSchedule: the positions of all layers have requires_grad=False; thaw some")
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         held: set[int] = set()
         for optimizer in trainer.optimizers:
@@ -83,7 +85,7 @@ class PositionLRSchedule(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warn where the warm-up never ends."""
         steps = trainer.estimated_stepping_batches
-        if steps <= self.warmup_steps and self.multiplier > 0:
+        if steps <= self.warmup_steps and self.multiplier > 0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_warn(
                 f"PositionLRSchedule: `warmup_steps` (={self.warmup_steps}) is no less than the {steps} steps of this "
                 "training, so the positions will never move; choose fewer"
@@ -92,7 +94,7 @@ class PositionLRSchedule(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Keep the ratio of learning rates, before LearningRateMonitor and the step read them."""
+        """Keep the ratio of learning rates."""
         for optimizer in trainer.optimizers:
             tie_learning_rates(optimizer, self.multiplier)
 
@@ -103,6 +105,10 @@ class PositionLRSchedule(pl.Callback):
         tie_learning_rates(optimizer, self.multiplier)
         self._step = trainer.global_step
         transform_before_manual_step(pl_module, optimizer, self._transform)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave the module as it was: Lightning calls no teardown then."""
+        GradientGate.remove(pl_module, self._transform)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the module as it was."""

@@ -17,6 +17,7 @@ from ..figures import plot_shapes
 from ..metrics import LayerStatistics, model_statistics
 from ..surgery import round_acu
 from ._gradients import GradientGate, require_layers, transform_before_manual_step
+from .directory import run_directory
 from .position_lr import PositionLRSchedule
 
 __all__ = ["RoundThenFinetune"]
@@ -32,7 +33,7 @@ class RoundThenFinetune(pl.Callback):
 
     Args:
         at_step: round before this optimizer step; or
-        at_epoch: round at the start of this epoch (0 is the first); or
+        at_epoch: round at the start of this epoch, 1 or more (0 would be the first); or
         at_fraction: round after this share of all steps, between 0 and 1. Give exactly one of the three.
         collision: what to do when taps of one layer end on one pixel: "report" them (their weights add up, nothing is
             lost), or raise an "error".
@@ -74,6 +75,11 @@ class RoundThenFinetune(pl.Callback):
         #: Where the model just before and just after rounding was saved.
         self.checkpoints: dict[str, str] = {}
         self._step: int | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Forget an earlier training; a checkpoint to resume from is read after this."""
+        if stage == "fit" and trainer.global_step == 0:
+            self.rounded_at, self.learned, self.checkpoints = None, {}, {}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stand between the gradients and the optimizers; a no-op until rounding."""
@@ -124,6 +130,10 @@ class RoundThenFinetune(pl.Callback):
                 "the positions are not rounded"
             )
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave the module as it was: Lightning calls no teardown then."""
+        GradientGate.remove(pl_module, self._freeze)
+
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the module as it was."""
         GradientGate.remove(pl_module, self._freeze)
@@ -156,36 +166,36 @@ class RoundThenFinetune(pl.Callback):
 
     def _round(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         layers = require_layers(self, pl_module)
-        self.learned = model_statistics(pl_module)
+        learned = model_statistics(pl_module)
         self._keep(trainer, "before_rounding")
         self._draw(trainer, pl_module)
-        before = [layer.active_offsets().detach().clone() for _, layer in layers]
+        before = [layer.offsets.detach().clone() for _, layer in layers]
         round_acu(pl_module)
-        self.rounded_at = trainer.global_step
-        moved = [
-            (layer.active_offsets().detach() - old).norm(dim=-1)[:, layer.movable].flatten()
-            for (_, layer), old in zip(layers, before, strict=True)
-        ]
-        self._report(pl_module, torch.cat(moved))
-        for optimizer in trainer.optimizers:  # momentum of positions means nothing any more
-            for _, layer in layers:
-                optimizer.state.pop(layer.offsets, None)
-        self._keep(trainer, "rounded")
-
-    def _report(self, pl_module: pl.LightningModule, moved: Tensor) -> None:
-        """Say what rounding did; ``moved`` holds the distance of every tap in pixels."""
         collisions = {name: row.collisions for name, row in model_statistics(pl_module).items() if row.collisions}
         text = ", ".join(f"{count} in {name}" for name, count in collisions.items())
         if collisions and self.collision == "error":
+            with torch.no_grad():
+                for (_, layer), old in zip(layers, before, strict=True):
+                    layer.offsets.copy_(old)
             raise RuntimeError(f"RoundThenFinetune: taps fell on the pixel of another: {text} (`collision`='error')")
+        self.learned, self.rounded_at = learned, trainer.global_step
+        distances = [
+            (layer.offsets.detach() - old).view(layer.position_groups, -1, 2).norm(dim=-1)[:, layer.movable].flatten()
+            for (_, layer), old in zip(layers, before, strict=True)
+        ]
+        moved = torch.cat([distance.cpu() for distance in distances])
         rank_zero_info(
             f"RoundThenFinetune: rounded the positions at step {self.rounded_at}; {len(moved)} taps moved "
             f"{moved.mean():.2f} pixels on average, {moved.max():.2f} at most; "
             + (f"taps that fell on the pixel of another: {text}" if text else "no two taps fell on one pixel")
         )
+        for optimizer in trainer.optimizers:  # momentum of positions means nothing any more
+            for _, layer in layers:
+                optimizer.state.pop(layer.offsets, None)
+        self._keep(trainer, "rounded")
 
     def _keep(self, trainer: pl.Trainer, name: str) -> None:
-        directory = trainer.log_dir or trainer.default_root_dir  # on every rank: the directory is broadcast
+        directory = run_directory(trainer)
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             path = Path(directory, f"{name}.ckpt")
             trainer.save_checkpoint(path, weights_only=True)

@@ -122,13 +122,12 @@ def _place(input: Tensor, window: Window, geometry: ConvGeometry) -> tuple[Tenso
 
 
 def pad_or_crop(image: Tensor, sides: tuple[int, int, int, int]) -> Tensor:
-    """Zeros added at (top, left, bottom, right), or pixels taken away where a side is negative.
-
-    Adds first: a window that lies wholly beside the image crops more than the image has.
-    """
+    """Zeros added at (top, left, bottom, right), or pixels taken away where a side is negative."""
     top, left, bottom, right = sides
-    image = F.pad(image, [max(side, 0) for side in (left, right, top, bottom)])
-    return F.pad(image, [min(side, 0) for side in (left, right, top, bottom)])
+    height, width = image.shape[-2:]
+    if max(-top, -bottom) >= height or max(-left, -right) >= width:  # wholly beside the image
+        return image.new_zeros(*image.shape[:-2], height + top + bottom, width + left + right)
+    return F.pad(image, (left, right, top, bottom))
 
 
 def _canonical(image: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ torch.serialization.add_safe_globals([ConvertConfig])
 def convert_to_acu(
     model: nn.Module,
     *,
-    kernel_sizes: Sequence[int | tuple[int, int]] = (3, 5),
+    kernel_sizes: int | Sequence[int | tuple[int, int]] = (3, 5),
     target_modules: str | Sequence[str] | None = None,
     exclude_modules: str | Sequence[str] | None = None,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
@@ -77,8 +77,9 @@ def convert_to_acu(
     """Turn the convolutions of ``model`` into :class:`~lightning_acu.ACUConv2d`, in place; the output stays the same.
 
     Every module keeps its identity and its parameters; only its class changes, and ``offsets`` is added. Optimizers,
-    hooks and shared modules therefore survive, but an optimizer made before does not know the offsets yet.
-    Converting twice does nothing. What was skipped and why: :func:`report_acu`.
+    hooks and shared modules therefore survive, but an optimizer made before does not know the offsets yet. Layers
+    that are active already stay as they are, and frozen layers stay frozen. What was skipped and why:
+    :func:`report_acu`.
 
     Args:
         model: any module, also a single convolution.
@@ -102,10 +103,11 @@ def convert_to_acu(
             that do not divide the channels of a layer. Nothing has been converted then.
 
     Warns:
-        NoEffectWarning: nothing matched.
+        NoEffectWarning: nothing matched, or one of several patterns matched no convolution.
     """
     check_model(model)
     check_backend(backend)
+    kernel_sizes = [kernel_sizes] if isinstance(kernel_sizes, int) else list(kernel_sizes)
     sizes = {_size(size) for size in kernel_sizes}
     targeted, excluded = _matcher("target_modules", target_modules), _matcher("exclude_modules", exclude_modules)
 
@@ -118,7 +120,7 @@ def convert_to_acu(
             return "filter_fn said no"
         size = tuple(module.kernel_size)  # type: ignore[arg-type]
         if size not in sizes:
-            return f"kernel size {size[0]}x{size[1]} not among kernel_sizes={list(kernel_sizes)}"
+            return f"kernel size {size[0]}x{size[1]} not among kernel_sizes={kernel_sizes}"
         groups = getattr(module, "groups", 1)
         if not depthwise and groups > 1 and groups == module.in_channels:
             return "depthwise=False"
@@ -148,12 +150,24 @@ def convert_to_acu(
         vars(module).pop(SKIP_REASON, None)  # of an earlier, narrower conversion
         rule.convert(module, position_groups=position_groups, fixed_centre=fixed_centre, backend=backend)
     guard_merging(model)
+    if chosen:
+        _warn_of_idle_patterns(model, target_modules=target_modules, exclude_modules=exclude_modules)
     if not chosen and not any(isinstance(module, ACUConv2d) for module in model.modules()):
         why = "; ".join(sorted({reason for reason in reasons.values() if reason})) or "it has no 2-D convolution"
         warnings.warn(
             f"convert_to_acu converted nothing in {type(model).__name__}: {why}", NoEffectWarning, stacklevel=2
         )
     return model
+
+
+def _warn_of_idle_patterns(model: nn.Module, **arguments: str | Sequence[str] | None) -> None:
+    """A misspelt name would otherwise convert, or leave out, nothing."""
+    names = [name for name, module in model.named_modules(remove_duplicate=False) if is_conv2d(module)]
+    for argument, patterns in arguments.items():
+        for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
+            matches = _matcher(argument, pattern if isinstance(patterns, str) else [pattern])
+            if names and not any(map(matches, names)):
+                warnings.warn(f"`{argument}`: {pattern!r} matches no convolution", NoEffectWarning, stacklevel=3)
 
 
 def check_model(model: nn.Module) -> None:

@@ -55,9 +55,10 @@ def round_acu(model: nn.Module) -> nn.Module:
     Taps of one layer that end on the same pixel keep their weights and act as one.
 
     Raises:
-        TypeError: ``model`` is not a module, or a compiled, DDP- or FSDP-wrapped one.
+        TypeError: ``model`` is not a module.
     """
-    check_model(model)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__} (={model!r})")
     for _, layer in acu_layers(model):
         layer.round_()
     return model

@@ -5,7 +5,7 @@ import torch
 from tiny import TinyModule, fit, loader
 
 from lightning_acu import ACUConv2d
-from lightning_acu.callbacks import PositionLRSchedule
+from lightning_acu.callbacks import PositionLRSchedule, RoundThenFinetune
 from lightning_acu.callbacks._gradients import GradientGate, unit_gradients
 
 
@@ -116,3 +116,21 @@ def test_a_clipping_hook_of_the_users_own_still_runs(tmp_path):
 
     run(tmp_path, Own, gradient_clip_val=0.5)
     assert calls == [0.5] * 6
+
+
+def test_a_training_that_failed_leaves_nothing_behind(tmp_path):
+    """Lightning calls no teardown after an exception; a stale warm-up would freeze the next training."""
+
+    class Fails(TinyModule):
+        def on_train_batch_start(self, batch, batch_idx):
+            if self.trainer.global_step == 2 and not self.failed:
+                self.failed = True
+                raise ArithmeticError
+
+    module = Fails()
+    module.failed = False
+    with pytest.raises(ArithmeticError):
+        fit(module, [PositionLRSchedule(1.0, warmup_steps=5), RoundThenFinetune(at_step=6)], tmp_path)
+    assert GradientGate.of(module) is None
+    fit(module, [PositionLRSchedule(1.0, warmup_steps=0)], tmp_path)
+    assert module.offsets.abs().max() > 0.1

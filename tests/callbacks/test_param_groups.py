@@ -94,3 +94,12 @@ def test_each_source_group_gets_a_group_of_its_own():
     split_off_positions(optimizer, [], [o1, o2], 0.5, 0.0)
     assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.2, 0.05, 0.1]
     assert [group["params"] for group in optimizer.param_groups] == [[w1], [w2], [o1], [o2]]
+
+
+def test_groups_have_different_names():
+    """LearningRateMonitor refuses two of one name."""
+    (w1, o1), (w2, o2) = parameters(), parameters()
+    optimizer = torch.optim.SGD([{"params": [w1, o1]}, {"params": [w2, o2]}], lr=0.1)
+    split_off_positions(optimizer, [], [o1, o2], 0.5, 0.0)
+    names = [group.get("name") for group in optimizer.param_groups]
+    assert names == [None, None, GROUP_NAME, f"{GROUP_NAME}_of_group_1"]

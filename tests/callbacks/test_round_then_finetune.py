@@ -3,6 +3,7 @@
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.loggers import Logger
 from tiny import ManualModule, Spy, TinyModule, fit
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -156,3 +157,47 @@ def test_training_that_ends_early_says_that_nothing_was_rounded(tmp_path):
     data = DataLoader(TensorDataset(torch.randn(8, 2, 7, 6), torch.zeros(8, dtype=torch.long)), 2)
     with pytest.warns(UserWarning, match=r"ended at step 1, before `at_step` \(=6\); the positions are not rounded"):
         fit(TinyModule(), [RoundThenFinetune(at_step=6), StopNow()], tmp_path, data)
+
+
+def test_one_callback_serves_several_trainings(tmp_path):
+    rounding = RoundThenFinetune(at_step=9)
+    for _ in range(2):
+        model, spy = TinyModule(), Spy()
+        fit(model, [schedule(), rounding, spy], tmp_path)
+        assert not torch.equal(spy.offsets[8], spy.offsets[8].round())
+        assert torch.equal(model.offsets, model.offsets.round())
+
+
+def test_a_collision_that_is_an_error_leaves_the_positions(tmp_path):
+    model = TinyModule()
+    start = torch.zeros(18)
+    start[2:6] = torch.tensor([0.0, 0.8, 0.0, 0.3])
+    with torch.no_grad():
+        model.net[2].offsets.copy_(start)
+    rounding = RoundThenFinetune(at_step=1, collision="error")
+    with pytest.raises(RuntimeError, match="fell on the pixel of another"):
+        fit(model, [PositionLRSchedule(multiplier=0, warmup_steps=0), rounding], tmp_path)
+    assert torch.equal(model.net[2].offsets.detach(), start)
+    assert rounding.rounded_at is None
+
+
+def test_a_compiled_part_does_not_stop_rounding(tmp_path):
+    model = TinyModule()
+    model.compiled = torch.compile(model.net, backend="eager")
+    fit(model, [schedule(), RoundThenFinetune(at_step=9)], tmp_path)
+    assert torch.equal(model.offsets, model.offsets.round())
+
+
+def test_loggers_without_a_log_directory_get_one_for_each_run(tmp_path):
+    class Other(Logger):
+        name, version, save_dir = "runs", 3, str(tmp_path)
+
+        def log_metrics(self, metrics, step=None):
+            pass
+
+        def log_hyperparams(self, params, *arguments):
+            pass
+
+    rounding = RoundThenFinetune(at_step=9)
+    fit(TinyModule(), [schedule(), rounding], tmp_path, logger=Other())
+    assert rounding.checkpoints["rounded"] == str(tmp_path / "runs" / "version_3" / "rounded.ckpt")

@@ -107,7 +107,7 @@ class FSDPNet(DistributedDataParallel):
     pass
 
 
-@pytest.mark.parametrize("surgery", [convert_to_acu, fold_acu, round_acu])
+@pytest.mark.parametrize("surgery", [convert_to_acu, fold_acu])
 @pytest.mark.parametrize(
     "wrap",
     [
@@ -207,7 +207,8 @@ def test_hooks_and_frozen_parameters_survive(net, image):
     convert_to_acu(net)(image)
     assert seen == [(2, 4, 8, 10)]
     assert not net.stem.weight.requires_grad
-    assert net.stem.offsets.requires_grad
+    assert not net.stem.offsets.requires_grad  # a frozen layer stays frozen
+    assert net.layer1[1].conv1.offsets.requires_grad
 
 
 class Pyramid(nn.Module):
@@ -238,3 +239,14 @@ def test_a_model_compiled_in_place_is_traced_anew(net, image, move):
         move(convert_to_acu(net))
         assert_close(net(image), net.forward(image))
         assert not torch.allclose(net(image), before, rtol=0.01)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"target_modules": ["conv", "conv_stm"]}, {"exclude_modules": "conv_stm"}, {"exclude_modules": ["conv_stm"]}],
+)
+def test_a_pattern_that_matches_no_convolution_warns(arguments):
+    model = nn.Sequential()
+    model.add_module("conv", nn.Conv2d(1, 1, 3))
+    with pytest.warns(NoEffectWarning, match=f"`{next(iter(arguments))}`: 'conv_stm' matches no convolution"):
+        convert_to_acu(model, **arguments)

@@ -1,0 +1,26 @@
+"""Where the files of one training go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+
+__all__ = ["run_directory"]
+
+
+def run_directory(trainer: pl.Trainer) -> Path:
+    """The directory of this run, the same on every process; call it on all of them.
+
+    The ``log_dir`` of CSVLogger and TensorBoardLogger; for other loggers ``save_dir/name/version``, as
+    ModelCheckpoint chooses (``Trainer.log_dir`` would be one directory for all runs there); without a logger the
+    trainer's ``default_root_dir``.
+    """
+    logger = trainer.logger
+    path: str | Path | None
+    if logger is None:
+        path = trainer.default_root_dir
+    elif (path := getattr(logger, "log_dir", None)) is None:
+        version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+        path = Path(logger.save_dir or trainer.default_root_dir, str(logger.name), version)
+    return Path(trainer.strategy.broadcast(path))
