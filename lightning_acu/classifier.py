@@ -8,17 +8,27 @@ import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from .models import create_model
-from .surgery import ConvertConfig
+from .surgery import ConvertConfig, report_acu
 
 __all__ = ["ImageClassifier", "MulticlassError"]
 
 #: Weight of an auxiliary head's loss, as in the papers of Inception v3 (0.4) and GoogLeNet (0.3).
 _AUXILIARY = {"InceptionOutputs": 0.4, "GoogLeNetOutputs": 0.3}
+
+
+def _as_config(convert: Any) -> ConvertConfig:
+    """A dict is for people in a notebook; configuration files are checked against ConvertConfig itself."""
+    if isinstance(convert, dict):
+        return ConvertConfig(**convert)
+    if not isinstance(convert, ConvertConfig):
+        raise TypeError(f"`convert` (={convert!r}) must be a ConvertConfig, a dict of its fields, or None")
+    return convert
 
 
 class MulticlassError(MulticlassAccuracy):
@@ -41,8 +51,8 @@ class ImageClassifier(pl.LightningModule):
         num_classes: classes to tell apart.
         in_chans: channels of the images.
         pretrained: start from published weights.
-        convert: how to turn the convolutions into active ones (see :func:`lightning_acu.convert_to_acu`);
-            None leaves the model plain.
+        convert: how to turn the convolutions into active ones: a :class:`lightning_acu.ConvertConfig` or a dict of
+            its fields, the arguments of :func:`lightning_acu.convert_to_acu`. None leaves the model plain.
         optimizer: from parameters to an optimizer; in a configuration, ``class_path`` and ``init_args``. Checkpoints
             of a module made in Python do not hold it: to train on, give it again to ``load_from_checkpoint``.
         lr_scheduler: from an optimizer to a scheduler, or None.
@@ -78,7 +88,9 @@ class ImageClassifier(pl.LightningModule):
         )
         self.hparams["pretrained"] = False  # a checkpoint brings its weights: restoring it must not download others
         if convert is not None:
-            convert.apply(self.model)
+            _as_config(convert).apply(self.model)
+            report = report_acu(self.model)
+            rank_zero_info(f"{model}: {len(report.converted)} of {len(report.rows)} convolutions are active")
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.lr_scheduler_interval = lr_scheduler_interval

@@ -127,3 +127,9 @@ def test_a_model_that_gives_no_class_scores():
 def test_data_that_do_not_fit_the_model_stop_before_training(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         fit(classifier(**arguments), [], tmp_path, DigitsDataModule())
+
+
+def test_convert_may_be_a_dict_and_nothing_else():
+    assert len(list(acu_layers(classifier(convert={"kernel_sizes": [3]})))) == 10
+    with pytest.raises(TypeError, match=r"`convert` \(=True\) must be a ConvertConfig"):
+        classifier(convert=True)

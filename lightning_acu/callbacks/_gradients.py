@@ -107,6 +107,6 @@ def require_layers(callback: pl.Callback, module: pl.LightningModule) -> list[tu
     if not layers:
         raise RuntimeError(
             f"{type(callback).__name__}: {type(module).__name__} has no active convolution; "
-            "call convert_to_acu(model) in its __init__, or give ImageClassifier a `convert`"
+            "call convert_to_acu(model) in its __init__, or give ImageClassifier a `convert` that matches some"
         )
     return layers

@@ -102,7 +102,8 @@ class RoundThenFinetune(pl.Callback):
             if isinstance(callback, PositionLRSchedule) and callback.warmup_steps >= self._step:
                 raise RuntimeError(
                     f"RoundThenFinetune: {self._moment()} is step {self._step}, before the warm-up of "
-                    f"PositionLRSchedule ends (`warmup_steps`={callback.warmup_steps}); nothing would have moved"
+                    f"PositionLRSchedule ends (`warmup_steps`={callback.warmup_steps}); nothing would have moved. "
+                    "Train longer, round later or warm up for fewer steps"
                 )
 
     def on_train_batch_start(

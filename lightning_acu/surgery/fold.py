@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..conv import acu_layers
-from .convert import check_model
+from .convert import SKIP_REASON, check_model
 from .guards import unguard_merging
 
 __all__ = ["fold_acu", "round_acu"]
@@ -45,6 +45,7 @@ def fold_acu(model: nn.Module) -> nn.Module:
         layer.__class__ = type(folded)  # type: ignore[assignment]
         vars(layer).clear()
         vars(layer).update(state)
+        setattr(layer, SKIP_REASON, "folded from an active convolution")
     unguard_merging(model)
     return model
 
