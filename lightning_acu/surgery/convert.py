@@ -13,7 +13,7 @@ from torch import nn
 from ..conv import ACUConv2d
 from ..ops import check_backend
 from .guards import guard_merging
-from .rules import find_rule, is_conv2d, why_not_convertible
+from .rules import find_rule, named_conv2ds, why_not_convertible
 
 __all__ = ["ConvertConfig", "NoEffectWarning", "convert_to_acu"]
 
@@ -128,11 +128,8 @@ def convert_to_acu(
             return "grouped=False"
         return why_not_convertible(module)
 
-    names: dict[nn.Module, list[str]] = {}  # a shared module has several
-    for name, module in model.named_modules(remove_duplicate=False):
-        if is_conv2d(module) and not isinstance(module, ACUConv2d):
-            names.setdefault(module, []).append(name)
-    reasons = {module: why_not(module, aliases) for module, aliases in names.items()}
+    names = named_conv2ds(model)
+    reasons = {m: why_not(m, aliases) for m, aliases in names.items() if not isinstance(m, ACUConv2d)}
     chosen = [module for module, reason in reasons.items() if reason is None]
     for module in chosen:  # all checked before the first is changed
         if position_groups < 1 or module.out_channels % position_groups:  # type: ignore[operator]
@@ -162,7 +159,7 @@ def convert_to_acu(
 
 def _warn_of_idle_patterns(model: nn.Module, **arguments: str | Sequence[str] | None) -> None:
     """A misspelt name would otherwise convert, or leave out, nothing."""
-    names = [name for name, module in model.named_modules(remove_duplicate=False) if is_conv2d(module)]
+    names = [name for aliases in named_conv2ds(model).values() for name in aliases]
     for argument, patterns in arguments.items():
         for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
             matches = _matcher(argument, pattern if isinstance(patterns, str) else [pattern])

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..conv import ACUConv2d
 from .convert import SKIP_REASON
-from .rules import is_conv2d, why_not_convertible
+from .rules import named_conv2ds, why_not_convertible
 
 __all__ = ["ACUReport", "ConvRow", "report_acu"]
 
@@ -96,13 +96,8 @@ def report_acu(model: nn.Module) -> ACUReport:
 
     Works before a conversion too, and then says of each convolution whether one could be.
     """
-    names: dict[int, list[str]] = {}
-    modules: dict[int, nn.Module] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if is_conv2d(module):
-            names.setdefault(id(module), []).append(name)
-            modules[id(module)] = module
-    return ACUReport(type(model).__name__, tuple(_row(modules[key], names[key]) for key in names))
+    rows = (_row(module, names) for module, names in named_conv2ds(model).items())
+    return ACUReport(type(model).__name__, tuple(rows))
 
 
 def _row(module: nn.Module, names: list[str]) -> ConvRow:

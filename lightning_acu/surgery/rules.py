@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 
 from ..conv import ACUConv2d, recomputed_parameter
 
-__all__ = ["Rule", "find_rule", "is_conv2d", "register_rule", "why_not_convertible"]
+__all__ = ["Rule", "find_rule", "is_conv2d", "named_conv2ds", "register_rule", "why_not_convertible"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,15 @@ def is_conv2d(module: nn.Module) -> bool:
     return type(module).__name__.endswith("Conv2d") and all(
         isinstance(getattr(module, name, None), kind) for name, kind in kinds.items()
     )
+
+
+def named_conv2ds(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Every 2-D convolution of ``model`` with its qualified names, in order; a shared module has several."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if is_conv2d(module):
+            names.setdefault(module, []).append(name)
+    return names
 
 
 def why_not_convertible(module: nn.Module) -> str | None:
