@@ -13,7 +13,9 @@ from torch.nn.utils import parametrize
 from .folded import FoldedConv2d, fold_conv2d
 from .functional import acu_conv2d
 from .geometry import ConvGeometry, Padding, resolve_padding
+from .lattice import round_offsets
 from .ops import check_backend
+from .sharded import copy_whole_, whole
 
 __all__ = ["ACUConv2d", "acu_layers", "recomputed_parameter"]
 
@@ -202,7 +204,7 @@ class ACUConv2d(nn.Conv2d):
 
     def active_offsets(self) -> Tensor:
         """(P, K, 2), differentiable: ``offsets`` as the layer uses them, with the fixed tap at zero."""
-        offsets = self.offsets.view(self.position_groups, -1, 2)
+        offsets = whole(self.offsets).view(self.position_groups, -1, 2)
         if self.fixed_tap is None:
             return offsets
         before, _, after = offsets.split([self.fixed_tap, 1, offsets.shape[1] - self.fixed_tap - 1], dim=1)
@@ -212,8 +214,8 @@ class ACUConv2d(nn.Conv2d):
     def positions(self) -> Tensor:
         """(P, K, 2), detached: (dy, dx) of each tap in pixels from the centre of the kernel."""
         (kh, kw), (dh, dw) = self.kernel_size, self.dilation
-        grid = [((i - (kh - 1) / 2) * dh, (j - (kw - 1) / 2) * dw) for i in range(kh) for j in range(kw)]
-        return self.active_offsets().detach() + self.offsets.new_tensor(grid)
+        offsets = self.active_offsets().detach()
+        return offsets + self._grid(offsets) - offsets.new_tensor([(kh - 1) / 2 * dh, (kw - 1) / 2 * dw])
 
     @property
     def displacement(self) -> Tensor:
@@ -229,10 +231,24 @@ class ACUConv2d(nn.Conv2d):
             movable[self.fixed_tap] = False
         return movable
 
+    def _grid(self, like: Tensor) -> Tensor:
+        """(K, 2): the regular grid from its first tap, in pixels."""
+        (kh, kw), (dh, dw) = self.kernel_size, self.dilation
+        return like.new_tensor([(i * dh, j * dw) for i in range(kh) for j in range(kw)])
+
     @torch.no_grad()
-    def round_(self) -> Self:
-        """Move every tap to the nearest whole pixel (ties to even), in place."""
-        self.offsets.round_()
+    def round_(self, separate: bool = False) -> Self:
+        """Move every tap to the nearest whole pixel (ties to even), in place.
+
+        Args:
+            separate: where taps of one position group would end on one pixel, give each its own instead: the nearest
+                such arrangement, by the sum of squared distances.
+
+        Raises:
+            ValueError: ``offsets`` are not finite, with ``separate``.
+        """
+        offsets = whole(self.offsets).view(self.position_groups, -1, 2)
+        copy_whole_(self.offsets, round_offsets(offsets, self._grid(offsets), self.fixed_tap, separate).flatten())
         return self
 
     def fold(self) -> nn.Conv2d | FoldedConv2d:

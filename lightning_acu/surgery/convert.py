@@ -49,12 +49,12 @@ class ConvertConfig:
     fixed_centre: bool = True
     backend: str = "auto"
 
-    def apply(self, model: nn.Module) -> nn.Module:
-        """Convert ``model`` in place with these arguments."""
+    def apply(self, model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = None) -> nn.Module:
+        """Convert ``model`` in place with these arguments, and with a function, which no configuration can hold."""
         arguments = {field.name: getattr(self, field.name) for field in fields(self)}
         if arguments["kernel_sizes"] is None:
             del arguments["kernel_sizes"]
-        return convert_to_acu(model, **arguments)
+        return convert_to_acu(model, filter_fn=filter_fn, **arguments)
 
 
 # Lightning checkpoints hold the arguments of ImageClassifier: torch.load(..., weights_only=True) may read this one.

@@ -50,16 +50,18 @@ def fold_acu(model: nn.Module) -> nn.Module:
     return model
 
 
-def round_acu(model: nn.Module) -> nn.Module:
+def round_acu(model: nn.Module, *, separate: bool = False) -> nn.Module:
     """Move every tap of every active convolution to the nearest whole pixel, in place; returns ``model``.
 
-    Taps of one layer that end on the same pixel keep their weights and act as one.
+    Taps of one layer that end on the same pixel keep their weights and act as one; with ``separate`` each gets a pixel
+    of its own instead (see :meth:`ACUConv2d.round_`).
 
     Raises:
         TypeError: ``model`` is not a module.
+        ValueError: with ``separate``, positions that are not finite.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__} (={model!r})")
     for _, layer in acu_layers(model):
-        layer.round_()
+        layer.round_(separate)
     return model

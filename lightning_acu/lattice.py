@@ -1,0 +1,59 @@
+"""Whole pixels near real-valued taps."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+__all__ = ["round_offsets"]
+
+
+@torch.no_grad()
+def round_offsets(offsets: Tensor, grid: Tensor, fixed: int | None = None, separate: bool = False) -> Tensor:
+    """Each tap to its nearest pixel (ties to even), or all to the nearest set of pixels that are different.
+
+    Args:
+        offsets: (P, K, 2), in pixels; each of the P groups on its own.
+        grid: (K, 2), whole numbers: tap k is at ``grid[k] + offsets[:, k]``.
+        fixed: index of a tap that stays at its place on the grid, whatever its offset says.
+        separate: give no two taps of a group the same pixel: of all ways to do that, the one with the smallest sum of
+            squared distances.
+
+    Returns:
+        (P, K, 2), whole numbers.
+
+    Raises:
+        ValueError: ``offsets`` are not finite, with ``separate``.
+    """
+    rounded = offsets.round()
+    if separate:
+        if not offsets.isfinite().all():
+            raise ValueError("`offsets` must be finite to be separated")
+        movable = torch.ones_like(grid)
+        if fixed is not None:
+            movable[fixed] = 0
+        for taps, own in zip(offsets * movable + grid, rounded, strict=True):
+            if len((own * movable + grid).unique(dim=0)) < len(own):
+                own.copy_(_separated(taps.double().cpu(), fixed).to(own) - grid)
+    return rounded
+
+
+def _separated(taps: Tensor, fixed: int | None) -> Tensor:
+    """(K, 2): the assignment of taps to distinct pixels with the least sum of squared distances."""
+    # The other taps hold K - 1 pixels at most, so one of a tap's K nearest is free; all of those lie in this square.
+    side = range(-(reach := math.ceil(math.sqrt(len(taps))) + 1), reach + 1)
+    square = torch.cartesian_prod(*[torch.tensor(side, dtype=taps.dtype)] * 2)
+    pixels = (taps.round()[:, None] + square).flatten(0, 1).unique(dim=0)
+    cost = (taps[:, None] - pixels).square().sum(-1)
+    if fixed is not None:
+        # Dearer than any other choice, for everyone but the fixed tap, and the other way round.
+        own = (pixels == taps[fixed].round()).all(-1)
+        prohibitive = cost.max() * len(taps) + 1
+        cost[:, own] = prohibitive
+        cost[fixed] = prohibitive
+        cost[fixed, own] = 0
+    _, chosen = linear_sum_assignment(cost.numpy())
+    return pixels[torch.from_numpy(chosen)]
