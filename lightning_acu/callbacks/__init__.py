@@ -1,7 +1,9 @@
-"""Lightning callbacks that train positions well."""
+"""Lightning callbacks that convert a model, train its positions well, show them and round them."""
 
+from . import schedules
+from .convert import ConvertToACU
 from .offset_logger import OffsetLogger
 from .position_lr import PositionLRSchedule
 from .round_then_finetune import RoundThenFinetune
 
-__all__ = ["OffsetLogger", "PositionLRSchedule", "RoundThenFinetune"]
+__all__ = ["ConvertToACU", "OffsetLogger", "PositionLRSchedule", "RoundThenFinetune", "schedules"]

@@ -1,13 +1,16 @@
 """The one place where callbacks change the gradients of positions: after clipping, before the optimizer's step.
 
 By then the gradient is complete: summed over accumulated batches, averaged over processes, unscaled. And weights are
-clipped as if the positions were not there, because their gradients are set aside meanwhile. (Normalising in
-``on_before_optimizer_step``, before clipping, let unit gradients of positions squeeze those of the weights.)
+clipped as if the positions were not there, because their gradients are set aside meanwhile. (Normalising in a
+callback's ``on_before_optimizer_step``, before clipping, let unit gradients of positions squeeze those of the weights.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,42 +18,48 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..conv import ACUConv2d, acu_layers
+from ..conv import ACUConv2d
+from ..sharded import copy_whole_, is_sharded, whole
+from ._layers import trained_layers
 
-__all__ = ["GradientGate", "require_layers", "transform_before_manual_step", "unit_gradients"]
+__all__ = ["GradientGate", "normalize_gradients_", "unit_vectors"]
 
-#: From a layer and the gradient of its offsets to another, or to None: the optimizer then leaves the offsets alone.
-Transform = Callable[[ACUConv2d, Tensor], Tensor | None]
+#: Changes ``layer.offsets.grad`` of the layers that an optimizer is about to step. None there makes the optimizer
+#: leave the positions alone altogether; a zero gradient would let momentum and decay move them.
+Transform = Callable[[pl.Trainer, Optimizer, Sequence[ACUConv2d]], None]
 
-_HOOK = "configure_gradient_clipping"
+#: The methods of a LightningModule that the gate takes the place of.
+_HOOKS = ("clip_gradients", "configure_gradient_clipping", "on_before_optimizer_step")
 
 
 class GradientGate:
-    """Takes the place of a module's ``configure_gradient_clipping``: clips without the positions, then transforms them.
+    """Stands between a module's gradients and its optimizers: clips without the positions, then transforms them.
 
     One for each module, made by the first callback that adds a transform and gone with the last one's. Transforms run
-    in the order they were added; once one returns None the gradient stays None.
+    in the order they were added; once one sets a gradient to None it stays None.
     """
 
     def __init__(self, module: pl.LightningModule) -> None:
         self.module = module
-        self.clip: Callable[..., None] = module.configure_gradient_clipping
         self.transforms: list[Transform] = []
+        self._layers: list[ACUConv2d] | None = None
+        self._replaced = {name: getattr(module, name) for name in _HOOKS}
+        self._own = {name: vars(module)[name] for name in _HOOKS if name in vars(module)}
+        for name in _HOOKS:
+            setattr(module, name, getattr(self, name))
 
     @classmethod
     def of(cls, module: pl.LightningModule) -> GradientGate | None:
         """The gate of ``module``, if it has one."""
-        gate = getattr(vars(module).get(_HOOK), "__self__", None)
+        gate = getattr(vars(module).get(_HOOKS[0]), "__self__", None)
         return gate if isinstance(gate, cls) else None
 
     @classmethod
     def add(cls, module: pl.LightningModule, transform: Transform) -> None:
-        """Apply ``transform`` from now on."""
-        gate = cls.of(module)
-        if gate is None:
-            gate = cls(module)
-            setattr(module, _HOOK, gate.around_clipping)
-        gate.transforms.append(transform)
+        """Apply ``transform`` from now on; harmless when it is applied already."""
+        gate = cls.of(module) or cls(module)
+        if transform not in gate.transforms:
+            gate.transforms.append(transform)
 
     @classmethod
     def remove(cls, module: pl.LightningModule, transform: Transform) -> None:
@@ -59,54 +68,86 @@ class GradientGate:
         if gate is not None and transform in gate.transforms:
             gate.transforms.remove(transform)
             if not gate.transforms:
-                delattr(module, _HOOK)
+                for name in _HOOKS:
+                    delattr(module, name)
+                vars(module).update(gate._own)
 
-    def around_clipping(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
-        """What Lightning calls between the complete gradient and the step of ``optimizer``."""
-        aside = [(layer, layer.offsets.grad) for layer in stepped_layers(self.module, optimizer)]
+    def configure_gradient_clipping(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+        """Automatic optimisation: the last that Lightning calls before the step of ``optimizer``."""
+        with self._positions_aside(optimizer):
+            self._replaced["configure_gradient_clipping"](optimizer, *args, **kwargs)
+        self._transform(optimizer)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Manual optimisation, where the clipping hook is never called: the last before the step."""
+        self._replaced["on_before_optimizer_step"](optimizer)
+        if not self.module.automatic_optimization:
+            self._transform(optimizer)
+
+    def clip_gradients(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+        """Also what users call themselves, under manual optimisation."""
+        with self._positions_aside(optimizer):
+            self._replaced["clip_gradients"](optimizer, *args, **kwargs)
+
+    @contextmanager
+    def _positions_aside(self, optimizer: Optimizer) -> Iterator[None]:
+        aside = [(layer, layer.offsets.grad) for layer in self._stepped(optimizer)]
         for layer, _ in aside:
             layer.offsets.grad = None
-        self.clip(optimizer, *args, **kwargs)
-        for layer, grad in aside:
-            for transform in self.transforms:
-                grad = None if grad is None else transform(layer, grad)
-            layer.offsets.grad = grad
+        try:
+            yield
+        finally:
+            for layer, grad in aside:
+                layer.offsets.grad = grad
+
+    def _transform(self, optimizer: Optimizer) -> None:
+        layers = self._stepped(optimizer)
+        for transform in self.transforms:
+            layers = [layer for layer in layers if layer.offsets.grad is not None]
+            if layers:
+                transform(self.module.trainer, optimizer, layers)
+
+    def _stepped(self, optimizer: Optimizer) -> list[ACUConv2d]:
+        """The active convolutions whose positions ``optimizer`` is about to step."""
+        if self._layers is None:  # walking through all modules at each step would cost more than all the rest
+            self._layers = [layer for _, layer in trained_layers(self.module)]
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        return [layer for layer in self._layers if id(layer.offsets) in held]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GradientGate:
+        """For a copy of the module (weight averaging makes one): a gate without transforms."""
+        new = object.__new__(type(self))
+        memo[id(self)] = new
+        vars(new).update(copy.deepcopy({**vars(self), "transforms": [], "_layers": None}, memo))
+        return new
 
 
-def transform_before_manual_step(module: pl.LightningModule, optimizer: Optimizer, transform: Transform) -> None:
-    """Manual optimisation has no clipping hook: a callback calls this from its ``on_before_optimizer_step``."""
-    if not module.automatic_optimization:
-        for layer in stepped_layers(module, optimizer):
-            grad = layer.offsets.grad
-            layer.offsets.grad = None if grad is None else transform(layer, grad)
+@torch.no_grad()
+def normalize_gradients_(layers: Sequence[ACUConv2d]) -> None:
+    """Scale each tap's gradient to length 1, in place and for all layers at once (see :func:`unit_vectors`)."""
+    kinds: dict[Any, list[Tensor]] = defaultdict(list)
+    for layer in layers:
+        grad = layer.offsets.grad
+        assert grad is not None
+        kinds[grad.device, grad.dtype, is_sharded(grad)].append(grad)
+    for (*_, sharded), grads in kinds.items():
+        complete = [whole(grad) for grad in grads]
+        unit = unit_vectors(torch.cat(complete).view(-1, 2)).flatten().split([len(grad) for grad in complete])
+        if sharded:  # a process may hold one of a tap's two numbers only
+            for grad, piece in zip(grads, unit, strict=True):
+                copy_whole_(grad, piece)
+        else:  # in place: DDP and CUDA graphs know the tensors
+            torch._foreach_copy_(grads, list(unit))
 
 
-def stepped_layers(module: pl.LightningModule, optimizer: Optimizer) -> list[ACUConv2d]:
-    """The active convolutions whose positions ``optimizer`` is about to step."""
-    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    return [layer for _, layer in acu_layers(module) if id(layer.offsets) in stepped]
-
-
-def unit_gradients(layer: ACUConv2d, grad: Tensor) -> Tensor:
-    """Each tap's gradient scaled to length 1: (g_y, g_x) / sqrt(g_y^2 + g_x^2); a zero gradient stays zero.
+def unit_vectors(pairs: Tensor) -> Tensor:
+    """(N, 2) to (N, 2): each row divided by its length; a zero row stays zero, one that is not finite stays so.
 
     The learning rate of positions is then in pixels a step (for SGD without momentum), whatever the scale of the loss
-    and the depth of the layer. Source: Jeon & Kim, section 3.3, the normalised gradient. ``grad``: (P*K*2,).
+    and the depth of the layer. Source: Jeon & Kim, section 3.3, the normalised gradient (g_y, g_x) / |g|.
     """
-    pairs = grad.view(layer.position_groups, -1, 2)
-    # Scaled by the largest entry first: the square of a float32 gradient below 1e-19 would underflow to zero.
+    # Scaled by the larger entry first: the square of a float32 gradient below 1e-19 would underflow to zero.
     largest = pairs.abs().amax(-1, keepdim=True)
     scaled = torch.where(largest > 0, pairs / largest, pairs)
     length = scaled.norm(dim=-1, keepdim=True)
-    return torch.where(length > 0, scaled / length, scaled).view_as(grad)
-
-
-def require_layers(callback: pl.Callback, module: pl.LightningModule) -> list[tuple[str, ACUConv2d]]:
-    """The active convolutions of ``module``, or an error that says how to get some."""
-    layers = list(acu_layers(module))
-    if not layers:
-        raise RuntimeError(
-            f"{type(callback).__name__}: {type(module).__name__} has no active convolution; "
-            "call convert_to_acu(model) in its __init__, or give ImageClassifier a `convert` that matches some"
-        )
-    return layers
+    return torch.where(length > 0, scaled / length, scaled)

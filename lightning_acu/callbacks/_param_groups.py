@@ -5,10 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = ["GROUP_NAME", "split_off_positions", "tie_learning_rates"]
+from ..conv import ACUConv2d
+
+__all__ = [
+    "GROUP_NAME",
+    "add_late_positions",
+    "is_position_group",
+    "set_learning_rate",
+    "split_off_positions",
+    "tie_learning_rates",
+]
 
 #: The name of the new group, for LearningRateMonitor and for people.
 GROUP_NAME = "acu_positions"
@@ -30,24 +39,33 @@ def split_off_positions(
     offsets: Iterable[nn.Parameter],
     multiplier: float,
     weight_decay: float,
+    keep_last: bool = False,
 ) -> list[nn.Parameter]:
     """Move those ``offsets`` that ``optimizer`` holds into groups of their own, one for each group they were in.
 
     The new group has the old one's settings, ``multiplier`` times its learning rate, and ``weight_decay``. The lists
     that ``schedulers`` keep of the groups are extended to match: 6 of 14 torch schedulers fail otherwise.
 
+    Groups that were split off before stay as they are, so that this can be asked again when a callback has added
+    parameters later (as BackboneFinetuning does).
+
+    New groups go to the end, where they change no other's index; with ``keep_last`` beside the one they come from, so
+    that the first and the last group stay first and last.
+
     Returns:
-        The offsets that were found.
+        The offsets that ``optimizer`` holds.
     """
     wanted = {id(parameter) for parameter in offsets}
     found: list[nn.Parameter] = []
     schedulers = [inner for scheduler in schedulers for inner in _walk(scheduler)]
-    for source in range(len(optimizer.param_groups)):
-        group = optimizer.param_groups[source]
+    names_taken = {group.get("name") for group in optimizer.param_groups}
+    groups = optimizer.param_groups
+    for group in list(groups):
         mine = [parameter for parameter in group["params"] if id(parameter) in wanted]
-        if not mine:
-            continue
         found += mine
+        if not mine or is_position_group(group):
+            continue
+        source = next(index for index, other in enumerate(groups) if other is group)
         new = {key: value for key, value in group.items() if key not in ("params", "param_names")}
         if "param_names" in group:
             names = dict(zip(map(id, group["params"]), group["param_names"], strict=True))
@@ -58,12 +76,44 @@ def split_off_positions(
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in wanted]
         new.update({key: new[key] * multiplier for key in _GROUP_RATES if key in new})
         # LearningRateMonitor wants names that differ.
-        name = GROUP_NAME if len(found) == len(mine) else f"{GROUP_NAME}_of_group_{source}"
+        name = f"{GROUP_NAME}_of_group_{source}" if GROUP_NAME in names_taken else GROUP_NAME
+        names_taken.add(name)
         new.update(weight_decay=weight_decay, name=name, **{_SOURCE: source})
-        optimizer.add_param_group(new)
+        place = max(1, source) if keep_last else len(groups)
         for scheduler in schedulers:
-            _extend(scheduler, source, multiplier)
+            _extend(scheduler, source, place, len(groups), multiplier)
+        optimizer.add_param_group(new)
+        groups.insert(place, groups.pop())
+        for other in groups:
+            if is_position_group(other) and other[_SOURCE] >= place:
+                other[_SOURCE] += 1
     return found
+
+
+def add_late_positions(optimizers: Iterable[Optimizer], layers: Iterable[tuple[str, ACUConv2d]]) -> list[str]:
+    """Put the offsets of ``layers`` that no optimizer holds into the group that holds the layer's weight.
+
+    For optimizers made before the conversion: LightningCLI makes those of ``--optimizer`` before any hook runs.
+
+    Returns:
+        The names of the layers whose offsets were added.
+    """
+    groups = {id(parameter): group for o in optimizers for group in o.param_groups for parameter in group["params"]}
+    added = []
+    for name, layer in layers:
+        group = groups.get(id(layer.weight))
+        if group is None or id(layer.offsets) in groups:
+            continue
+        group["params"].append(layer.offsets)
+        if "param_names" in group:
+            group["param_names"].append(f"{name}.offsets" if name else "offsets")
+        added.append(name)
+    return added
+
+
+def is_position_group(group: dict[str, Any]) -> bool:
+    """Whether :func:`split_off_positions` made this parameter group."""
+    return _SOURCE in group
 
 
 def tie_learning_rates(optimizer: Optimizer, multiplier: float) -> None:
@@ -72,8 +122,16 @@ def tie_learning_rates(optimizer: Optimizer, multiplier: float) -> None:
     Schedulers with absolute rates (OneCycle, Cyclic, cosine with a floor) would lose the ratio.
     """
     for group in optimizer.param_groups:
-        if _SOURCE in group:
-            group["lr"] = optimizer.param_groups[group[_SOURCE]]["lr"] * multiplier
+        if is_position_group(group):
+            set_learning_rate(group, optimizer.param_groups[group[_SOURCE]]["lr"] * multiplier)
+
+
+def set_learning_rate(group: dict[str, Any], rate: float | Tensor) -> None:
+    """As torch's schedulers do: in place where it is a tensor, which a CUDA graph or a compiled step has noted."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
 
 
 def _walk(scheduler: Any) -> Iterator[Any]:
@@ -83,10 +141,8 @@ def _walk(scheduler: Any) -> Iterator[Any]:
         yield from _walk(inner)
 
 
-def _extend(scheduler: Any, source: int, multiplier: float) -> None:
-    for name in _SCALED:
-        if isinstance(values := getattr(scheduler, name, None), list):
-            values.append(values[source] * multiplier)
-    for name in _COPIED:
-        if isinstance(values := getattr(scheduler, name, None), list):
-            values.append(values[source])
+def _extend(scheduler: Any, source: int, place: int, groups: int, multiplier: float) -> None:
+    for name in (*_SCALED, *_COPIED):
+        values = getattr(scheduler, name, None)
+        if isinstance(values, list) and len(values) == groups:  # else it is no list of groups
+            values.insert(place, values[source] * multiplier if name in _SCALED else values[source])

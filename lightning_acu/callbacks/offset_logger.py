@@ -1,87 +1,202 @@
-"""See the positions learn: numbers to every logger, and the picture of the shapes."""
+"""See the positions learn: numbers and pictures to every logger, and a film of the shapes."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
-from ..figures import plot_shapes
-from ..metrics import model_statistics
-from ._gradients import require_layers
+from ..conv import ACUConv2d
+from ..figures import LayerShape, animate_shapes, plot_shapes, shapes_of
+from ..metrics import layer_statistics, position_metrics
+from ._layers import require_layers, require_whole_positions
 from .directory import run_directory
 
 __all__ = ["OffsetLogger"]
 
+_KINDS = ("mean_displacement", "max_displacement", "receptive_radius")
+
+#: Frames of the film, and numbers in all of them (they are in every checkpoint); when there are more, every second
+#: frame goes and the next come half as often.
+_MAX_FRAMES = 64
+_MAX_NUMBERS = 4_000_000
+
 
 class OffsetLogger(pl.Callback):
-    """Logs how far the taps of every layer have moved, and draws their shapes when training ends.
+    """Logs how far the taps of every layer have moved and how fast, and draws their shapes.
 
-    Scalars, in pixels, for each layer and as a mean over layers, to every attached logger:
-    ``acu/mean_displacement/LAYER``, ``acu/max_displacement/LAYER``, ``acu/receptive_radius/LAYER``.
-    The figure is written to ``shapes.png`` in the trainer's log directory, and handed to TensorBoard and W&B.
+    Scalars to every attached logger, in pixels (``step_speed``: pixels a step, mean since the last record):
+    ``acu/mean_displacement``, ``acu/max_displacement``, ``acu/receptive_radius``, ``acu/step_speed`` and
+    ``acu/off_lattice`` (share of taps not on whole pixels) over all layers (see :mod:`lightning_acu.metrics`); and the
+    first four for each layer, as ``acu/mean_displacement/LAYER``.
+
+    When training ends, the shapes of all layers are drawn to ``shapes.png`` in the run's log directory, and the film of
+    their way there to ``shapes.gif``. TensorBoard and W&B get the figure too, W&B also the film. A resumed training
+    goes on with the film.
 
     Args:
-        every_n_steps: optimizer steps between two records.
-        figures: draw the shapes when training ends.
+        every_n_steps: optimizer steps between two records, which are also the frames of the film (64 at most: then
+            every second one goes, and they come half as often).
+        figures: draw the shapes.
+        animation: make the film.
+        figures_every_n_steps: also draw and log the figure during training; it takes about a second for 50 layers.
 
     Raises:
-        ValueError: ``every_n_steps`` below 1.
-        RuntimeError: at the start of training, if the model has no active convolution.
+        ValueError: ``every_n_steps`` or ``figures_every_n_steps`` below 1.
+        RuntimeError: before training starts, if the model has no active convolution.
+
+    Example::
+
+        trainer = Trainer(logger=TensorBoardLogger("runs"), callbacks=[PositionLRSchedule(), OffsetLogger(500)])
     """
 
-    def __init__(self, every_n_steps: int = 100, figures: bool = True) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"`every_n_steps` (={every_n_steps}) must be at least 1")
+    def __init__(
+        self,
+        every_n_steps: int = 100,
+        figures: bool = True,
+        animation: bool = True,
+        figures_every_n_steps: int | None = None,
+    ) -> None:
+        for name, value in (("every_n_steps", every_n_steps), ("figures_every_n_steps", figures_every_n_steps or 1)):
+            if value < 1:
+                raise ValueError(f"`{name}` (={value}) must be at least 1")
         self.every_n_steps = every_n_steps
         self.figures = figures
-        self._last = -1
+        self.animation = animation
+        self.figures_every_n_steps = figures_every_n_steps
+        self._forget()
+
+    def _forget(self) -> None:
+        #: The last record: the step, and each layer's positions (P, K, 2).
+        self._last: tuple[int, dict[str, Tensor]] | None = None
+        self._frames: list[tuple[int, dict[str, Tensor]]] = []
+        self._records = 0
+        self._stride = 1  # records from one frame to the next
+        self._drawn = 0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Forget an earlier training; a checkpoint to resume from is read after this."""
+        if stage == "fit" and trainer.global_step == 0:
+            self._forget()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that there is something to log."""
         require_layers(self, pl_module)
-        self._last = -1
+        require_whole_positions(self, trainer)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note where the taps start."""
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        held = {id(parameter) for group in groups for parameter in group["params"]}
+        layers = require_layers(self, pl_module)
+        if not any(id(layer.offsets) in held for _, layer in layers):
+            rank_zero_warn(
+                "OffsetLogger: no optimizer holds any positions, so they will not move; convert the model before "
+                "configure_optimizers, or add PositionLRSchedule"
+            )
+        if self._last is None:
+            self._note(trainer.global_step, {name: layer.positions.cpu() for name, layer in layers})
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Record the scalars, once for each step that is due (not again while gradients accumulate)."""
+        """Record and draw, once for each step that is due (not again while gradients accumulate)."""
         step = trainer.global_step
-        if step % self.every_n_steps == 0 and step != self._last:
-            self._last = step
-            self._log_scalars(trainer, pl_module)
+        if step % self.every_n_steps == 0:
+            self._record(trainer, pl_module)
+        if self.figures_every_n_steps is not None and step % self.figures_every_n_steps == 0 and step != self._drawn:
+            self._drawn = step
+            self._draw(trainer, pl_module, f"shapes_{step:06}.png")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Record the end, and draw it."""
-        if self._last != trainer.global_step:
-            self._log_scalars(trainer, pl_module)
-        directory = run_directory(trainer)
-        if self.figures and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self._log_figure(trainer, pl_module, directory)
-
-    @rank_zero_only
-    def _log_scalars(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.loggers:
+        """Record the end, draw it and make the film."""
+        self._record(trainer, pl_module)
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        layers = model_statistics(pl_module)
-        values: dict[str, float] = {}
-        for kind in ("mean_displacement", "max_displacement", "receptive_radius"):
-            per_layer = {name: getattr(statistics, kind) for name, statistics in layers.items()}
-            values[f"acu/{kind}"] = sum(per_layer.values()) / len(per_layer)
-            values |= {f"acu/{kind}/{name}": value for name, value in per_layer.items()}
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
+        if self.figures:
+            self._draw(trainer, pl_module, "shapes.png")
+        if self.animation:
+            self._animate(trainer, pl_module)
 
-    @rank_zero_only
-    def _log_figure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, directory: Path) -> None:
-        figure = plot_shapes(pl_module, title=f"iteration {trainer.global_step:,}")
-        directory.mkdir(parents=True, exist_ok=True)
-        figure.savefig(directory / "shapes.png")
-        for logger in trainer.loggers:
-            experiment: Any = getattr(logger, "experiment", None)
-            if hasattr(experiment, "add_figure"):  # TensorBoard
-                experiment.add_figure("acu/shapes", figure, trainer.global_step)
-            elif hasattr(logger, "log_image"):  # W&B
-                logger.log_image("acu/shapes", [str(directory / "shapes.png")], step=trainer.global_step)
+    def state_dict(self) -> dict[str, Any]:
+        """The last record and the frames so far, for a resume."""
+        return {"last": self._last, "frames": list(self._frames), "records": self._records, "stride": self._stride}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up where a checkpoint stopped."""
+        self._last, self._frames = state_dict["last"], list(state_dict["frames"])
+        self._records, self._stride = state_dict["records"], state_dict["stride"]
+
+    def _record(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self._last is not None
+        if self._last[0] == trainer.global_step:
+            return
+        layers = require_layers(self, pl_module)
+        # On every process, as reading the positions takes them all under FSDP2.
+        values = self._scalars(trainer.global_step, layers)
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step=trainer.global_step)
+        self._note(trainer.global_step, {name: layer.positions.cpu() for name, layer in layers})
+
+    def _scalars(self, step: int, layers: list[tuple[str, ACUConv2d]]) -> dict[str, float]:
+        assert self._last is not None
+        last_step, last = self._last
+        rows = {name: layer_statistics(layer) for name, layer in layers}
+        metrics = position_metrics(prefix="acu/")
+        for row in rows.values():
+            metrics.update(row)
+        values = {name: float(value) for name, value in metrics.compute().items()}
+        speeds = {}
+        for name, layer in layers:
+            way = (layer.positions.cpu() - last[name]).norm(dim=-1)[:, layer.movable.cpu()]
+            speeds[name] = way.mean().item() / (step - last_step) if way.numel() else 0.0
+        taps = max(1, sum(row.taps for row in rows.values()))
+        values["acu/step_speed"] = sum(speeds[name] * row.taps for name, row in rows.items()) / taps
+        for name, row in rows.items():
+            values |= {f"acu/{kind}/{name}": getattr(row, kind) for kind in _KINDS}
+            values[f"acu/step_speed/{name}"] = speeds[name]
+        return values
+
+    def _note(self, step: int, positions: dict[str, Tensor]) -> None:
+        self._last = (step, positions)
+        if self.animation and self._records % self._stride == 0:
+            self._frames.append(self._last)
+            most = max(2, min(_MAX_FRAMES, _MAX_NUMBERS // sum(taps.numel() for taps in positions.values())))
+            if len(self._frames) > most:
+                self._frames = self._frames[::2]
+                self._stride *= 2
+        self._records += 1
+
+    def _shapes(self, pl_module: pl.LightningModule) -> list[LayerShape]:
+        names = {name for name, _ in require_layers(self, pl_module)}
+        return [shape for shape in shapes_of(pl_module) if shape.name in names]
+
+    def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> None:
+        path, shapes = run_directory(trainer) / name, self._shapes(pl_module)
+        if trainer.is_global_zero:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            figure = plot_shapes(shapes, title=f"iteration {trainer.global_step:,}")
+            figure.savefig(path)
+            for logger in trainer.loggers:
+                experiment: Any = getattr(logger, "experiment", None)
+                if hasattr(experiment, "add_figure"):  # TensorBoard
+                    experiment.add_figure("acu/shapes", figure, trainer.global_step)
+                elif hasattr(logger, "log_image"):  # W&B
+                    logger.log_image("acu/shapes", [str(path)], step=trainer.global_step)
+
+    def _animate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        path, shapes = run_directory(trainer) / "shapes.gif", self._shapes(pl_module)
+        if trainer.is_global_zero:
+            assert self._last is not None
+            moments = self._frames + ([] if self._frames[-1][0] == self._last[0] else [self._last])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            animate_shapes(
+                [(step, [replace(shape, positions=at[shape.name]) for shape in shapes]) for step, at in moments], path
+            )
+            for logger in trainer.loggers:
+                if hasattr(logger, "log_video"):  # W&B
+                    logger.log_video("acu/film", [str(path)], step=trainer.global_step, format=["gif"])

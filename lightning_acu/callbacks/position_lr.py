@@ -1,43 +1,64 @@
-"""Positions learn at their own pace: own parameter group, warm-up, normalised gradient."""
+"""Positions learn at their own pace: own parameter group, warm-up, schedule, normalised gradient."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
-from torch.optim import Optimizer
+import torch
+from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.optim import LBFGS, Optimizer
 
 from ..conv import ACUConv2d
-from ._gradients import GradientGate, require_layers, transform_before_manual_step, unit_gradients
-from ._param_groups import split_off_positions, tie_learning_rates
+from ..sharded import copy_whole_
+from ._gradients import GradientGate, normalize_gradients_
+from ._layers import require_layers, require_whole_positions
+from ._param_groups import add_late_positions, split_off_positions, tie_learning_rates
+from ._steps import epoch_steps, total_steps
+from .round_then_finetune import RoundThenFinetune
+from .schedules import Schedule, find_schedule
 
 __all__ = ["PositionLRSchedule"]
+
+_PAPERS_WARMUP = 10_000
 
 
 class PositionLRSchedule(pl.Callback):
     """Trains positions as the paper does: a small learning rate, after a warm-up, along normalised gradients.
 
     Positions move into a parameter group of their own (named "acu_positions"), whose learning rate is ``multiplier``
-    times that of the group they came from, at every step and under any torch scheduler. Weights are clipped as if
-    the positions were not there.
+    times that of the group they came from, at every step and under any scheduler, times the factor of ``schedule``.
+    Gradients are normalised when they are complete (accumulated, averaged over processes, unscaled), and weights are
+    clipped as if the positions were not there.
 
     How far a tap can move in one step: with ``normalize`` and SGD, the learning rate in pixels (with momentum m up to
     1 / (1 - m) times that). Adam rescales every gradient by itself, so that a step is about the learning rate in each
     direction, with or without ``normalize``. A schedule of a few thousand steps needs a larger multiplier than the
     paper's 64,000: aim at a learning rate of positions such that it times the steps left is one or two pixels.
 
+    Steps are the trainer's ``global_step``, as ``Trainer(max_steps=...)`` counts them.
+
     Args:
         multiplier: learning rate of positions over that of the other parameters.
         warmup_steps: optimizer steps for which positions stay exactly where they are.
         normalize: scale each tap's gradient (g_y, g_x) to length 1.
         weight_decay: for positions; it pulls the taps back to the regular grid.
+        schedule: a further factor on the learning rate, from the end of the warm-up until positions are rounded (see
+            RoundThenFinetune) or the training ends: "constant", "cosine", "linear", "step", "lattice" (anneals the taps
+            onto whole pixels), or a :class:`~lightning_acu.callbacks.schedules.Schedule`.
+        warmup_epochs: epochs of warm-up, instead of ``warmup_steps``.
+        max_displacement: pixels that no tap may be away from where it started; None for no limit.
+        optimizer_idx: which of several optimizers to serve, as ``configure_optimizers`` returns them; None for all that
+            hold positions. Two callbacks can serve two optimizers.
 
     Raises:
-        ValueError: a negative argument.
-        RuntimeError: at the start of training, if the model has no active convolution or no optimizer holds one's
-            positions.
+        ValueError: a negative argument, both kinds of warm-up, or an unknown schedule.
+        RuntimeError: before training starts, if the model has no active convolution, no optimizer holds one's
+            positions, ``optimizer_idx`` does not exist, positions are to be rounded before the warm-up ends, the
+            schedule needs a length that the training does not have, or the strategy or optimizer cannot work.
 
     Example::
 
@@ -49,62 +70,134 @@ class PositionLRSchedule(pl.Callback):
     def __init__(
         self,
         multiplier: float = 0.01,
-        warmup_steps: int = 10_000,
+        warmup_steps: int = _PAPERS_WARMUP,
         normalize: bool = True,
         weight_decay: float = 0.0,
+        schedule: str | Schedule = "constant",
+        warmup_epochs: int | None = None,
+        max_displacement: float | None = None,
+        optimizer_idx: int | None = None,
     ) -> None:
-        for name, value in (("multiplier", multiplier), ("warmup_steps", warmup_steps), ("weight_decay", weight_decay)):
+        limits = {"multiplier": multiplier, "warmup_steps": warmup_steps, "weight_decay": weight_decay}
+        limits |= {"warmup_epochs": warmup_epochs or 0, "max_displacement": max_displacement or 0}
+        for name, value in (limits | {"optimizer_idx": optimizer_idx or 0}).items():
             if value < 0:
                 raise ValueError(f"`{name}` (={value}) must not be negative")
+        if warmup_epochs is not None and warmup_steps != _PAPERS_WARMUP:
+            raise ValueError(
+                f"give either `warmup_steps` (={warmup_steps}) or `warmup_epochs` (={warmup_epochs}), not both"
+            )
         self.multiplier = multiplier
-        self.warmup_steps = warmup_steps
+        self.warmup_steps = warmup_steps if warmup_epochs is None else 0
         self.normalize = normalize
         self.weight_decay = weight_decay
+        self.schedule = find_schedule("schedule", schedule)
+        self.warmup_epochs = warmup_epochs
+        self.max_displacement = max_displacement
+        self.optimizer_idx = optimizer_idx
+        #: The step at which positions start to learn, and for how many they do.
+        self._start: float = self.warmup_steps
+        self._length: float = math.inf
         self._step = 0
+        self._groups = 0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Stand between the gradients and the optimizers, before LearningRateFinder makes its first steps."""
+        if stage == "fit":
+            GradientGate.add(pl_module, self._transform)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Split the parameter groups, before the optimizers' state is restored from a checkpoint."""
         layers = require_layers(self, pl_module)
-        offsets = [layer.offsets for _, layer in layers if layer.offsets.requires_grad]
-        if not offsets:
+        require_whole_positions(self, trainer)
+        if self.optimizer_idx is not None and self.optimizer_idx >= len(trainer.optimizers):
+            raise RuntimeError(
+                f"PositionLRSchedule: `optimizer_idx` (={self.optimizer_idx}) does not exist, "
+                f"configure_optimizers made {len(trainer.optimizers)}"
+            )
+        late = self._finetuning(trainer)
+        for callback in late:  # after a resume it puts groups back that it had made, here: have that first
+            BaseFinetuning.on_fit_start(callback, trainer, pl_module)
+        if not late and not any(layer.offsets.requires_grad for _, layer in layers):
             raise RuntimeError("PositionLRSchedule: the positions of all layers have requires_grad=False; thaw some")
-        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        held: set[int] = set()
-        for optimizer in trainer.optimizers:
-            own = [scheduler for scheduler in schedulers if scheduler.optimizer is optimizer]
-            found = split_off_positions(optimizer, own, offsets, self.multiplier, self.weight_decay)
-            held |= {id(parameter) for parameter in found}
+        if added := add_late_positions(self._optimizers(trainer), layers):
+            rank_zero_info(f"PositionLRSchedule: gave the positions of {len(added)} layers to an optimizer made before")
+        held = self._split(trainer, pl_module)
         lost = [name for name, layer in layers if layer.offsets.requires_grad and id(layer.offsets) not in held]
-        if lost:
+        if lost and self.optimizer_idx is None:
             raise RuntimeError(
                 f"PositionLRSchedule: no optimizer holds the positions of {', '.join(lost[:3])}"
-                f"{' and others' if len(lost) > 3 else ''}; convert the model before the optimizer is made"
+                f"{' and others' if len(lost) > 3 else ''}, nor their weights; give them to one in "
+                "configure_optimizers, or freeze them with requires_grad_(False)"
             )
-        GradientGate.add(pl_module, self._transform)
+        if not held and not late:
+            raise RuntimeError(f"PositionLRSchedule: optimizer {self.optimizer_idx} holds no positions")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Warn where the warm-up never ends."""
-        steps = trainer.estimated_stepping_batches
-        if steps <= self.warmup_steps and self.multiplier > 0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            rank_zero_warn(
-                f"PositionLRSchedule: `warmup_steps` (={self.warmup_steps}) is no less than the {steps} steps of this "
-                "training, so the positions will never move; choose fewer"
+        """Find when positions learn, and whether that can work."""
+        steps = total_steps(trainer)
+        self._start = epoch_steps(trainer) * self.warmup_epochs if self.warmup_epochs else self.warmup_steps
+        warmup = (
+            f"`warmup_epochs` (={self.warmup_epochs})" if self.warmup_epochs else f"`warmup_steps` (={self._start})"
+        )
+        end = steps
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, RoundThenFinetune) and (moment := callback.step_of_rounding(trainer)) is not None:
+                end = min(end, moment)
+                if self._start >= moment and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                    raise RuntimeError(
+                        f"PositionLRSchedule: positions are to be rounded at step {moment:.0f}, before the warm-up "
+                        f"ends, {warmup}; nothing would have moved. Train longer, round later or warm up less"
+                    )
+        self._length = math.inf if math.isinf(self._start) else max(0, end - self._start)
+        if math.isinf(self._length) and self.schedule.needs_total:
+            raise RuntimeError(
+                f"PositionLRSchedule: `schedule` (={self.schedule}) needs a training with an end; set the trainer's "
+                "max_steps, or round at a given step"
             )
+        never = steps <= self._start < math.inf and self.multiplier > 0
+        if never and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_warn(
+                f"PositionLRSchedule: {warmup} is no less than the {steps} steps of this training, so the positions "
+                "will never move; choose fewer"
+            )
+        self._step = trainer.global_step
+        self._tie(trainer)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep the ratio after a scheduler that is stepped between epochs: LearningRateMonitor looks at it now."""
+        self._tie(trainer)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Keep the ratio of learning rates."""
-        for optimizer in trainer.optimizers:
-            tie_learning_rates(optimizer, self.multiplier)
+        if self._groups != self._count_groups(trainer):  # BackboneFinetuning has thawed something
+            # It leaves out what equals a parameter that the optimizer holds: zeros, for positions that never moved.
+            add_late_positions(self._optimizers(trainer), require_layers(self, pl_module))
+            self._split(trainer, pl_module)
+        self._tie(trainer)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Note the step; under manual optimisation, also change the gradients here."""
-        tie_learning_rates(optimizer, self.multiplier)
-        self._step = trainer.global_step
-        transform_before_manual_step(pl_module, optimizer, self._transform)
+        """Keep the ratio where a module steps its schedulers by itself."""
+        self._tie(trainer)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Pull taps towards whole pixels or back inside their limit; keep the ratio after a scheduler's step."""
+        before, self._step = self._step, trainer.global_step
+        if self._step > before and not self._warming_up(trainer, self._step - 1) and not self._rounded(trainer):
+            slack = [self.schedule.slack(self._time(step), self._length) for step in (before, self._step)]
+            pull = 1 - slack[1] / slack[0] if slack[0] > 0 else 1.0
+            if pull > 0 or self.max_displacement is not None:
+                held = self._held(trainer)
+                for _, layer in require_layers(self, pl_module):
+                    if id(layer.offsets) in held and layer.offsets.requires_grad:
+                        self._confine(layer, pull)
+        self._tie(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave the module as it was: Lightning calls no teardown then."""
@@ -114,8 +207,79 @@ class PositionLRSchedule(pl.Callback):
         """Leave the module as it was."""
         GradientGate.remove(pl_module, self._transform)
 
-    def _transform(self, layer: ACUConv2d, grad: Tensor) -> Tensor | None:
-        # No gradient at all during the warm-up: a zero one would let momentum and decay move the taps.
-        if self._step < self.warmup_steps:
-            return None
-        return unit_gradients(layer, grad) if self.normalize else grad
+    def _optimizers(self, trainer: pl.Trainer) -> list[Optimizer]:
+        return trainer.optimizers if self.optimizer_idx is None else [trainer.optimizers[self.optimizer_idx]]
+
+    @staticmethod
+    def _finetuning(trainer: pl.Trainer) -> list[BaseFinetuning]:
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        return [callback for callback in callbacks if isinstance(callback, BaseFinetuning)]
+
+    @staticmethod
+    def _rounded(trainer: pl.Trainer) -> bool:
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        return any(isinstance(c, RoundThenFinetune) and c.rounded_at is not None for c in callbacks)
+
+    def _warming_up(self, trainer: pl.Trainer, step: int) -> bool:
+        return step < self.warmup_steps or trainer.current_epoch < (self.warmup_epochs or 0)
+
+    def _held(self, trainer: pl.Trainer) -> set[int]:
+        groups = [group for optimizer in self._optimizers(trainer) for group in optimizer.param_groups]
+        return {id(parameter) for group in groups for parameter in group["params"]}
+
+    def _time(self, step: float) -> int:
+        """Steps since positions began to learn, within the time that they do."""
+        return int(min(max(step - self._start, 0), self._length))
+
+    def _split(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> set[int]:
+        """Positions into groups of their own; the ids of all that our optimizers hold."""
+        # Frozen ones too: who thaws them later need not know of us.
+        offsets = [layer.offsets for _, layer in require_layers(self, pl_module)]
+        # BackboneFinetuning sets the learning rates of the first and of the last group.
+        keep_last = bool(self._finetuning(trainer))
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        held: set[int] = set()
+        for optimizer in self._optimizers(trainer):
+            if isinstance(optimizer, LBFGS):
+                raise RuntimeError("PositionLRSchedule: LBFGS has no parameter groups; choose another optimizer")
+            own = [scheduler for scheduler in schedulers if scheduler.optimizer is optimizer]
+            found = split_off_positions(optimizer, own, offsets, self.multiplier, self.weight_decay, keep_last)
+            held |= {id(parameter) for parameter in found}
+        self._groups = self._count_groups(trainer)
+        return held
+
+    def _count_groups(self, trainer: pl.Trainer) -> int:
+        return sum(len(optimizer.param_groups) for optimizer in self._optimizers(trainer))
+
+    def _tie(self, trainer: pl.Trainer) -> None:
+        factor = self.multiplier * self.schedule.rate(self._time(trainer.global_step), self._length)
+        for optimizer in self._optimizers(trainer):
+            tie_learning_rates(optimizer, factor)
+
+    def _transform(self, trainer: pl.Trainer, optimizer: Optimizer, layers: Sequence[ACUConv2d]) -> None:
+        if self.optimizer_idx is not None and optimizer is not trainer.optimizers[self.optimizer_idx]:
+            return
+        # LearningRateFinder and BatchSizeFinder take all callbacks away, and give every group one rate.
+        if self._warming_up(trainer, trainer.global_step) or self not in trainer.callbacks:  # type: ignore[attr-defined]
+            for layer in layers:
+                layer.offsets.grad = None
+        elif self.normalize:
+            normalize_gradients_(layers)
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+                # Fused optimizers divide by the scale of mixed precision themselves, in the step.
+                for layer in layers:
+                    layer.offsets.grad = scaler.scale(layer.offsets.grad)
+
+    @torch.no_grad()
+    def _confine(self, layer: ACUConv2d, pull: float) -> None:
+        """Move each tap the share ``pull`` of its way to the nearest pixel, and back to ``max_displacement``."""
+        offsets = layer.active_offsets().detach()
+        if self.max_displacement is not None:
+            start = offsets - layer.displacement
+            length = layer.displacement.norm(dim=-1, keepdim=True)
+            offsets = torch.where(
+                length > self.max_displacement, start + layer.displacement * (self.max_displacement / length), offsets
+            )
+        offsets = offsets.lerp(offsets.round(), pull)
+        copy_whole_(layer.offsets, offsets.flatten())

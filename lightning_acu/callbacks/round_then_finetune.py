@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
-from torch import Tensor
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
 from ..conv import ACUConv2d
-from ..figures import plot_shapes
-from ..metrics import LayerStatistics, model_statistics
-from ..surgery import round_acu
-from ._gradients import GradientGate, require_layers, transform_before_manual_step
+from ..figures import plot_shapes, shapes_of
+from ..metrics import LayerStatistics, layer_statistics
+from ._averages import keep_rounded, swapped_in
+from ._evaluate import evaluate, log_evaluation
+from ._gradients import GradientGate
+from ._layers import require_layers, require_whole_positions, reshard
+from ._moment import Moment
+from ._restart import rate_ratios, restart_rates
+from ._rounding import round_layers
+from ._steps import total_steps
 from .directory import run_directory
-from .position_lr import PositionLRSchedule
+from .schedules import Schedule, find_schedule
 
 __all__ = ["RoundThenFinetune"]
 
@@ -27,21 +33,37 @@ class RoundThenFinetune(pl.Callback):
     """Rounds all positions to the lattice at one step, and trains on with positions frozen (the paper's ACU-Round).
 
     After rounding a layer is a plain convolution again, or a sparse one, and runs everywhere; the fine-tuning lets the
-    weights make up for the taps that moved. Positions stay bit for bit from then on, also after a resume. The log
-    directory keeps the model just before and just after (``before_rounding.ckpt``, ``rounded.ckpt``) and the learned
-    shapes (``shapes_before_rounding.png``).
+    weights make up for the taps that moved. Positions stay bit for bit from then on, also after a resume; averaged
+    copies of the model (WeightAveraging, StochasticWeightAveraging, timm's ModelEma) get the same positions. The
+    optimizer forgets what it knew of positions (momentum) and keeps the rest.
+
+    The validation data are evaluated before, right after rounding and at the end, without other callbacks noticing;
+    loggers get the numbers as ``acu/before_rounding/NAME``, ``acu/after_rounding/NAME`` and ``acu/final/NAME``, and
+    ``results`` holds them. The log directory keeps the model just before and just after (``before_rounding.ckpt``,
+    ``rounded.ckpt``) and the learned shapes (``shapes_before_rounding.png``).
+
+    Steps are the trainer's ``global_step``, as ``Trainer(max_steps=...)`` counts them.
 
     Args:
         at_step: round before this optimizer step; or
         at_epoch: round at the start of this epoch, 1 or more (0 would be the first); or
         at_fraction: round after this share of all steps, between 0 and 1. Give exactly one of the three.
+        finetune_lr: restart the learning rate of the weights at this value when rounding, in place of what their
+            scheduler says; groups keep their ratios, and the highest gets this value. None: the scheduler goes on.
+        finetune_schedule: how it runs from there to the end of the training: "cosine" or "linear" to zero, "constant",
+            "step", or a :class:`~lightning_acu.callbacks.schedules.Schedule`.
         collision: what to do when taps of one layer end on one pixel: "report" them (their weights add up, nothing is
-            lost), or raise an "error".
+            lost); raise an "error"; or "separate" them, each to a pixel of its own, as near as possible.
+        evaluate: run the three validations.
 
     Raises:
         ValueError: not exactly one of the three moments, or one out of range.
-        RuntimeError: at the start of training, if the model has no active convolution, or if the moment never comes
-            or comes before the warm-up of a PositionLRSchedule ends; when rounding, for collisions under "error".
+        RuntimeError: before training starts, if the model has no active convolution, or if the moment never comes or
+            the strategy hides positions; when rounding, for collisions under "error".
+
+    Example::
+
+        callbacks = [PositionLRSchedule(), RoundThenFinetune(at_fraction=0.7, finetune_lr=0.01)]
 
     Source: Jeon & Kim, CVPR 2017, section 4.1 (ACU rounded to integer positions, then fine-tuned).
     """
@@ -51,85 +73,95 @@ class RoundThenFinetune(pl.Callback):
         at_step: int | None = None,
         at_epoch: int | None = None,
         at_fraction: float | None = None,
-        collision: Literal["report", "error"] = "report",
+        finetune_lr: float | None = None,
+        finetune_schedule: str | Schedule = "cosine",
+        collision: Literal["report", "error", "separate"] = "report",
+        evaluate: bool = True,
     ) -> None:
-        given = {"at_step": at_step, "at_epoch": at_epoch, "at_fraction": at_fraction}
-        chosen = {name: value for name, value in given.items() if value is not None}
-        if len(chosen) != 1:
-            raise ValueError(f"give exactly one of `at_step`, `at_epoch` and `at_fraction`, got {chosen or 'none'}")
-        ((name, value),) = chosen.items()
-        if value <= 0 or (name == "at_fraction" and value >= 1):
-            raise ValueError(
-                f"`{name}` (={value}) must be {'between 0 and 1' if name == 'at_fraction' else '1 or more'}"
-            )
-        if collision not in ("report", "error"):
-            raise ValueError(f"`collision` (={collision!r}) must be 'report' or 'error'")
-        self.at_step = at_step
-        self.at_epoch = at_epoch
-        self.at_fraction = at_fraction
+        self.moment = Moment(at_step, at_epoch, at_fraction)
+        if collision not in ("report", "error", "separate"):
+            raise ValueError(f"`collision` (={collision!r}) must be 'report', 'error' or 'separate'")
+        if finetune_lr is not None and finetune_lr <= 0:
+            raise ValueError(f"`finetune_lr` (={finetune_lr}) must be positive; None lets the scheduler go on")
+        self.finetune_lr = finetune_lr
+        self.finetune_schedule = find_schedule("finetune_schedule", finetune_schedule)
         self.collision = collision
+        self.evaluate = evaluate
+        self._forget()
+
+    def _forget(self) -> None:
         #: The step at which positions were rounded, None before.
         self.rounded_at: int | None = None
         #: How far the taps of each layer had moved by then.
         self.learned: dict[str, LayerStatistics] = {}
         #: Where the model just before and just after rounding was saved.
         self.checkpoints: dict[str, str] = {}
-        self._step: int | None = None
+        #: Validation metrics "before_rounding", "after_rounding" and "final".
+        self.results: dict[str, dict[str, float]] = {}
+        #: For each optimizer, its groups' learning rates over the highest, when rounding.
+        self._ratios: list[list[float]] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Forget an earlier training; a checkpoint to resume from is read after this."""
-        if stage == "fit" and trainer.global_step == 0:
-            self.rounded_at, self.learned, self.checkpoints = None, {}, {}
+        if stage == "fit":
+            if trainer.global_step == 0:
+                self._forget()
+            GradientGate.add(pl_module, self._freeze)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stand between the gradients and the optimizers; a no-op until rounding."""
+        """Check that there is something to round."""
         require_layers(self, pl_module)
-        GradientGate.add(pl_module, self._freeze)
+        require_whole_positions(self, trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the step, and whether it can work."""
-        if self.rounded_at is not None:
-            return
-        steps = trainer.estimated_stepping_batches
-        self._step = self._find_step(trainer, steps)
-        if self._step is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
-        if self._step >= steps:
+        step, steps = self.step_of_rounding(trainer), total_steps(trainer)
+        if self.finetune_lr is not None and self.finetune_schedule.needs_total and math.isinf(steps):
             raise RuntimeError(
-                f"RoundThenFinetune: {self._moment()} is step {self._step}, but this training has only {steps}"
+                f"RoundThenFinetune: `finetune_schedule` (={self.finetune_schedule}) needs a training with an end; "
+                "set the trainer's max_steps or choose 'constant'"
             )
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, PositionLRSchedule) and callback.warmup_steps >= self._step:
-                raise RuntimeError(
-                    f"RoundThenFinetune: {self._moment()} is step {self._step}, before the warm-up of "
-                    f"PositionLRSchedule ends (`warmup_steps`={callback.warmup_steps}); nothing would have moved. "
-                    "Train longer, round later or warm up for fewer steps"
-                )
+        if self.rounded_at is not None:
+            self._restart_rates(trainer)
+        elif step is not None and step >= steps and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            raise RuntimeError(f"RoundThenFinetune: {self.moment} is step {step}, but this training has only {steps}")
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Round when the moment has come."""
-        if self.at_epoch is not None:
-            due = trainer.current_epoch >= self.at_epoch
-        else:
-            due = self._step is not None and trainer.global_step >= self._step
-        if due and self.rounded_at is None:
+        if self.rounded_at is None and self.moment.has_come(trainer):
             self._round(trainer, pl_module)
+        self._restart_rates(trainer)
 
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Manual optimisation: freeze here."""
-        transform_before_manual_step(pl_module, optimizer, self._freeze)
+        """Go on with the restarted learning rate after a scheduler's step."""
+        self._restart_rates(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Whole positions in averaged copies, before those are swapped in."""
+        self._hold(trainer, pl_module)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Whole positions in averaged copies; ``checkpoint`` has references to them."""
+        self._hold(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say so if the step never came."""
-        if self.rounded_at is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        """Evaluate the end; say so if the step never came."""
+        self._hold(trainer, pl_module)  # WeightAveraging has copied its average into the model, or will
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if self.rounded_at is None:
             rank_zero_warn(
-                f"RoundThenFinetune: training ended at step {trainer.global_step}, before {self._moment()}; "
+                f"RoundThenFinetune: training ended at step {trainer.global_step}, before {self.moment}; "
                 "the positions are not rounded"
             )
+        else:
+            self._evaluate(trainer, "final")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave the module as it was: Lightning calls no teardown then."""
@@ -141,77 +173,77 @@ class RoundThenFinetune(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Whether and when positions were rounded, for a resume."""
-        learned = {name: vars(row) for name, row in self.learned.items()}
-        return {"rounded_at": self.rounded_at, "learned": learned, "checkpoints": dict(self.checkpoints)}
+        return {
+            "rounded_at": self.rounded_at,
+            "learned": {name: vars(row) for name, row in self.learned.items()},
+            "checkpoints": dict(self.checkpoints),
+            "results": {moment: dict(metrics) for moment, metrics in self.results.items()},
+            "ratios": self._ratios,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up where a checkpoint stopped."""
         self.rounded_at = state_dict["rounded_at"]
         self.learned = {name: LayerStatistics(**row) for name, row in state_dict["learned"].items()}
         self.checkpoints = dict(state_dict["checkpoints"])
+        self.results = dict(state_dict["results"])
+        self._ratios = state_dict["ratios"]
 
-    def _find_step(self, trainer: pl.Trainer, steps: float) -> int | None:
-        """The optimizer step before which to round; None where epochs have no known length."""
-        if self.at_step is not None:
-            return self.at_step
-        if self.at_epoch is not None:
-            batches = trainer.num_training_batches
-            return None if math.isinf(batches) else self.at_epoch * math.ceil(batches / trainer.accumulate_grad_batches)
-        assert self.at_fraction is not None
-        if math.isinf(steps):
-            raise RuntimeError(
-                f"RoundThenFinetune: `at_fraction` (={self.at_fraction}) of a training without end is no step; "
-                "set the trainer's max_steps or max_epochs, or give `at_step`"
-            )
-        return math.ceil(self.at_fraction * steps)
+    def step_of_rounding(self, trainer: pl.Trainer) -> float | None:
+        """The optimizer step before which positions are, or were, rounded; None where epochs have no known length."""
+        return self.moment.step(trainer) if self.rounded_at is None else self.rounded_at
 
     def _round(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         layers = require_layers(self, pl_module)
-        learned = model_statistics(pl_module)
-        self._keep(trainer, "before_rounding")
+        learned = {name: layer_statistics(layer) for name, layer in layers}
+        self._keep(trainer, pl_module, "before_rounding")
         self._draw(trainer, pl_module)
-        before = [layer.offsets.detach().clone() for _, layer in layers]
-        round_acu(pl_module)
-        collisions = {name: row.collisions for name, row in model_statistics(pl_module).items() if row.collisions}
-        text = ", ".join(f"{count} in {name}" for name, count in collisions.items())
-        if collisions and self.collision == "error":
-            with torch.no_grad():
-                for (_, layer), old in zip(layers, before, strict=True):
-                    layer.offsets.copy_(old)
-            raise RuntimeError(f"RoundThenFinetune: taps fell on the pixel of another: {text} (`collision`='error')")
+        self._evaluate(trainer, "before_rounding")
+        reshard(pl_module)  # a validation may have left parameters gathered, where changes would be lost
+        done = round_layers(layers, self.collision)
         self.learned, self.rounded_at = learned, trainer.global_step
-        distances = [
-            (layer.offsets.detach() - old).view(layer.position_groups, -1, 2).norm(dim=-1)[:, layer.movable].flatten()
-            for (_, layer), old in zip(layers, before, strict=True)
-        ]
-        moved = torch.cat([distance.cpu() for distance in distances])
-        rank_zero_info(
-            f"RoundThenFinetune: rounded the positions at step {self.rounded_at}; {len(moved)} taps moved "
-            f"{moved.mean():.2f} pixels on average, {moved.max():.2f} at most; "
-            + (f"taps that fell on the pixel of another: {text}" if text else "no two taps fell on one pixel")
-        )
+        keep_rounded(trainer, pl_module)
+        rank_zero_info(f"RoundThenFinetune: rounded the positions at step {self.rounded_at}; {done}")
         for optimizer in trainer.optimizers:  # momentum of positions means nothing any more
             for _, layer in layers:
                 optimizer.state.pop(layer.offsets, None)
-        self._keep(trainer, "rounded")
+        self._keep(trainer, pl_module, "rounded")
+        self._evaluate(trainer, "after_rounding")
+        self._ratios = [rate_ratios(optimizer) for optimizer in trainer.optimizers]
 
-    def _keep(self, trainer: pl.Trainer, name: str) -> None:
+    def _hold(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Not where another model is validated with the same trainer.
+        if self.rounded_at is not None and trainer.state.fn == TrainerFn.FITTING:
+            keep_rounded(trainer, pl_module)
+
+    def _restart_rates(self, trainer: pl.Trainer) -> None:
+        if self.finetune_lr is not None and self.rounded_at is not None:
+            length = total_steps(trainer) - self.rounded_at
+            share = self.finetune_schedule.rate(trainer.global_step - self.rounded_at, length)
+            restart_rates(trainer.optimizers, self._ratios, self.finetune_lr * share)
+
+    def _evaluate(self, trainer: pl.Trainer, moment: str) -> None:
+        if self.evaluate:
+            self.results[moment] = evaluate(trainer)
+            log_evaluation(trainer, moment, self.results[moment])
+
+    def _keep(self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> None:
         directory = run_directory(trainer)
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             path = Path(directory, f"{name}.ckpt")
-            trainer.save_checkpoint(path, weights_only=True)
+            with swapped_in(trainer, pl_module):
+                trainer.save_checkpoint(path, weights_only=True)
             self.checkpoints[name] = str(path)
 
-    @rank_zero_only
     def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if "before_rounding" in self.checkpoints:
+        names = {name for name, _ in require_layers(self, pl_module)}
+        shapes = [shape for shape in shapes_of(pl_module) if shape.name in names]
+        if trainer.is_global_zero and "before_rounding" in self.checkpoints:
             path = Path(self.checkpoints["before_rounding"]).with_name("shapes_before_rounding.png")
-            plot_shapes(pl_module, title=f"before rounding, iteration {trainer.global_step:,}").savefig(path)
+            plot_shapes(shapes, title=f"before rounding, iteration {trainer.global_step:,}").savefig(path)
 
-    def _freeze(self, layer: ACUConv2d, grad: Tensor) -> Tensor | None:
+    def _freeze(self, trainer: pl.Trainer, optimizer: Optimizer, layers: Sequence[ACUConv2d]) -> None:
         # None, not requires_grad=False: DDP waits for the gradient of every parameter it saw at the start.
-        return grad if self.rounded_at is None else None
-
-    def _moment(self) -> str:
-        name = next(name for name in ("at_step", "at_epoch", "at_fraction") if getattr(self, name) is not None)
-        return f"`{name}` (={getattr(self, name)})"
+        if self.rounded_at is not None:
+            for layer in layers:
+                layer.offsets.grad = None

@@ -4,9 +4,8 @@ import pytest
 import torch
 from tiny import TinyModule, fit, loader
 
-from lightning_acu import ACUConv2d
 from lightning_acu.callbacks import PositionLRSchedule, RoundThenFinetune
-from lightning_acu.callbacks._gradients import GradientGate, unit_gradients
+from lightning_acu.callbacks._gradients import GradientGate, unit_vectors
 
 
 @pytest.mark.parametrize(
@@ -19,13 +18,20 @@ from lightning_acu.callbacks._gradients import GradientGate, unit_gradients
         ((3e30, -4e30), (0.6, -0.8)),  # and of these overflow
     ],
 )
-def test_unit_gradients(gradient, expected):
-    layer = ACUConv2d(1, 1, 3)
-    full = torch.ones(18)
-    full[6:8] = torch.tensor(gradient)
-    result = unit_gradients(layer, full).view(9, 2)
+def test_unit_vectors(gradient, expected):
+    full = torch.ones(9, 2)
+    full[3] = torch.tensor(gradient)
+    result = unit_vectors(full)
     torch.testing.assert_close(result[3], torch.tensor(expected))
     torch.testing.assert_close(result[0], torch.full((2,), 0.5**0.5))
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_a_gradient_that_is_not_finite_does_not_become_a_direction(value):
+    """GradScaler must see it and skip the step; without a scaler it shows, as in the weights."""
+    result = unit_vectors(torch.tensor([[value, 1.0], [3.0, 4.0]]))
+    assert not result[0].isfinite().all()
+    torch.testing.assert_close(result[1], torch.tensor([0.6, 0.8]))
 
 
 def run(tmp_path, module, *, schedule=True, transform=None, **arguments):
@@ -89,11 +95,11 @@ def test_normalised_once_after_accumulation(tmp_path):
 def test_the_gate_goes_with_its_last_transform():
     module = TinyModule()
 
-    def keep(layer, grad):
-        return grad
+    def keep(trainer, optimizer, layers):
+        pass
 
-    def drop(layer, grad):
-        return None
+    def drop(trainer, optimizer, layers):
+        pass
 
     GradientGate.add(module, keep)
     GradientGate.add(module, drop)
@@ -102,7 +108,7 @@ def test_the_gate_goes_with_its_last_transform():
     GradientGate.remove(module, keep)
     GradientGate.remove(module, drop)
     assert GradientGate.of(module) is None
-    assert "configure_gradient_clipping" not in vars(module)
+    assert not {"configure_gradient_clipping", "clip_gradients", "on_before_optimizer_step"} & set(vars(module))
 
 
 def test_a_clipping_hook_of_the_users_own_still_runs(tmp_path):

@@ -4,7 +4,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.loggers import Logger
-from tiny import ManualModule, Spy, TinyModule, fit
+from tiny import ManualModule, Spy, TinyModule, fit, loader
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_acu.callbacks import PositionLRSchedule, RoundThenFinetune
@@ -100,7 +100,7 @@ class StopAfter(pl.Callback):
         ({"at_step": 3, "at_epoch": 1}, r"exactly one .* got \{'at_step': 3, 'at_epoch': 1\}"),
         ({"at_step": 0}, r"`at_step` \(=0\) must be 1 or more"),
         ({"at_fraction": 1.0}, r"`at_fraction` \(=1.0\) must be between 0 and 1"),
-        ({"at_epoch": 1, "collision": "merge"}, r"`collision` \(='merge'\) must be 'report' or 'error'"),
+        ({"at_epoch": 1, "collision": "merge"}, r"`collision` \(='merge'\) must be 'report', 'error' or 'separate'"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -113,7 +113,11 @@ def test_bad_arguments(arguments, message):
     [
         (RoundThenFinetune(at_step=12), None, r"`at_step` \(=12\) is step 12, but this training has only 12"),
         (RoundThenFinetune(at_epoch=9), None, r"`at_epoch` \(=9\) is step 54, but this training has only 12"),
-        (RoundThenFinetune(at_step=3), PositionLRSchedule(1, 3), r"is step 3, before the warm-up .*`warmup_steps`=3"),
+        (
+            RoundThenFinetune(at_step=3),
+            PositionLRSchedule(1, 3),
+            "rounded at step 3, before the warm-up ends",
+        ),
     ],
 )
 def test_moments_that_cannot_work_stop_before_training(tmp_path, rounding, callback, message):
@@ -201,3 +205,85 @@ def test_loggers_without_a_log_directory_get_one_for_each_run(tmp_path):
     rounding = RoundThenFinetune(at_step=9)
     fit(TinyModule(), [schedule(), rounding], tmp_path, logger=Other())
     assert rounding.checkpoints["rounded"] == str(tmp_path / "runs" / "version_3" / "rounded.ckpt")
+
+
+OPTIMIZERS = {
+    "SGD with momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.1, weight_decay=0.1),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.5),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_positions_stay_bit_for_bit_and_the_optimizer_has_forgotten_them(tmp_path, name):
+    """Also with decay on positions, a schedule that pulls taps to pixels, and one that keeps them near."""
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            held = trainer.optimizers[0].state
+            known.append([parameter in held for parameter in pl_module.parameters()])
+
+    known, spy, rounding = [], Spy(), RoundThenFinetune(at_step=9)
+    pulls = PositionLRSchedule(3.0, 1, weight_decay=0.1, schedule="lattice", max_displacement=0.9)
+    model = TinyModule(optimizer=OPTIMIZERS[name])
+    fit(model, [pulls, rounding, spy, Look()], tmp_path, max_epochs=3)
+    rounded = spy.offsets[9]
+    assert torch.equal(rounded, rounded.round())
+    assert rounded.abs().max() == 1
+    assert all(torch.equal(offsets, rounded) for offsets in [*spy.offsets[9:], model.offsets])
+    is_offset = ["offsets" in name for name, _ in model.named_parameters()]
+    assert all(known[8])
+    assert all(row == [not offset for offset in is_offset] for row in known[9:])
+
+
+def colliding(model):
+    with torch.no_grad():
+        model.net[2].offsets[2:6] = torch.tensor([0.0, 0.8, 0.0, 0.3])  # taps 1 and 2 both to column 2
+    return model
+
+
+def test_taps_that_fell_on_one_pixel_are_put_apart(tmp_path, caplog):
+    model, spy, rounding = colliding(TinyModule()), Spy(), RoundThenFinetune(at_step=1, collision="separate")
+    with caplog.at_level("INFO"):
+        fit(model, [PositionLRSchedule(multiplier=0, warmup_steps=0), rounding, spy], tmp_path)
+    assert "taps that fell on the pixel of another: 1 in net.2, now apart" in caplog.text
+    for layer in (model.net[0], model.net[2]):
+        assert torch.equal(layer.offsets, layer.offsets.round())
+        assert len(layer.positions[0].unique(dim=0)) == 9
+    assert all(torch.equal(offsets, model.offsets) for offsets in spy.offsets[1:])
+    assert rounding.learned["net.2"].max_displacement == pytest.approx(0.8)
+
+
+def test_no_collisions_are_reported_as_that(tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        fit(TinyModule(), [RoundThenFinetune(at_step=1)], tmp_path)
+    assert "no two taps fell on one pixel" in caplog.text
+
+
+def test_a_model_whose_taps_cannot_move(tmp_path, caplog):
+    from lightning_acu import ACUConv2d
+
+    model = TinyModule(convert=False)
+    model.net.append(ACUConv2d(3, 3, 1))
+    with caplog.at_level("INFO"):
+        fit(model, [RoundThenFinetune(at_step=3)], tmp_path)
+    assert "no tap can move" in caplog.text
+
+
+@pytest.mark.parametrize("fast_dev_run", [True, 4])
+def test_fast_dev_run_writes_nothing(tmp_path, fast_dev_run):
+    model, rounding = TinyModule(), RoundThenFinetune(at_step=2, finetune_lr=0.1)
+    fit(model, [PositionLRSchedule(3.0, 0), rounding], tmp_path, fast_dev_run=fast_dev_run)
+    assert rounding.rounded_at == (None if fast_dev_run is True else 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_training_continued_by_the_same_trainer_stays_rounded(tmp_path):
+    model, rounding = TinyModule(), RoundThenFinetune(at_step=9)
+    trainer = fit(model, [schedule(), rounding], tmp_path)
+    rounded = model.offsets
+    trainer.fit_loop.max_epochs = 3
+    trainer.fit(model, loader())
+    assert trainer.global_step == 18
+    assert rounding.rounded_at == 9
+    assert torch.equal(model.offsets, rounded)

@@ -1,0 +1,132 @@
+"""Turn the convolutions of somebody else's LightningModule into active ones, in time for its optimizer."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+from torchmetrics import Metric
+
+from ..conv import acu_layers
+from ..surgery import ConvertConfig, NoEffectWarning, report_acu
+from ._layers import require_layers
+from ._param_groups import add_late_positions
+
+__all__ = ["ConvertToACU"]
+
+
+class ConvertToACU(pl.Callback):
+    """Calls :func:`lightning_acu.convert_to_acu` on the LightningModule, early enough for everything that follows.
+
+    For modules whose code is not yours; in your own, call ``convert_to_acu`` in ``__init__`` or ``configure_model``,
+    so that ``load_from_checkpoint``, which runs no callback, knows the active layers too. It is done before weights
+    are restored from a checkpoint, also where the module builds its layers in ``setup`` or ``configure_model``, and
+    for testing and predicting as well. An optimizer made before, as LightningCLI does for ``--optimizer``, is given
+    the positions. Convolutions inside torchmetrics Metrics (FID and the like) stay as they are.
+
+    Stands before callbacks that copy the module, such as WeightAveraging.
+
+    Args:
+        target_modules: which modules to convert; names count from the LightningModule: "model.layer1.0.conv1".
+        filter_fn: only modules for which ``filter_fn(module, qualified_name)`` is true.
+        **arguments: the others of :func:`lightning_acu.convert_to_acu`.
+
+    Raises:
+        TypeError: an unknown argument; while setting up, a model that FSDP2 has sharded already (in its
+            ``configure_model``: convert there, before ``fully_shard``).
+        RuntimeError: before training starts, if no convolution was converted or an averaging callback stands before.
+
+    Example::
+
+        trainer = Trainer(callbacks=[ConvertToACU(kernel_sizes=[3], exclude_modules=r".*stem.*"), PositionLRSchedule()])
+    """
+
+    def __init__(
+        self,
+        target_modules: str | list[str] | None = None,
+        filter_fn: Callable[[nn.Module, str], bool] | None = None,
+        **arguments: Any,
+    ) -> None:
+        self.config = ConvertConfig(target_modules=target_modules, **arguments)
+        self.filter_fn = filter_fn
+        self._wrapped: dict[str, Callable[..., Any]] = {}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Convert what is there, and what the module's ``setup`` and ``configure_model`` will have built."""
+        later = [name for name in ("setup", "configure_model") if is_overridden(name, pl_module)]
+        for name in later:
+            self._wrapped[name] = self._then_convert(pl_module, getattr(pl_module, name), final=name == later[-1])
+            setattr(pl_module, name, self._wrapped[name])
+        self._convert(pl_module, final=not later)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Give the positions to an optimizer that was made before."""
+        layers = require_layers(self, pl_module)
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for place, callback in enumerate(callbacks):
+            average = getattr(callback, "_average_model", None)
+            if isinstance(average, nn.Module) and not any(acu_layers(average)):
+                raise RuntimeError(
+                    f"ConvertToACU: {type(callback).__name__} "
+                    + (
+                        "stands before it in the trainer's callbacks and has copied the plain model; put ConvertToACU "
+                        "first"
+                        if place < callbacks.index(self)
+                        else f"has copied {type(pl_module).__name__} before its `setup` or `configure_model` built the "
+                        "layers; build them in __init__"
+                    )
+                )
+        if added := add_late_positions(trainer.optimizers, layers):
+            rank_zero_info(f"ConvertToACU: gave the positions of {len(added)} layers to an optimizer made before")
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave the module's hooks as they were: Lightning calls no teardown then."""
+        self._restore(pl_module)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave the module's hooks as they were."""
+        self._restore(pl_module)
+
+    def _then_convert(self, module: pl.LightningModule, hook: Callable[..., Any], final: bool) -> Callable[..., Any]:
+        @functools.wraps(hook)
+        def build_and_convert(*args: Any, **kwargs: Any) -> Any:
+            result = hook(*args, **kwargs)
+            self._convert(module, final)
+            return result
+
+        return build_and_convert
+
+    def _convert(self, module: pl.LightningModule, final: bool) -> None:
+        metrics = tuple(f"{name}." for name, child in module.named_modules() if isinstance(child, Metric))
+
+        def chosen(conv: nn.Module, name: str) -> bool:
+            return not name.startswith(metrics) and (self.filter_fn is None or self.filter_fn(conv, name))
+
+        before = sum(1 for _ in acu_layers(module))
+        with warnings.catch_warnings():
+            if not final:  # what matches nothing yet may match later
+                warnings.simplefilter("ignore", NoEffectWarning)
+            try:
+                self.config.apply(module, filter_fn=chosen)
+            except TypeError as error:
+                raise TypeError(
+                    f"ConvertToACU: {error} (with FSDP2: in configure_model, before fully_shard)"
+                ) from error
+        report = report_acu(module)
+        if len(report.converted) > before:
+            rank_zero_info(
+                f"ConvertToACU: {len(report.converted)} of {len(report.rows)} convolutions of {type(module).__name__} "
+                "are active"
+            )
+
+    def _restore(self, module: pl.LightningModule) -> None:
+        for name, wrapped in self._wrapped.items():
+            if vars(module).get(name) is wrapped:
+                delattr(module, name)
+        self._wrapped = {}
