@@ -217,11 +217,17 @@ class ACUConv2d(nn.Conv2d):
         offsets = self.active_offsets().detach()
         return offsets + self._grid(offsets) - offsets.new_tensor([(kh - 1) / 2 * dh, (kw - 1) / 2 * dw])
 
+    def starting_offsets(self) -> Tensor:
+        """(P, K, 2): what ``active_offsets`` were before any training."""
+        shape = (self.position_groups, self.geometry.taps, 2)
+        if self.start is None:
+            return torch.zeros(shape, dtype=self.offsets.dtype, device=self.offsets.device)
+        return torch.tensor(self.start, dtype=self.offsets.dtype, device=self.offsets.device).expand(shape)
+
     @property
     def displacement(self) -> Tensor:
         """(P, K, 2), detached: how far each tap has moved from where it started, (dy, dx) in pixels."""
-        moved = self.active_offsets().detach()
-        return moved if self.start is None else moved - moved.new_tensor(self.start)
+        return self.active_offsets().detach() - self.starting_offsets()
 
     @property
     def movable(self) -> Tensor:

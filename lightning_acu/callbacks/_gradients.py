@@ -8,7 +8,6 @@ callback's ``on_before_optimizer_step``, before clipping, let unit gradients of 
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,8 +18,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..conv import ACUConv2d
-from ..sharded import copy_whole_, is_sharded, whole
 from ._layers import trained_layers
+from ._pairs import apply_to_pairs_
 
 __all__ = ["GradientGate", "normalize_gradients_", "unit_vectors"]
 
@@ -122,22 +121,9 @@ class GradientGate:
         return new
 
 
-@torch.no_grad()
 def normalize_gradients_(layers: Sequence[ACUConv2d]) -> None:
     """Scale each tap's gradient to length 1, in place and for all layers at once (see :func:`unit_vectors`)."""
-    kinds: dict[Any, list[Tensor]] = defaultdict(list)
-    for layer in layers:
-        grad = layer.offsets.grad
-        assert grad is not None
-        kinds[grad.device, grad.dtype, is_sharded(grad)].append(grad)
-    for (*_, sharded), grads in kinds.items():
-        complete = [whole(grad) for grad in grads]
-        unit = unit_vectors(torch.cat(complete).view(-1, 2)).flatten().split([len(grad) for grad in complete])
-        if sharded:  # a process may hold one of a tap's two numbers only
-            for grad, piece in zip(grads, unit, strict=True):
-                copy_whole_(grad, piece)
-        else:  # in place: DDP and CUDA graphs know the tensors
-            torch._foreach_copy_(grads, list(unit))
+    apply_to_pairs_([layer.offsets.grad for layer in layers if layer.offsets.grad is not None], unit_vectors)
 
 
 def unit_vectors(pairs: Tensor) -> Tensor:

@@ -20,6 +20,9 @@ from ._param_groups import add_late_positions
 
 __all__ = ["ConvertToACU"]
 
+#: Where a hook that we wrapped keeps the original.
+_WRAPPED = "acu_wrapped_hook"
+
 
 class ConvertToACU(pl.Callback):
     """Calls :func:`lightning_acu.convert_to_acu` on the LightningModule, early enough for everything that follows.
@@ -55,14 +58,13 @@ class ConvertToACU(pl.Callback):
     ) -> None:
         self.config = ConvertConfig(target_modules=target_modules, **arguments)
         self.filter_fn = filter_fn
-        self._wrapped: dict[str, Callable[..., Any]] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Convert what is there, and what the module's ``setup`` and ``configure_model`` will have built."""
         later = [name for name in ("setup", "configure_model") if is_overridden(name, pl_module)]
         for name in later:
-            self._wrapped[name] = self._then_convert(pl_module, getattr(pl_module, name), final=name == later[-1])
-            setattr(pl_module, name, self._wrapped[name])
+            convert = functools.partial(self._convert, pl_module, final=name == later[-1])
+            setattr(pl_module, name, _followed_by(getattr(pl_module, name), convert))
         self._convert(pl_module, final=not later)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -93,15 +95,6 @@ class ConvertToACU(pl.Callback):
         """Leave the module's hooks as they were."""
         self._restore(pl_module)
 
-    def _then_convert(self, module: pl.LightningModule, hook: Callable[..., Any], final: bool) -> Callable[..., Any]:
-        @functools.wraps(hook)
-        def build_and_convert(*args: Any, **kwargs: Any) -> Any:
-            result = hook(*args, **kwargs)
-            self._convert(module, final)
-            return result
-
-        return build_and_convert
-
     def _convert(self, module: pl.LightningModule, final: bool) -> None:
         metrics = tuple(f"{name}." for name, child in module.named_modules() if isinstance(child, Metric))
 
@@ -126,7 +119,21 @@ class ConvertToACU(pl.Callback):
             )
 
     def _restore(self, module: pl.LightningModule) -> None:
-        for name, wrapped in self._wrapped.items():
-            if vars(module).get(name) is wrapped:
+        for name in ("setup", "configure_model"):
+            hook = vars(module).get(name)
+            while hasattr(hook, _WRAPPED):  # several of these callbacks wrap one another
                 delattr(module, name)
-        self._wrapped = {}
+                hook = getattr(hook, _WRAPPED)
+                if getattr(hook, "__self__", None) is not module:  # the user's own, on the instance
+                    setattr(module, name, hook)
+
+
+def _followed_by(hook: Callable[..., Any], then: Callable[[], None]) -> Callable[..., Any]:
+    @functools.wraps(hook)
+    def both(*args: Any, **kwargs: Any) -> Any:
+        result = hook(*args, **kwargs)
+        then()
+        return result
+
+    setattr(both, _WRAPPED, hook)
+    return both

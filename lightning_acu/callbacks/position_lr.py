@@ -9,15 +9,16 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import BaseFinetuning
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from ..conv import ACUConv2d
-from ..sharded import copy_whole_
 from ._gradients import GradientGate, normalize_gradients_
 from ._layers import require_layers, require_whole_positions
+from ._pairs import apply_to_pairs_
 from ._param_groups import add_late_positions, split_off_positions, tie_learning_rates
-from ._steps import epoch_steps, total_steps
+from ._phase import LearningPhase
 from .round_then_finetune import RoundThenFinetune
 from .schedules import Schedule, find_schedule
 
@@ -50,7 +51,8 @@ class PositionLRSchedule(pl.Callback):
             RoundThenFinetune) or the training ends: "constant", "cosine", "linear", "step", "lattice" (anneals the taps
             onto whole pixels), or a :class:`~lightning_acu.callbacks.schedules.Schedule`.
         warmup_epochs: epochs of warm-up, instead of ``warmup_steps``.
-        max_displacement: pixels that no tap may be away from where it started; None for no limit.
+        max_displacement: pixels that no tap may be away from where it started while positions learn; None for no
+            limit. Rounding goes to the nearest pixel, which may be a little further.
         optimizer_idx: which of several optimizers to serve, as ``configure_optimizers`` returns them; None for all that
             hold positions. Two callbacks can serve two optimizers.
 
@@ -95,9 +97,7 @@ class PositionLRSchedule(pl.Callback):
         self.warmup_epochs = warmup_epochs
         self.max_displacement = max_displacement
         self.optimizer_idx = optimizer_idx
-        #: The step at which positions start to learn, and for how many they do.
-        self._start: float = self.warmup_steps
-        self._length: float = math.inf
+        self._phase = LearningPhase(self.warmup_steps, math.inf)
         self._step = 0
         self._groups = 0
 
@@ -115,6 +115,14 @@ class PositionLRSchedule(pl.Callback):
                 f"PositionLRSchedule: `optimizer_idx` (={self.optimizer_idx}) does not exist, "
                 f"configure_optimizers made {len(trainer.optimizers)}"
             )
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            served = (getattr(other, "optimizer_idx", None), self.optimizer_idx)
+            mine_too = None in served or served[0] == served[1]
+            if isinstance(other, PositionLRSchedule) and other is not self and mine_too:
+                raise RuntimeError(
+                    f"PositionLRSchedule: two of them serve one optimizer (`optimizer_idx` {served[0]} and "
+                    f"{served[1]}); keep one, or give each an optimizer of its own"
+                )
         late = self._finetuning(trainer)
         for callback in late:  # after a resume it puts groups back that it had made, here: have that first
             BaseFinetuning.on_fit_start(callback, trainer, pl_module)
@@ -135,31 +143,11 @@ class PositionLRSchedule(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find when positions learn, and whether that can work."""
-        steps = total_steps(trainer)
-        self._start = epoch_steps(trainer) * self.warmup_epochs if self.warmup_epochs else self.warmup_steps
-        warmup = (
-            f"`warmup_epochs` (={self.warmup_epochs})" if self.warmup_epochs else f"`warmup_steps` (={self._start})"
-        )
-        end = steps
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, RoundThenFinetune) and (moment := callback.step_of_rounding(trainer)) is not None:
-                end = min(end, moment)
-                if self._start >= moment and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-                    raise RuntimeError(
-                        f"PositionLRSchedule: positions are to be rounded at step {moment:.0f}, before the warm-up "
-                        f"ends, {warmup}; nothing would have moved. Train longer, round later or warm up less"
-                    )
-        self._length = math.inf if math.isinf(self._start) else max(0, end - self._start)
-        if math.isinf(self._length) and self.schedule.needs_total:
+        self._phase = LearningPhase.find(trainer, self.warmup_steps, self.warmup_epochs)
+        if math.isinf(self._phase.length) and self.schedule.needs_total:
             raise RuntimeError(
                 f"PositionLRSchedule: `schedule` (={self.schedule}) needs a training with an end; set the trainer's "
                 "max_steps, or round at a given step"
-            )
-        never = steps <= self._start < math.inf and self.multiplier > 0
-        if never and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            rank_zero_warn(
-                f"PositionLRSchedule: {warmup} is no less than the {steps} steps of this training, so the positions "
-                "will never move; choose fewer"
             )
         self._step = trainer.global_step
         self._tie(trainer)
@@ -190,13 +178,12 @@ class PositionLRSchedule(pl.Callback):
         """Pull taps towards whole pixels or back inside their limit; keep the ratio after a scheduler's step."""
         before, self._step = self._step, trainer.global_step
         if self._step > before and not self._warming_up(trainer, self._step - 1) and not self._rounded(trainer):
-            slack = [self.schedule.slack(self._time(step), self._length) for step in (before, self._step)]
+            slack = [self.schedule.slack(self._phase.time(step), self._phase.length) for step in (before, self._step)]
             pull = 1 - slack[1] / slack[0] if slack[0] > 0 else 1.0
             if pull > 0 or self.max_displacement is not None:
                 held = self._held(trainer)
-                for _, layer in require_layers(self, pl_module):
-                    if id(layer.offsets) in held and layer.offsets.requires_grad:
-                        self._confine(layer, pull)
+                layers = [layer for _, layer in require_layers(self, pl_module) if id(layer.offsets) in held]
+                self._confine([layer for layer in layers if layer.offsets.requires_grad], pull)
         self._tie(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -227,10 +214,6 @@ class PositionLRSchedule(pl.Callback):
         groups = [group for optimizer in self._optimizers(trainer) for group in optimizer.param_groups]
         return {id(parameter) for group in groups for parameter in group["params"]}
 
-    def _time(self, step: float) -> int:
-        """Steps since positions began to learn, within the time that they do."""
-        return int(min(max(step - self._start, 0), self._length))
-
     def _split(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> set[int]:
         """Positions into groups of their own; the ids of all that our optimizers hold."""
         # Frozen ones too: who thaws them later need not know of us.
@@ -252,7 +235,7 @@ class PositionLRSchedule(pl.Callback):
         return sum(len(optimizer.param_groups) for optimizer in self._optimizers(trainer))
 
     def _tie(self, trainer: pl.Trainer) -> None:
-        factor = self.multiplier * self.schedule.rate(self._time(trainer.global_step), self._length)
+        factor = self.multiplier * self.schedule.rate(self._phase.time(trainer.global_step), self._phase.length)
         for optimizer in self._optimizers(trainer):
             tie_learning_rates(optimizer, factor)
 
@@ -271,15 +254,17 @@ class PositionLRSchedule(pl.Callback):
                 for layer in layers:
                     layer.offsets.grad = scaler.scale(layer.offsets.grad)
 
-    @torch.no_grad()
-    def _confine(self, layer: ACUConv2d, pull: float) -> None:
-        """Move each tap the share ``pull`` of its way to the nearest pixel, and back to ``max_displacement``."""
-        offsets = layer.active_offsets().detach()
-        if self.max_displacement is not None:
-            start = offsets - layer.displacement
-            length = layer.displacement.norm(dim=-1, keepdim=True)
-            offsets = torch.where(
-                length > self.max_displacement, start + layer.displacement * (self.max_displacement / length), offsets
-            )
-        offsets = offsets.lerp(offsets.round(), pull)
-        copy_whole_(layer.offsets, offsets.flatten())
+    def _confine(self, layers: Sequence[ACUConv2d], pull: float) -> None:
+        """Move each tap back to ``max_displacement``, and the share ``pull`` of its way to the nearest pixel."""
+
+        def confine(offsets: Tensor, start: Tensor) -> Tensor:
+            if self.max_displacement is not None:
+                moved = offsets - start
+                length = moved.norm(dim=-1, keepdim=True)
+                offsets = torch.where(
+                    length > self.max_displacement, start + moved * (self.max_displacement / length), offsets
+                )
+            return offsets.lerp(offsets.round(), pull)
+
+        starts = [layer.starting_offsets().flatten() for layer in layers]
+        apply_to_pairs_([layer.offsets for layer in layers], confine, starts)

@@ -147,9 +147,9 @@ def convert_to_acu(
         vars(module).pop(SKIP_REASON, None)  # of an earlier, narrower conversion
         rule.convert(module, position_groups=position_groups, fixed_centre=fixed_centre, backend=backend)
     guard_merging(model)
-    if chosen:
+    if any(isinstance(module, ACUConv2d) for module in model.modules()):
         _warn_of_idle_patterns(model, target_modules=target_modules, exclude_modules=exclude_modules)
-    if not chosen and not any(isinstance(module, ACUConv2d) for module in model.modules()):
+    else:
         why = "; ".join(sorted({reason for reason in reasons.values() if reason})) or "it has no 2-D convolution"
         warnings.warn(
             f"convert_to_acu converted nothing in {type(model).__name__}: {why}", NoEffectWarning, stacklevel=2

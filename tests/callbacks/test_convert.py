@@ -501,3 +501,12 @@ def test_a_class_of_lightnings_own_examples_works_as_well(tmp_path):
     module = TinyModule(convert=False)
     fit(module, [ConvertToACU(), PositionLRSchedule(1.0, 0)], tmp_path)
     assert module.offsets.abs().max() > 0.1
+
+
+def test_a_hook_that_the_instance_itself_had_is_there_again(tmp_path):
+    module, calls = TinyModule(convert=False), []
+    module.setup = own = lambda stage: calls.append(stage)
+    fit(module, [ConvertToACU(), ConvertToACU()], tmp_path)
+    assert module.setup is own
+    assert calls == ["fit"]
+    assert module.offsets is not None

@@ -181,6 +181,10 @@ class StepsByHand(Used):
     def on_train_epoch_end(self):
         self.lr_schedulers().step()
 
+    def configure_optimizers(self):
+        optimizer = self.make_optimizer(self.parameters())
+        return [optimizer], [self.make_scheduler(optimizer)]
+
 
 def test_the_monitor_behind_it_logs_what_is_used_where_the_module_steps_its_scheduler(tmp_path):
     model, recorder = StepsByHand(), Recorder(tmp_path)

@@ -550,3 +550,10 @@ def test_strategies_that_hide_positions(strategy):
     trainer = SimpleNamespace(strategy=object.__new__(strategy))
     with pytest.raises(RuntimeError, match=rf"PositionLRSchedule: {strategy.__name__} flattens parameters, .*FSDP2"):
         require_whole_positions(PositionLRSchedule(), trainer)
+
+
+def test_two_that_serve_the_same_optimizer(tmp_path):
+    for pair in ((None, None), (None, 0), (0, 0)):
+        callbacks = [PositionLRSchedule(0.1, 0, optimizer_idx=index) for index in pair]
+        with pytest.raises(RuntimeError, match="PositionLRSchedule: two of them serve one optimizer"):
+            fit(TinyModule(), callbacks, tmp_path)
