@@ -12,15 +12,14 @@ from torch.nn.utils import parametrize
 
 from .folded import FoldedConv2d, fold_conv2d
 from .functional import acu_conv2d
-from .geometry import ConvGeometry, Padding, resolve_padding
-from .lattice import round_offsets
+from .geometry import Padding
 from .ops import check_backend
-from .sharded import copy_whole_, whole
+from .taps import PositionedConv2d
 
 __all__ = ["ACUConv2d", "acu_layers", "recomputed_parameter"]
 
 
-class ACUConv2d(nn.Conv2d):
+class ACUConv2d(PositionedConv2d):
     """``nn.Conv2d`` plus ``offsets``; see :func:`lightning_acu.functional.acu_conv2d` for the formula.
 
     ``weight`` and ``bias`` keep the names and shapes of ``nn.Conv2d``, so that a plain layer's state_dict loads and
@@ -42,10 +41,6 @@ class ACUConv2d(nn.Conv2d):
         ValueError: an argument that does not fit; the message names it and its value.
     """
 
-    offsets: nn.Parameter
-    position_groups: int
-    fixed_tap: int | None
-    start: tuple[tuple[float, float], ...] | None
     backend: str
 
     def __init__(
@@ -190,72 +185,8 @@ class ACUConv2d(nn.Conv2d):
         """``nn.Conv2d``'s initialisation, and the taps back to where they start."""
         super().reset_parameters()
         if "offsets" in self._parameters:  # nn.Conv2d calls this before there are any
-            start = self.offsets.new_zeros(1, 2) if self.start is None else self.offsets.new_tensor(self.start)
             with torch.no_grad():
-                self.offsets.view(self.position_groups, -1, 2).copy_(start)
-
-    @property
-    def geometry(self) -> ConvGeometry:
-        """The geometry that the operator sees (for other padding modes: after the padding)."""
-        kernel_size, stride, dilation = self.kernel_size, self.stride, self.dilation
-        padding: Padding = self.padding if self.padding_mode == "zeros" else 0
-        sides = resolve_padding(padding, kernel_size, stride, dilation)  # type: ignore[arg-type]
-        return ConvGeometry(kernel_size, stride, sides, dilation, self.groups)  # type: ignore[arg-type]
-
-    def active_offsets(self) -> Tensor:
-        """(P, K, 2), differentiable: ``offsets`` as the layer uses them, with the fixed tap at zero."""
-        offsets = whole(self.offsets).view(self.position_groups, -1, 2)
-        if self.fixed_tap is None:
-            return offsets
-        before, _, after = offsets.split([self.fixed_tap, 1, offsets.shape[1] - self.fixed_tap - 1], dim=1)
-        return torch.cat((before, offsets.new_zeros(len(offsets), 1, 2), after), dim=1)
-
-    @property
-    def positions(self) -> Tensor:
-        """(P, K, 2), detached: (dy, dx) of each tap in pixels from the centre of the kernel."""
-        (kh, kw), (dh, dw) = self.kernel_size, self.dilation
-        offsets = self.active_offsets().detach()
-        return offsets + self._grid(offsets) - offsets.new_tensor([(kh - 1) / 2 * dh, (kw - 1) / 2 * dw])
-
-    def starting_offsets(self) -> Tensor:
-        """(P, K, 2): what ``active_offsets`` were before any training."""
-        shape = (self.position_groups, self.geometry.taps, 2)
-        if self.start is None:
-            return torch.zeros(shape, dtype=self.offsets.dtype, device=self.offsets.device)
-        return torch.tensor(self.start, dtype=self.offsets.dtype, device=self.offsets.device).expand(shape)
-
-    @property
-    def displacement(self) -> Tensor:
-        """(P, K, 2), detached: how far each tap has moved from where it started, (dy, dx) in pixels."""
-        return self.active_offsets().detach() - self.starting_offsets()
-
-    @property
-    def movable(self) -> Tensor:
-        """(K,) bool: True for the taps that can move."""
-        movable = torch.ones(self.geometry.taps, dtype=torch.bool, device=self.offsets.device)
-        if self.fixed_tap is not None:
-            movable[self.fixed_tap] = False
-        return movable
-
-    def _grid(self, like: Tensor) -> Tensor:
-        """(K, 2): the regular grid from its first tap, in pixels."""
-        (kh, kw), (dh, dw) = self.kernel_size, self.dilation
-        return like.new_tensor([(i * dh, j * dw) for i in range(kh) for j in range(kw)])
-
-    @torch.no_grad()
-    def round_(self, separate: bool = False) -> Self:
-        """Move every tap to the nearest whole pixel (ties to even), in place.
-
-        Args:
-            separate: where taps of one position group would end on one pixel, give each its own instead: the nearest
-                such arrangement, by the sum of squared distances.
-
-        Raises:
-            ValueError: ``offsets`` are not finite, with ``separate``.
-        """
-        offsets = whole(self.offsets).view(self.position_groups, -1, 2)
-        copy_whole_(self.offsets, round_offsets(offsets, self._grid(offsets), self.fixed_tap, separate).flatten())
-        return self
+                self.offsets.copy_(self.starting_offsets().flatten())
 
     def fold(self) -> nn.Conv2d | FoldedConv2d:
         """The same function in plain convolutions, exactly, at any positions; the layer itself stays as it is.

@@ -16,7 +16,7 @@ LEVELS = [
     {"positions", "lattice"},
     {"ops"},
     {"functional"},
-    {"folded"},
+    {"folded", "taps"},
     {"conv"},
     {"surgery", "metrics", "figures"},
     {"callbacks"},
