@@ -49,16 +49,18 @@ def log_evaluation(trainer: pl.Trainer, moment: str, metrics: dict[str, float]) 
 
 @contextmanager
 def _without_trace(trainer: pl.Trainer) -> Iterator[None]:
-    """Only averaging callbacks, loggers that keep nothing, and all state as it was in the end."""
+    """Callbacks (but averaging ones) and loggers that do nothing, and all state as it was in the end."""
     loop, connector = trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector
-    counted = loop.batch_progress.state_dict()
+    counted, restarting = loop.batch_progress.state_dict(), loop.restarting
     noted = {name: value for name, value in vars(connector).items() if name != "trainer"}
     seen, reloaded = copy.copy(loop._seen_batches_per_dataloader), loop._last_val_dl_reload_epoch
     last_time = getattr(trainer, "_last_val_time", None)  # new in Lightning 2.6
     metrics = _metric_states(trainer.lightning_module)
     callbacks, loggers = trainer.callbacks, trainer.loggers  # type: ignore[attr-defined]
     try:
-        trainer.callbacks = averaging_callbacks(trainer)  # type: ignore[attr-defined]
+        averaging = averaging_callbacks(trainer)
+        trainer.callbacks = [c if c in averaging else _muted(c) for c in callbacks]  # type: ignore[attr-defined]
+        loop.restarting = False  # True after a resume: it would take up the validation that was interrupted
         trainer.loggers = [_Muted(logger) for logger in loggers]
         vars(connector).update({name: copy.copy(value) for name, value in noted.items()})
         yield
@@ -67,6 +69,7 @@ def _without_trace(trainer: pl.Trainer) -> Iterator[None]:
         trainer.callbacks, trainer.loggers = callbacks, loggers  # type: ignore[attr-defined]
         vars(connector).update(noted)
         loop.batch_progress.load_state_dict(counted)
+        loop.restarting = restarting
         loop._seen_batches_per_dataloader, loop._last_val_dl_reload_epoch = seen, reloaded
         if last_time is not None:
             trainer._last_val_time = last_time  # type: ignore[attr-defined]
@@ -83,6 +86,19 @@ def _metric_states(module: nn.Module) -> list[tuple[Metric, dict[str, Any]]]:
         for metric in module.modules()
         if isinstance(metric, Metric)
     ]
+
+
+def _muted(callback: pl.Callback) -> pl.Callback:
+    """The same callback, for those who ask the trainer for it, but with hooks that do nothing."""
+    hooks = [name for name in vars(pl.Callback) if name.startswith("on_")]
+    kind = type(type(callback).__name__, (type(callback),), dict.fromkeys(hooks, _do_nothing))
+    muted: pl.Callback = object.__new__(kind)
+    muted.__dict__ = callback.__dict__
+    return muted
+
+
+def _do_nothing(*args: Any, **kwargs: Any) -> None:
+    pass
 
 
 class _Muted(DummyLogger):  # type: ignore[misc]

@@ -7,7 +7,6 @@ callback's ``on_before_optimizer_step``, before clipping, let unit gradients of 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -51,7 +50,7 @@ class GradientGate:
     def of(cls, module: pl.LightningModule) -> GradientGate | None:
         """The gate of ``module``, if it has one."""
         gate = getattr(vars(module).get(_HOOKS[0]), "__self__", None)
-        return gate if isinstance(gate, cls) else None
+        return gate if isinstance(gate, cls) and gate.module is module else None
 
     @classmethod
     def add(cls, module: pl.LightningModule, transform: Transform) -> None:
@@ -70,6 +69,13 @@ class GradientGate:
                 for name in _HOOKS:
                     delattr(module, name)
                 vars(module).update(gate._own)
+
+    @property
+    def layers(self) -> list[ACUConv2d]:
+        """The module's active convolutions; walking through all modules at each step would cost more than the rest."""
+        if self._layers is None:
+            self._layers = [layer for _, layer in trained_layers(self.module)]
+        return self._layers
 
     def configure_gradient_clipping(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
         """Automatic optimisation: the last that Lightning calls before the step of ``optimizer``."""
@@ -108,17 +114,12 @@ class GradientGate:
 
     def _stepped(self, optimizer: Optimizer) -> list[ACUConv2d]:
         """The active convolutions whose positions ``optimizer`` is about to step."""
-        if self._layers is None:  # walking through all modules at each step would cost more than all the rest
-            self._layers = [layer for _, layer in trained_layers(self.module)]
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        return [layer for layer in self._layers if id(layer.offsets) in held]
+        return [layer for layer in self.layers if id(layer.offsets) in held]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> GradientGate:
-        """For a copy of the module (weight averaging makes one): a gate without transforms."""
-        new = object.__new__(type(self))
-        memo[id(self)] = new
-        vars(new).update(copy.deepcopy({**vars(self), "transforms": [], "_layers": None}, memo))
-        return new
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy of the module (weight averaging makes one) or a pickled one: a gate without transforms."""
+        return {**vars(self), "transforms": [], "_layers": None}
 
 
 def normalize_gradients_(layers: Sequence[ACUConv2d]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 
 import lightning.pytorch as pl
 
+from ._arguments import at_least, whole_number
 from ._steps import epoch_steps, total_steps
 
 __all__ = ["Moment"]
@@ -29,9 +30,10 @@ class Moment:
         if len(chosen) != 1:
             raise ValueError(f"give exactly one of `at_step`, `at_epoch` and `at_fraction`, got {chosen or 'none'}")
         ((name, value),) = chosen.items()
-        if value <= 0 or (name == "at_fraction" and value >= 1):
-            limits = "between 0 and 1" if name == "at_fraction" else "1 or more"
-            raise ValueError(f"`{name}` (={value}) must be {limits}")
+        if name != "at_fraction":
+            object.__setattr__(self, name, whole_number(name, value, 1))
+        elif not 0 < at_least(name, value) < 1:
+            raise ValueError(f"`{name}` (={value}) must be between 0 and 1")
 
     def __str__(self) -> str:
         """As messages name it: the argument and its value."""
@@ -46,14 +48,14 @@ class Moment:
         if self.at_step is not None:
             return self.at_step
         if self.at_epoch is not None:
-            steps = epoch_steps(trainer)
-            return None if math.isinf(steps) else self.at_epoch * steps
+            steps = epoch_steps(trainer, self.at_epoch)
+            return None if math.isinf(steps) else steps
         assert self.at_fraction is not None
         steps = total_steps(trainer)
         if math.isinf(steps):
             raise RuntimeError(
-                f"RoundThenFinetune: {self} of a training without end is no step; set the trainer's max_steps or "
-                "max_epochs, or give `at_step`"
+                f"RoundThenFinetune: {self} of a training without a known end is no step; set the trainer's max_steps "
+                "(or max_epochs, where the loader has a length), or give `at_step` or `at_epoch`"
             )
         return math.ceil(self.at_fraction * steps)
 

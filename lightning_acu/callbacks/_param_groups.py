@@ -25,8 +25,9 @@ GROUP_NAME = "acu_positions"
 #: In the new group: the index of the group its parameters came from, whose learning rate it follows.
 _SOURCE = "acu_source"
 
-#: What torch's schedulers keep for each parameter group: to extend by a scaled entry, or by a copy.
-_SCALED = ("base_lrs", "_last_lr", "max_lrs", "min_lrs")
+#: What schedulers of torch, and of timm (base_values), keep for each parameter group: to extend by a scaled entry, or
+#: by a copy.
+_SCALED = ("base_lrs", "_last_lr", "max_lrs", "min_lrs", "base_values")
 _COPIED = ("lr_lambdas", "base_momentums", "max_momentums")
 
 #: Learning rates that schedulers keep inside a parameter group.
@@ -65,6 +66,10 @@ def split_off_positions(
         found += mine
         if not mine or is_position_group(group):
             continue
+        if group["lr"] is None:
+            raise RuntimeError(
+                f"PositionLRSchedule: {type(optimizer).__name__} has no learning rate (lr=None) to take a share of"
+            )
         source = next(index for index, other in enumerate(groups) if other is group)
         new = {key: value for key, value in group.items() if key not in ("params", "param_names")}
         if "param_names" in group:

@@ -31,13 +31,17 @@ class LearningPhase:
         Warns:
             UserWarning: the training ends before it starts.
         """
-        start = epoch_steps(trainer) * warmup_epochs if warmup_epochs else warmup_steps
+        start = epoch_steps(trainer, warmup_epochs) if warmup_epochs else warmup_steps
         warmup = f"`warmup_epochs` (={warmup_epochs})" if warmup_epochs else f"`warmup_steps` (={warmup_steps})"
         steps = end = total_steps(trainer)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RoundThenFinetune) and (moment := callback.step_of_rounding(trainer)) is not None:
                 end = min(end, moment)
-                if start >= moment and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                done = callback.rounded_at is not None or trainer.fast_dev_run  # type: ignore[attr-defined]
+                at_epoch = callback.moment.at_epoch
+                # Epochs with epochs, exactly: manual optimisation need not step at each batch.
+                early = warmup_epochs >= at_epoch if warmup_epochs and at_epoch else start >= moment
+                if early and not done:
                     raise RuntimeError(
                         f"PositionLRSchedule: positions are to be rounded at step {moment:.0f}, before the warm-up "
                         f"ends, {warmup}; nothing would have moved. Train longer, round later or warm up less"

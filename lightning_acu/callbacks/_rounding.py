@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from ..conv import ACUConv2d
@@ -42,8 +43,16 @@ def round_layers(layers: Sequence[tuple[str, ACUConv2d]], collision: str) -> str
         for _, layer in layers:
             layer.round_(separate=True)
         text += ", now apart"
+    moving = [layer.displacement.norm(dim=-1)[:, layer.movable].flatten().cpu() for _, layer in layers]
+    away = torch.cat(moving) > 0
+    if len(away) and not away.any():
+        rank_zero_warn(
+            "RoundThenFinetune: after rounding all taps are where they started, so nothing was learned; raise the "
+            "`multiplier` of PositionLRSchedule, or train longer before rounding"
+        )
     told = f"taps that fell on the pixel of another: {text}" if collided else "no two taps fell on one pixel"
-    return f"{_distances([layer for _, layer in layers], before)}; {told}"
+    places = f"{int(away.sum())} of {len(away)} are away from where they started"
+    return f"{_distances([layer for _, layer in layers], before)}; {places}; {told}"
 
 
 def _distances(layers: Sequence[ACUConv2d], before: Sequence[Tensor]) -> str:

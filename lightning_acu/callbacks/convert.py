@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import warnings
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,8 +16,9 @@ from torch import nn
 from torchmetrics import Metric
 
 from ..conv import acu_layers
-from ..surgery import ConvertConfig, NoEffectWarning, report_acu
-from ._layers import require_layers
+from ..folded import FoldedConv2d
+from ..surgery import ConvertConfig, NoEffectWarning, report_acu, was_folded
+from ._layers import require_lightning, trained_layers
 from ._param_groups import add_late_positions
 
 __all__ = ["ConvertToACU"]
@@ -31,7 +34,8 @@ class ConvertToACU(pl.Callback):
     so that ``load_from_checkpoint``, which runs no callback, knows the active layers too. It is done before weights
     are restored from a checkpoint, also where the module builds its layers in ``setup`` or ``configure_model``, and
     for testing and predicting as well. An optimizer made before, as LightningCLI does for ``--optimizer``, is given
-    the positions. Convolutions inside torchmetrics Metrics (FID and the like) stay as they are.
+    the positions. Convolutions inside torchmetrics Metrics (FID and the like) stay as they are, and so do those that
+    fold_acu made.
 
     Stands before callbacks that copy the module, such as WeightAveraging.
 
@@ -56,11 +60,18 @@ class ConvertToACU(pl.Callback):
         filter_fn: Callable[[nn.Module, str], bool] | None = None,
         **arguments: Any,
     ) -> None:
+        known = [field.name for field in fields(ConvertConfig)]
+        for name in arguments:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)} and filter_fn"
+                raise TypeError(f"ConvertToACU has no argument {name!r}; {hint}")
         self.config = ConvertConfig(target_modules=target_modules, **arguments)
         self.filter_fn = filter_fn
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Convert what is there, and what the module's ``setup`` and ``configure_model`` will have built."""
+        require_lightning(self, pl_module)
         later = [name for name in ("setup", "configure_model") if is_overridden(name, pl_module)]
         for name in later:
             convert = functools.partial(self._convert, pl_module, final=name == later[-1])
@@ -69,7 +80,13 @@ class ConvertToACU(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give the positions to an optimizer that was made before."""
-        layers = require_layers(self, pl_module)
+        layers = trained_layers(pl_module)
+        if not layers:
+            reasons = sorted({row.reason for row in report_acu(pl_module).rows})
+            raise RuntimeError(
+                f"ConvertToACU converted no convolution of {type(pl_module).__name__}: "
+                f"{'; '.join(reasons) or 'it has none'}"
+            )
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         for place, callback in enumerate(callbacks):
             average = getattr(callback, "_average_model", None)
@@ -96,14 +113,17 @@ class ConvertToACU(pl.Callback):
         self._restore(pl_module)
 
     def _convert(self, module: pl.LightningModule, final: bool) -> None:
-        metrics = tuple(f"{name}." for name, child in module.named_modules() if isinstance(child, Metric))
+        left = tuple(f"{n}." for n, child in module.named_modules() if isinstance(child, Metric | FoldedConv2d))
 
         def chosen(conv: nn.Module, name: str) -> bool:
-            return not name.startswith(metrics) and (self.filter_fn is None or self.filter_fn(conv, name))
+            if name.startswith(left) or was_folded(conv):
+                return False
+            return self.filter_fn is None or self.filter_fn(conv, name)
 
         before = sum(1 for _ in acu_layers(module))
         with warnings.catch_warnings():
-            if not final:  # what matches nothing yet may match later
+            # What matches nothing yet may match later; and a folded model is to stay plain.
+            if not final or any(map(was_folded, module.modules())):
                 warnings.simplefilter("ignore", NoEffectWarning)
             try:
                 self.config.apply(module, filter_fn=chosen)

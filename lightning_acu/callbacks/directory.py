@@ -6,7 +6,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 
-__all__ = ["run_directory"]
+__all__ = ["require_local_directory", "run_directory"]
 
 
 def run_directory(trainer: pl.Trainer) -> Path:
@@ -24,3 +24,13 @@ def run_directory(trainer: pl.Trainer) -> Path:
         version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
         path = Path(logger.save_dir or trainer.default_root_dir, str(logger.name), version)
     return Path(trainer.strategy.broadcast(path))
+
+
+def require_local_directory(callback: pl.Callback, trainer: pl.Trainer, remedy: str) -> None:
+    """An error where the run's directory is a URL (of a bucket), which files would silently not go to."""
+    where = str(getattr(trainer.logger, "save_dir", None) or trainer.default_root_dir)
+    if "://" in where:
+        raise RuntimeError(
+            f"{type(callback).__name__} writes local files, but this run's directory is {where!r}; give the logger or "
+            f"the trainer's default_root_dir a local one, or set {remedy}"
+        )

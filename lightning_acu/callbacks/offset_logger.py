@@ -10,10 +10,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from ..conv import ACUConv2d
-from ..figures import LayerShape, animate_shapes, plot_shapes, shapes_of
+from ..figures import animate_shapes, plot_shapes
 from ..metrics import layer_statistics, position_metrics
-from ._layers import require_layers, require_whole_positions
-from .directory import run_directory
+from ._arguments import whole_number
+from ._layers import require_layers, require_lightning, require_whole_positions, trained_shapes
+from .directory import require_local_directory, run_directory
 
 __all__ = ["OffsetLogger"]
 
@@ -29,9 +30,10 @@ class OffsetLogger(pl.Callback):
     """Logs how far the taps of every layer have moved and how fast, and draws their shapes.
 
     Scalars to every attached logger, in pixels (``step_speed``: pixels a step, mean since the last record):
-    ``acu/mean_displacement``, ``acu/max_displacement``, ``acu/receptive_radius``, ``acu/step_speed`` and
-    ``acu/off_lattice`` (share of taps not on whole pixels) over all layers (see :mod:`lightning_acu.metrics`); and the
-    first four for each layer, as ``acu/mean_displacement/LAYER``.
+    ``acu/mean_displacement``, ``acu/max_displacement``, ``acu/receptive_radius``, ``acu/step_speed``,
+    ``acu/off_lattice`` (share of taps not on whole pixels) and ``acu/collisions`` (taps on the place of another) over
+    all layers (see :mod:`lightning_acu.metrics`); and the first four for each layer, as
+    ``acu/mean_displacement/LAYER``.
 
     When training ends, the shapes of all layers are drawn to ``shapes.png`` in the run's log directory, and the film of
     their way there to ``shapes.gif``. TensorBoard and W&B get the figure too, W&B also the film. A resumed training
@@ -60,13 +62,16 @@ class OffsetLogger(pl.Callback):
         animation: bool = True,
         figures_every_n_steps: int | None = None,
     ) -> None:
-        for name, value in (("every_n_steps", every_n_steps), ("figures_every_n_steps", figures_every_n_steps or 1)):
-            if value < 1:
-                raise ValueError(f"`{name}` (={value}) must be at least 1")
-        self.every_n_steps = every_n_steps
+        self.every_n_steps = whole_number("every_n_steps", every_n_steps, 1)
         self.figures = figures
         self.animation = animation
-        self.figures_every_n_steps = figures_every_n_steps
+        self.figures_every_n_steps = None
+        if figures_every_n_steps is not None:
+            if not figures:
+                raise ValueError(
+                    f"`figures_every_n_steps` (={figures_every_n_steps}) does nothing with `figures`=False"
+                )
+            self.figures_every_n_steps = whole_number("figures_every_n_steps", figures_every_n_steps, 1)
         self._forget()
 
     def _forget(self) -> None:
@@ -75,10 +80,11 @@ class OffsetLogger(pl.Callback):
         self._frames: list[tuple[int, dict[str, Tensor]]] = []
         self._records = 0
         self._stride = 1  # records from one frame to the next
-        self._drawn = 0
+        self._step = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Forget an earlier training; a checkpoint to resume from is read after this."""
+        require_lightning(self, pl_module)
         if stage == "fit" and trainer.global_step == 0:
             self._forget()
 
@@ -86,6 +92,8 @@ class OffsetLogger(pl.Callback):
         """Check that there is something to log."""
         require_layers(self, pl_module)
         require_whole_positions(self, trainer)
+        if self.figures or self.animation:
+            require_local_directory(self, trainer, "`figures` and `animation` to False")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note where the taps start."""
@@ -97,6 +105,7 @@ class OffsetLogger(pl.Callback):
                 "OffsetLogger: no optimizer holds any positions, so they will not move; convert the model before "
                 "configure_optimizers, or add PositionLRSchedule"
             )
+        self._step = trainer.global_step
         if self._last is None:
             self._note(trainer.global_step, {name: layer.positions.cpu() for name, layer in layers})
 
@@ -104,17 +113,18 @@ class OffsetLogger(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Record and draw, once for each step that is due (not again while gradients accumulate)."""
-        step = trainer.global_step
-        if step % self.every_n_steps == 0:
+        # One batch may take several steps: with several optimizers.
+        before, self._step = self._step, trainer.global_step
+        if self._step // self.every_n_steps > before // self.every_n_steps:
             self._record(trainer, pl_module)
-        if self.figures_every_n_steps is not None and step % self.figures_every_n_steps == 0 and step != self._drawn:
-            self._drawn = step
-            self._draw(trainer, pl_module, f"shapes_{step:06}.png")
+        often = self.figures_every_n_steps
+        if often is not None and self._step // often > before // often and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._draw(trainer, pl_module, f"shapes_{self._step:06}.png")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Record the end, draw it and make the film."""
         self._record(trainer, pl_module)
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if trainer.fast_dev_run or trainer.barebones:  # type: ignore[attr-defined]
             return
         if self.figures:
             self._draw(trainer, pl_module, "shapes.png")
@@ -171,12 +181,8 @@ class OffsetLogger(pl.Callback):
                 self._stride *= 2
         self._records += 1
 
-    def _shapes(self, pl_module: pl.LightningModule) -> list[LayerShape]:
-        names = {name for name, _ in require_layers(self, pl_module)}
-        return [shape for shape in shapes_of(pl_module) if shape.name in names]
-
     def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> None:
-        path, shapes = run_directory(trainer) / name, self._shapes(pl_module)
+        path, shapes = run_directory(trainer) / name, trained_shapes(pl_module)
         if trainer.is_global_zero:
             path.parent.mkdir(parents=True, exist_ok=True)
             figure = plot_shapes(shapes, title=f"iteration {trainer.global_step:,}")
@@ -189,7 +195,7 @@ class OffsetLogger(pl.Callback):
                     logger.log_image("acu/shapes", [str(path)], step=trainer.global_step)
 
     def _animate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        path, shapes = run_directory(trainer) / "shapes.gif", self._shapes(pl_module)
+        path, shapes = run_directory(trainer) / "shapes.gif", trained_shapes(pl_module)
         if trainer.is_global_zero:
             assert self._last is not None
             moments = self._frames + ([] if self._frames[-1][0] == self._last[0] else [self._last])

@@ -9,13 +9,14 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import BaseFinetuning
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from ..conv import ACUConv2d
+from ._arguments import at_least, whole_number
 from ._gradients import GradientGate, normalize_gradients_
-from ._layers import require_layers, require_whole_positions
+from ._layers import require_layers, require_lightning, require_whole_positions
 from ._pairs import apply_to_pairs_
 from ._param_groups import add_late_positions, split_off_positions, tie_learning_rates
 from ._phase import LearningPhase
@@ -25,6 +26,9 @@ from .schedules import Schedule, find_schedule
 __all__ = ["PositionLRSchedule"]
 
 _PAPERS_WARMUP = 10_000
+
+#: Pixels that hardly any layer's taps have reason to go.
+_FAR = 25
 
 
 class PositionLRSchedule(pl.Callback):
@@ -37,8 +41,9 @@ class PositionLRSchedule(pl.Callback):
 
     How far a tap can move in one step: with ``normalize`` and SGD, the learning rate in pixels (with momentum m up to
     1 / (1 - m) times that). Adam rescales every gradient by itself, so that a step is about the learning rate in each
-    direction, with or without ``normalize``. A schedule of a few thousand steps needs a larger multiplier than the
-    paper's 64,000: aim at a learning rate of positions such that it times the steps left is one or two pixels.
+    direction, with or without ``normalize``. Taps wander: to end up half a pixel away takes a path of some tens of
+    pixels, so that a training of a few thousand steps needs a larger multiplier than the paper's 64,000
+    (docs/training.md has examples).
 
     Steps are the trainer's ``global_step``, as ``Trainer(max_steps=...)`` counts them.
 
@@ -80,29 +85,26 @@ class PositionLRSchedule(pl.Callback):
         max_displacement: float | None = None,
         optimizer_idx: int | None = None,
     ) -> None:
-        limits = {"multiplier": multiplier, "warmup_steps": warmup_steps, "weight_decay": weight_decay}
-        limits |= {"warmup_epochs": warmup_epochs or 0, "max_displacement": max_displacement or 0}
-        for name, value in (limits | {"optimizer_idx": optimizer_idx or 0}).items():
-            if value < 0:
-                raise ValueError(f"`{name}` (={value}) must not be negative")
         if warmup_epochs is not None and warmup_steps != _PAPERS_WARMUP:
             raise ValueError(
                 f"give either `warmup_steps` (={warmup_steps}) or `warmup_epochs` (={warmup_epochs}), not both"
             )
-        self.multiplier = multiplier
-        self.warmup_steps = warmup_steps if warmup_epochs is None else 0
+        self.multiplier = at_least("multiplier", multiplier)
+        self.warmup_steps = whole_number("warmup_steps", warmup_steps) if warmup_epochs is None else 0
         self.normalize = normalize
-        self.weight_decay = weight_decay
+        self.weight_decay = at_least("weight_decay", weight_decay)
         self.schedule = find_schedule("schedule", schedule)
-        self.warmup_epochs = warmup_epochs
-        self.max_displacement = max_displacement
-        self.optimizer_idx = optimizer_idx
+        self.warmup_epochs = None if warmup_epochs is None else whole_number("warmup_epochs", warmup_epochs)
+        self.max_displacement = None if max_displacement is None else at_least("max_displacement", max_displacement)
+        self.optimizer_idx = None if optimizer_idx is None else whole_number("optimizer_idx", optimizer_idx)
         self._phase = LearningPhase(self.warmup_steps, math.inf)
         self._step = 0
         self._groups = 0
+        self._warned = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Stand between the gradients and the optimizers, before LearningRateFinder makes its first steps."""
+        require_lightning(self, pl_module)
         if stage == "fit":
             GradientGate.add(pl_module, self._transform)
 
@@ -127,7 +129,10 @@ class PositionLRSchedule(pl.Callback):
         for callback in late:  # after a resume it puts groups back that it had made, here: have that first
             BaseFinetuning.on_fit_start(callback, trainer, pl_module)
         if not late and not any(layer.offsets.requires_grad for _, layer in layers):
-            raise RuntimeError("PositionLRSchedule: the positions of all layers have requires_grad=False; thaw some")
+            raise RuntimeError(
+                "PositionLRSchedule: the positions of all layers have requires_grad=False; thaw "
+                "some with layer.offsets.requires_grad_(True), see lightning_acu.acu_layers"
+            )
         if added := add_late_positions(self._optimizers(trainer), layers):
             rank_zero_info(f"PositionLRSchedule: gave the positions of {len(added)} layers to an optimizer made before")
         held = self._split(trainer, pl_module)
@@ -146,8 +151,12 @@ class PositionLRSchedule(pl.Callback):
         self._phase = LearningPhase.find(trainer, self.warmup_steps, self.warmup_epochs)
         if math.isinf(self._phase.length) and self.schedule.needs_total:
             raise RuntimeError(
-                f"PositionLRSchedule: `schedule` (={self.schedule}) needs a training with an end; set the trainer's "
-                "max_steps, or round at a given step"
+                f"PositionLRSchedule: `schedule` (={self.schedule}) needs a training with a known end; "
+                + (
+                    "the loader has no length, so give `warmup_steps` in place of `warmup_epochs`"
+                    if math.isinf(self._phase.start)
+                    else "set the trainer's max_steps, or round at a given step"
+                )
             )
         self._step = trainer.global_step
         self._tie(trainer)
@@ -177,14 +186,28 @@ class PositionLRSchedule(pl.Callback):
     ) -> None:
         """Pull taps towards whole pixels or back inside their limit; keep the ratio after a scheduler's step."""
         before, self._step = self._step, trainer.global_step
+        gate = GradientGate.of(pl_module)
+        assert gate is not None
         if self._step > before and not self._warming_up(trainer, self._step - 1) and not self._rounded(trainer):
             slack = [self.schedule.slack(self._phase.time(step), self._phase.length) for step in (before, self._step)]
             pull = 1 - slack[1] / slack[0] if slack[0] > 0 else 1.0
             if pull > 0 or self.max_displacement is not None:
                 held = self._held(trainer)
-                layers = [layer for _, layer in require_layers(self, pl_module) if id(layer.offsets) in held]
+                layers = [layer for layer in gate.layers if id(layer.offsets) in held]
                 self._confine([layer for layer in layers if layer.offsets.requires_grad], pull)
         self._tie(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say if taps have run away."""
+        if not self._warned:
+            layers = require_layers(self, pl_module)
+            furthest = max((layer.displacement.abs().max() / max(layer.dilation[0], 1)).item() for _, layer in layers)
+            if furthest > _FAR:
+                self._warned = True
+                rank_zero_warn(
+                    f"PositionLRSchedule: taps are up to {furthest:.0f} pixels (in units of the dilation) from where "
+                    f"they started; lower `multiplier` (={self.multiplier}) or set `max_displacement`"
+                )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave the module as it was: Lightning calls no teardown then."""
@@ -192,7 +215,8 @@ class PositionLRSchedule(pl.Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the module as it was."""
-        GradientGate.remove(pl_module, self._transform)
+        if stage == "fit":
+            GradientGate.remove(pl_module, self._transform)
 
     def _optimizers(self, trainer: pl.Trainer) -> list[Optimizer]:
         return trainer.optimizers if self.optimizer_idx is None else [trainer.optimizers[self.optimizer_idx]]

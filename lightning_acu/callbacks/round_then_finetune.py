@@ -13,17 +13,18 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
 from ..conv import ACUConv2d
-from ..figures import plot_shapes, shapes_of
+from ..figures import plot_shapes
 from ..metrics import LayerStatistics, layer_statistics
+from ._arguments import at_least
 from ._averages import keep_rounded, swapped_in
 from ._evaluate import evaluate, log_evaluation
 from ._gradients import GradientGate
-from ._layers import require_layers, require_whole_positions, reshard
+from ._layers import require_layers, require_lightning, require_whole_positions, reshard, trained_shapes
 from ._moment import Moment
 from ._restart import rate_ratios, restart_rates
 from ._rounding import round_layers
 from ._steps import total_steps
-from .directory import run_directory
+from .directory import require_local_directory, run_directory
 from .schedules import Schedule, find_schedule
 
 __all__ = ["RoundThenFinetune"]
@@ -55,6 +56,8 @@ class RoundThenFinetune(pl.Callback):
         collision: what to do when taps of one layer end on one pixel: "report" them (their weights add up, nothing is
             lost); raise an "error"; or "separate" them, each to a pixel of its own, as near as possible.
         evaluate: run the three validations.
+        keep: write the two checkpoints (weights only) and the picture. They go to the logger's directory, or without a
+            logger to the trainer's ``default_root_dir``.
 
     Raises:
         ValueError: not exactly one of the three moments, or one out of range.
@@ -77,16 +80,20 @@ class RoundThenFinetune(pl.Callback):
         finetune_schedule: str | Schedule = "cosine",
         collision: Literal["report", "error", "separate"] = "report",
         evaluate: bool = True,
+        keep: bool = True,
     ) -> None:
         self.moment = Moment(at_step, at_epoch, at_fraction)
         if collision not in ("report", "error", "separate"):
             raise ValueError(f"`collision` (={collision!r}) must be 'report', 'error' or 'separate'")
-        if finetune_lr is not None and finetune_lr <= 0:
+        if finetune_lr is not None and at_least("finetune_lr", finetune_lr) == 0:
             raise ValueError(f"`finetune_lr` (={finetune_lr}) must be positive; None lets the scheduler go on")
+        if finetune_lr is None and finetune_schedule != "cosine":
+            raise ValueError(f"`finetune_schedule` (={finetune_schedule!r}) does nothing without `finetune_lr`")
         self.finetune_lr = finetune_lr
         self.finetune_schedule = find_schedule("finetune_schedule", finetune_schedule)
         self.collision = collision
         self.evaluate = evaluate
+        self.keep = keep
         self._forget()
 
     def _forget(self) -> None:
@@ -103,6 +110,7 @@ class RoundThenFinetune(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Forget an earlier training; a checkpoint to resume from is read after this."""
+        require_lightning(self, pl_module)
         if stage == "fit":
             if trainer.global_step == 0:
                 self._forget()
@@ -112,6 +120,8 @@ class RoundThenFinetune(pl.Callback):
         """Check that there is something to round."""
         require_layers(self, pl_module)
         require_whole_positions(self, trainer)
+        if self.keep:
+            require_local_directory(self, trainer, "`keep` to False")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the step, and whether it can work."""
@@ -122,8 +132,12 @@ class RoundThenFinetune(pl.Callback):
                 "set the trainer's max_steps or choose 'constant'"
             )
         if self.rounded_at is not None:
+            rank_zero_info(f"RoundThenFinetune: positions were rounded at step {self.rounded_at} and stay frozen")
             self._restart_rates(trainer)
-        elif step is not None and step >= steps and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        # Under manual optimisation the steps of an epoch are a guess.
+        known = self.moment.at_epoch is None or pl_module.automatic_optimization
+        if step is not None and step >= steps and known and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise RuntimeError(f"RoundThenFinetune: {self.moment} is step {step}, but this training has only {steps}")
 
     def on_train_batch_start(
@@ -169,7 +183,8 @@ class RoundThenFinetune(pl.Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the module as it was."""
-        GradientGate.remove(pl_module, self._freeze)
+        if stage == "fit":
+            GradientGate.remove(pl_module, self._freeze)
 
     def state_dict(self) -> dict[str, Any]:
         """Whether and when positions were rounded, for a resume."""
@@ -229,15 +244,14 @@ class RoundThenFinetune(pl.Callback):
 
     def _keep(self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> None:
         directory = run_directory(trainer)
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self.keep and not trainer.fast_dev_run and not trainer.barebones:  # type: ignore[attr-defined]
             path = Path(directory, f"{name}.ckpt")
             with swapped_in(trainer, pl_module):
                 trainer.save_checkpoint(path, weights_only=True)
             self.checkpoints[name] = str(path)
 
     def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        names = {name for name, _ in require_layers(self, pl_module)}
-        shapes = [shape for shape in shapes_of(pl_module) if shape.name in names]
+        shapes = trained_shapes(pl_module)
         if trainer.is_global_zero and "before_rounding" in self.checkpoints:
             path = Path(self.checkpoints["before_rounding"]).with_name("shapes_before_rounding.png")
             plot_shapes(shapes, title=f"before rounding, iteration {trainer.global_step:,}").savefig(path)

@@ -12,7 +12,7 @@ from tiny import TinyModule, fit, loader
 from torch import nn
 from torchmetrics import Metric
 
-from lightning_acu import ACUConv2d, convert_to_acu
+from lightning_acu import ACUConv2d, convert_to_acu, fold_acu
 from lightning_acu.callbacks import ConvertToACU, PositionLRSchedule
 from lightning_acu.conv import acu_layers
 from lightning_acu.surgery import NoEffectWarning
@@ -265,14 +265,14 @@ def _no_command_line(monkeypatch):
     monkeypatch.setattr("sys.argv", ["script.py"])
 
 
-@pytest.mark.parametrize("order", [CONVERT + SCHEDULE, SCHEDULE + CONVERT], ids=["convert first", "schedule first"])
-@pytest.mark.parametrize("scheduler", [[], COSINE], ids=["no scheduler", "CosineAnnealingLR"])
 ADAGRAD = pytest.param(
     ["--optimizer=Adagrad"],
     marks=pytest.mark.skipif(torch.__version__.startswith("2.9"), reason="its Adagrad takes no parameters later"),
 )
 
 
+@pytest.mark.parametrize("order", [CONVERT + SCHEDULE, SCHEDULE + CONVERT], ids=["convert first", "schedule first"])
+@pytest.mark.parametrize("scheduler", [[], COSINE], ids=["no scheduler", "CosineAnnealingLR"])
 @pytest.mark.parametrize(
     "optimizer", [["--optimizer=SGD", "--optimizer.momentum=0.9"], ["--optimizer=AdamW"], ADAGRAD],
     ids=lambda optimizer: optimizer[0],
@@ -486,7 +486,9 @@ def test_nothing_converted_stops_before_training(tmp_path, build):
 
     with (
         pytest.warns(NoEffectWarning, match=r"convert_to_acu converted nothing in Never: kernel size 3x3 not among"),
-        pytest.raises(RuntimeError, match="ConvertToACU: Never has no active convolution"),
+        pytest.raises(
+            RuntimeError, match="ConvertToACU converted no convolution of Never: kernel size 3x3 not among kernel_sizes"
+        ),
     ):
         fit(Never(), [ConvertToACU(kernel_sizes=[7])], tmp_path)
 
@@ -520,3 +522,16 @@ def test_a_hook_that_the_instance_itself_had_is_there_again(tmp_path):
     assert module.setup is own
     assert calls == ["fit"]
     assert module.offsets is not None
+
+
+def test_a_folded_model_stays_plain(tmp_path):
+    module = InInit()
+    trainer = plain_trainer(tmp_path, [ConvertToACU(), PositionLRSchedule(1.0, 0)], max_epochs=2)
+    trainer.fit(module, loader())
+    fold_acu(module)
+    trainer.predict(module, loader(batches=1))
+    assert not list(acu_layers(module))
+    with pytest.raises(
+        RuntimeError, match=r"ConvertToACU converted no convolution of InInit: folded from an active"
+    ):
+        trainer.fit(module, loader())

@@ -146,6 +146,7 @@ class Rates(pl.Callback):
         self.rates[trainer.global_step] = [group["lr"] for group in optimizer.param_groups]
 
 
+@pytest.mark.filterwarnings("ignore:RoundThenFinetune. after rounding all taps are where they started")
 @pytest.mark.filterwarnings("ignore:ReduceLROnPlateau conditioned on metric val_loss which is not available")
 @pytest.mark.parametrize("rounding_first", [True, False])
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -195,6 +196,7 @@ def test_resumed_fine_tuning_has_the_same_rates(tmp_path, name, stop):
         assert resumed[step] == pytest.approx(whole[step], rel=1e-9), step
 
 
+@pytest.mark.filterwarnings("ignore:RoundThenFinetune. after rounding all taps are where they started")
 def test_groups_that_come_after_rounding_keep_their_own_rate(tmp_path):
     """As BackboneFinetuning adds them."""
 

@@ -1,5 +1,10 @@
 """Where and how the gradients of positions are changed."""
 
+import copy
+import functools
+import pickle
+
+import lightning.pytorch as pl
 import pytest
 import torch
 from tiny import TinyModule, fit, loader
@@ -140,3 +145,19 @@ def test_a_training_that_failed_leaves_nothing_behind(tmp_path):
     assert GradientGate.of(module) is None
     fit(module, [PositionLRSchedule(1.0, warmup_steps=0)], tmp_path)
     assert module.offsets.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("duplicate", [lambda m: pickle.loads(pickle.dumps(m)), copy.copy, copy.deepcopy])
+def test_a_module_copied_in_training_learns_in_the_next(tmp_path, duplicate):
+    copies = []
+
+    class Copy(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *arguments):
+            if trainer.global_step == 3:
+                copies.append(duplicate(pl_module))
+
+    model = TinyModule(optimizer=functools.partial(torch.optim.SGD, lr=0.1))
+    fit(model, [PositionLRSchedule(1.0, warmup_steps=11), Copy()], tmp_path)
+    fit(copies[0], [PositionLRSchedule(1.0, warmup_steps=0)], tmp_path)
+    assert copies[0].offsets.abs().max() > 0.1
+    assert GradientGate.of(copies[0]) is None

@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
-from tiny import Spy, TinyModule, fit
+from tiny import ManualModule, Spy, TinyModule, fit
 
 from lightning_acu.callbacks import OffsetLogger, PositionLRSchedule
 
@@ -191,3 +191,30 @@ def test_errors(tmp_path):
         OffsetLogger(5, figures_every_n_steps=-3)
     with pytest.raises(RuntimeError, match="OffsetLogger: TinyModule has no active convolution"):
         fit(TinyModule(convert=False), [OffsetLogger()], tmp_path)
+
+
+def test_records_are_as_often_when_a_batch_takes_several_steps(tmp_path):
+    class Twice(ManualModule):
+        def configure_optimizers(self):
+            return [torch.optim.SGD(self.net[index].parameters(), lr=0.1) for index in (0, 2)]
+
+        def training_step(self, batch, batch_idx):
+            self.manual_backward(TinyModule.training_step(self, batch, batch_idx))
+            for optimizer in self.optimizers():
+                optimizer.step()
+                optimizer.zero_grad()
+
+    logger = OffsetLogger(5, figures=False)
+    fit(Twice(), [logger], tmp_path)
+    assert [step for step, _ in logger._frames] == [0, 6, 10, 16, 20, 24]
+
+
+def test_fast_dev_run_and_barebones_write_nothing(tmp_path):
+    for arguments in ({"fast_dev_run": True}, {"barebones": True}):
+        fit(TinyModule(), [OffsetLogger(1, figures_every_n_steps=1)], tmp_path, **arguments)
+    assert not list(tmp_path.glob("*.gif"))
+
+
+def test_figures_in_between_without_figures():
+    with pytest.raises(ValueError, match=r"`figures_every_n_steps` \(=5\) does nothing with `figures`=False"):
+        OffsetLogger(10, figures=False, figures_every_n_steps=5)

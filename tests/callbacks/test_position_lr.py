@@ -524,7 +524,7 @@ def two_with_a_plain_second():
         (lambda: TinyModule(torch.optim.LBFGS), {}, {}, "LBFGS has no parameter groups; choose another optimizer"),
         (
             TinyModule, {"schedule": "lattice", "warmup_steps": 0}, {"max_epochs": -1},
-            r"`schedule` \(=LatticeDecay\(.*\)\) needs a training with an end; set the trainer's max_steps",
+            r"`schedule` \(=LatticeDecay\(.*\)\) needs a training with a known end; set the trainer's max_steps",
         ),
     ],
     ids=["plain", "frozen", "no such optimizer", "the other optimizer", "LBFGS", "no end"],
@@ -536,6 +536,7 @@ def test_what_cannot_work_stops_before_training(tmp_path, module, arguments, tra
     assert spy.offsets == []
 
 
+@pytest.mark.filterwarnings("ignore:RoundThenFinetune. after rounding all taps are where they started")
 def test_a_schedule_that_needs_an_end_has_one_where_positions_are_rounded(tmp_path):
     spy = Spy()
     callbacks = [PositionLRSchedule(0.1, 0, schedule="linear"), RoundThenFinetune(at_step=4), spy]

@@ -7,7 +7,7 @@ from lightning.pytorch.loggers import Logger
 from tiny import ManualModule, Spy, TinyModule, fit, loader
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_acu.callbacks import PositionLRSchedule, RoundThenFinetune
+from lightning_acu.callbacks import OffsetLogger, PositionLRSchedule, RoundThenFinetune
 
 
 def schedule():
@@ -31,6 +31,7 @@ def test_rounds_once_and_freezes_for_good(tmp_path, module, rounding_first, when
     assert not torch.equal(spy.weights[step], spy.weights[-1])  # the weights go on
 
 
+@pytest.mark.filterwarnings("ignore:RoundThenFinetune. after rounding all taps are where they started")
 def test_works_without_a_position_schedule(tmp_path):
     model, rounding = TinyModule(), RoundThenFinetune(at_step=3)
     fit(model, [rounding], tmp_path)
@@ -98,8 +99,10 @@ class StopAfter(pl.Callback):
     [
         ({}, "give exactly one of `at_step`, `at_epoch` and `at_fraction`, got none"),
         ({"at_step": 3, "at_epoch": 1}, r"exactly one .* got \{'at_step': 3, 'at_epoch': 1\}"),
-        ({"at_step": 0}, r"`at_step` \(=0\) must be 1 or more"),
+        ({"at_step": 0}, r"`at_step` \(=0\) must be at least 1"),
         ({"at_fraction": 1.0}, r"`at_fraction` \(=1.0\) must be between 0 and 1"),
+        ({"at_fraction": float("nan")}, r"`at_fraction` \(=nan\) must"),
+        ({"at_step": 1, "finetune_schedule": "linear"}, r"`finetune_schedule` \(='linear'\) does nothing without"),
         ({"at_epoch": 1, "collision": "merge"}, r"`collision` \(='merge'\) must be 'report', 'error' or 'separate'"),
     ],
 )
@@ -128,7 +131,7 @@ def test_moments_that_cannot_work_stop_before_training(tmp_path, rounding, callb
 
 
 def test_a_fraction_of_an_endless_training(tmp_path):
-    with pytest.raises(RuntimeError, match=r"`at_fraction` \(=0.5\) of a training without end"):
+    with pytest.raises(RuntimeError, match=r"`at_fraction` \(=0.5\) of a training without a known end"):
         fit(TinyModule(), [RoundThenFinetune(at_fraction=0.5)], tmp_path, max_epochs=-1)
 
 
@@ -255,9 +258,12 @@ def test_taps_that_fell_on_one_pixel_are_put_apart(tmp_path, caplog):
 
 
 def test_no_collisions_are_reported_as_that(tmp_path, caplog):
-    with caplog.at_level("INFO"):
+    with (
+        caplog.at_level("INFO"),
+        pytest.warns(UserWarning, match="all taps are where they started, so nothing was learned; raise the `mult"),
+    ):
         fit(TinyModule(), [RoundThenFinetune(at_step=1)], tmp_path)
-    assert "no two taps fell on one pixel" in caplog.text
+    assert "0 of 16 are away from where they started; no two taps fell on one pixel" in caplog.text
 
 
 def test_a_model_whose_taps_cannot_move(tmp_path, caplog):
@@ -287,3 +293,52 @@ def test_a_training_continued_by_the_same_trainer_stays_rounded(tmp_path):
     assert trainer.global_step == 18
     assert rounding.rounded_at == 9
     assert torch.equal(model.offsets, rounded)
+
+
+@pytest.mark.parametrize("argument", [{"at_step": 2.5}, {"at_step": True}, {"at_epoch": "1"}])
+def test_moments_are_whole_numbers(argument):
+    with pytest.raises(TypeError, match=r"must be a (whole )?number"):
+        RoundThenFinetune(**argument)
+
+
+def test_without_keep_nothing_is_written(tmp_path):
+    rounding = RoundThenFinetune(at_step=9, keep=False)
+    fit(TinyModule(), [schedule(), rounding], tmp_path)
+    assert rounding.checkpoints == {}
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("callback", [RoundThenFinetune(at_step=9), OffsetLogger()])
+def test_a_directory_that_is_a_url_is_an_error_before_training(tmp_path, callback):
+    spy = Spy()
+    with pytest.raises(RuntimeError, match=rf"{type(callback).__name__} writes local files, .* is 'memory://bucket'"):
+        fit(TinyModule(), [schedule(), callback, spy], "memory://bucket")
+    assert spy.offsets == []
+
+
+@pytest.mark.parametrize("share", [0.5, 0.7])
+def test_a_share_of_a_training_whose_accumulation_changes(tmp_path, share):
+    """12 steps in 2 epochs of 6 batches by 2, then 2 epochs of 6 steps: 3 + 3 + 6 + 6 = 18."""
+    rounding = RoundThenFinetune(at_fraction=share)
+    accumulation = pl.callbacks.GradientAccumulationScheduler({0: 2, 2: 1})
+    trainer = fit(TinyModule(), [schedule(), rounding, accumulation], tmp_path, max_epochs=4)
+    assert trainer.global_step == 18
+    assert rounding.rounded_at == {0.5: 9, 0.7: 13}[share]
+
+
+def test_longer_training_after_rounding_stays_frozen_and_says_so(tmp_path, caplog):
+    trainer = fit(TinyModule(), [schedule(), RoundThenFinetune(at_step=6)], tmp_path)
+    trainer.save_checkpoint(tmp_path / "first.ckpt")
+    model, spy = TinyModule(), Spy()
+    callbacks = [PositionLRSchedule(3.0, warmup_steps=20), RoundThenFinetune(at_fraction=0.9), spy]
+    with caplog.at_level("INFO"):
+        fit(model, callbacks, tmp_path, ckpt_path=tmp_path / "first.ckpt", max_epochs=4)
+    assert "positions were rounded at step 6 and stay frozen" in caplog.text
+    assert all(torch.equal(offsets, model.offsets) for offsets in spy.offsets)
+
+
+def test_a_module_of_the_other_package_is_named():
+    with pytest.raises(
+        TypeError, match=r"RoundThenFinetune: Linear is no lightning.pytorch.LightningModule; write `imp"
+    ):
+        RoundThenFinetune(at_step=1).setup(None, torch.nn.Linear(1, 1), "fit")

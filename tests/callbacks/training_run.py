@@ -67,10 +67,11 @@ class LoaderWithAPlace:
         return len(self.batches)
 
     def __iter__(self):
+        if self.place == len(self.batches):  # the trainer stops asking after the last one
+            self.place = 0
         while self.place < len(self.batches):
             self.place += 1
             yield self.batches[self.place - 1]
-        self.place = 0
 
     def state_dict(self):
         return {"place": self.place}
