@@ -83,6 +83,8 @@ class ConvertToACU(pl.Callback):
         layers = trained_layers(pl_module)
         if not layers:
             reasons = sorted({row.reason for row in report_acu(pl_module).rows})
+            if any(map(was_folded, pl_module.modules())):
+                reasons = ["it was folded into plain ones; call convert_to_acu to make those active again"]
             raise RuntimeError(
                 f"ConvertToACU converted no convolution of {type(pl_module).__name__}: "
                 f"{'; '.join(reasons) or 'it has none'}"

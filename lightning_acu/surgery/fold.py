@@ -10,8 +10,8 @@ from .guards import unguard_merging
 
 __all__ = ["fold_acu", "round_acu", "was_folded"]
 
-#: What report_acu says of them, and how they are known again.
-_FOLDED = "folded from an active convolution"
+#: The mark by which they are known again.
+_FOLDED = "acu_folded"
 
 #: What nn.Module keeps of hooks; a folded layer goes on with those of the layer it was.
 _HOOKS = tuple(
@@ -48,14 +48,15 @@ def fold_acu(model: nn.Module) -> nn.Module:
         layer.__class__ = type(folded)  # type: ignore[assignment]
         vars(layer).clear()
         vars(layer).update(state)
-        setattr(layer, SKIP_REASON, _FOLDED)
+        setattr(layer, SKIP_REASON, "folded from an active convolution")
+        setattr(layer, _FOLDED, True)
     unguard_merging(model)
     return model
 
 
 def was_folded(module: nn.Module) -> bool:
     """Whether :func:`fold_acu` made ``module`` from an active convolution."""
-    return getattr(module, SKIP_REASON, None) == _FOLDED
+    return getattr(module, _FOLDED, False)
 
 
 def round_acu(model: nn.Module, *, separate: bool = False) -> nn.Module:
