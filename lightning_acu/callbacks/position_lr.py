@@ -8,18 +8,18 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import BaseFinetuning
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
 from ..conv import ACUConv2d
 from ._arguments import at_least, whole_number
 from ._gradients import GradientGate, normalize_gradients_
 from ._layers import require_layers, require_lightning, require_whole_positions
 from ._pairs import apply_to_pairs_
-from ._param_groups import add_late_positions, split_off_positions, tie_learning_rates
+from ._param_groups import tie_learning_rates
 from ._phase import LearningPhase
+from ._position_groups import PositionGroups
 from .round_then_finetune import RoundThenFinetune
 from .schedules import Schedule, find_schedule
 
@@ -99,7 +99,7 @@ class PositionLRSchedule(pl.Callback):
         self.optimizer_idx = None if optimizer_idx is None else whole_number("optimizer_idx", optimizer_idx)
         self._phase = LearningPhase(self.warmup_steps, math.inf)
         self._step = 0
-        self._groups = 0
+        self._groups = PositionGroups(self.multiplier, self.weight_decay, self.optimizer_idx)
         self._warned = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -112,11 +112,6 @@ class PositionLRSchedule(pl.Callback):
         """Split the parameter groups, before the optimizers' state is restored from a checkpoint."""
         layers = require_layers(self, pl_module)
         require_whole_positions(self, trainer)
-        if self.optimizer_idx is not None and self.optimizer_idx >= len(trainer.optimizers):
-            raise RuntimeError(
-                f"PositionLRSchedule: `optimizer_idx` (={self.optimizer_idx}) does not exist, "
-                f"configure_optimizers made {len(trainer.optimizers)}"
-            )
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             served = (getattr(other, "optimizer_idx", None), self.optimizer_idx)
             mine_too = None in served or served[0] == served[1]
@@ -125,26 +120,7 @@ class PositionLRSchedule(pl.Callback):
                     f"PositionLRSchedule: two of them serve one optimizer (`optimizer_idx` {served[0]} and "
                     f"{served[1]}); keep one, or give each an optimizer of its own"
                 )
-        late = self._finetuning(trainer)
-        for callback in late:  # after a resume it puts groups back that it had made, here: have that first
-            BaseFinetuning.on_fit_start(callback, trainer, pl_module)
-        if not late and not any(layer.offsets.requires_grad for _, layer in layers):
-            raise RuntimeError(
-                "PositionLRSchedule: the positions of all layers have requires_grad=False; thaw "
-                "some with layer.offsets.requires_grad_(True), see lightning_acu.acu_layers"
-            )
-        if added := add_late_positions(self._optimizers(trainer), layers):
-            rank_zero_info(f"PositionLRSchedule: gave the positions of {len(added)} layers to an optimizer made before")
-        held = self._split(trainer, pl_module)
-        lost = [name for name, layer in layers if layer.offsets.requires_grad and id(layer.offsets) not in held]
-        if lost and self.optimizer_idx is None:
-            raise RuntimeError(
-                f"PositionLRSchedule: no optimizer holds the positions of {', '.join(lost[:3])}"
-                f"{' and others' if len(lost) > 3 else ''}, nor their weights; give them to one in "
-                "configure_optimizers, or freeze them with requires_grad_(False)"
-            )
-        if not held and not late:
-            raise RuntimeError(f"PositionLRSchedule: optimizer {self.optimizer_idx} holds no positions")
+        self._groups.claim(trainer, layers)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find when positions learn, and whether that can work."""
@@ -169,10 +145,8 @@ class PositionLRSchedule(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Keep the ratio of learning rates."""
-        if self._groups != self._count_groups(trainer):  # BackboneFinetuning has thawed something
-            # It leaves out what equals a parameter that the optimizer holds: zeros, for positions that never moved.
-            add_late_positions(self._optimizers(trainer), require_layers(self, pl_module))
-            self._split(trainer, pl_module)
+        if self._groups.have_changed(trainer):
+            self._groups.follow(trainer, require_layers(self, pl_module))
         self._tie(trainer)
 
     def on_before_optimizer_step(
@@ -192,7 +166,7 @@ class PositionLRSchedule(pl.Callback):
             slack = [self.schedule.slack(self._phase.time(step), self._phase.length) for step in (before, self._step)]
             pull = 1 - slack[1] / slack[0] if slack[0] > 0 else 1.0
             if pull > 0 or self.max_displacement is not None:
-                held = self._held(trainer)
+                held = self._groups.held(trainer)
                 layers = [layer for layer in gate.layers if id(layer.offsets) in held]
                 self._confine([layer for layer in layers if layer.offsets.requires_grad], pull)
         self._tie(trainer)
@@ -218,14 +192,6 @@ class PositionLRSchedule(pl.Callback):
         if stage == "fit":
             GradientGate.remove(pl_module, self._transform)
 
-    def _optimizers(self, trainer: pl.Trainer) -> list[Optimizer]:
-        return trainer.optimizers if self.optimizer_idx is None else [trainer.optimizers[self.optimizer_idx]]
-
-    @staticmethod
-    def _finetuning(trainer: pl.Trainer) -> list[BaseFinetuning]:
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        return [callback for callback in callbacks if isinstance(callback, BaseFinetuning)]
-
     @staticmethod
     def _rounded(trainer: pl.Trainer) -> bool:
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -234,33 +200,9 @@ class PositionLRSchedule(pl.Callback):
     def _warming_up(self, trainer: pl.Trainer, step: int) -> bool:
         return step < self.warmup_steps or trainer.current_epoch < (self.warmup_epochs or 0)
 
-    def _held(self, trainer: pl.Trainer) -> set[int]:
-        groups = [group for optimizer in self._optimizers(trainer) for group in optimizer.param_groups]
-        return {id(parameter) for group in groups for parameter in group["params"]}
-
-    def _split(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> set[int]:
-        """Positions into groups of their own; the ids of all that our optimizers hold."""
-        # Frozen ones too: who thaws them later need not know of us.
-        offsets = [layer.offsets for _, layer in require_layers(self, pl_module)]
-        # BackboneFinetuning sets the learning rates of the first and of the last group.
-        keep_last = bool(self._finetuning(trainer))
-        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        held: set[int] = set()
-        for optimizer in self._optimizers(trainer):
-            if isinstance(optimizer, LBFGS):
-                raise RuntimeError("PositionLRSchedule: LBFGS has no parameter groups; choose another optimizer")
-            own = [scheduler for scheduler in schedulers if scheduler.optimizer is optimizer]
-            found = split_off_positions(optimizer, own, offsets, self.multiplier, self.weight_decay, keep_last)
-            held |= {id(parameter) for parameter in found}
-        self._groups = self._count_groups(trainer)
-        return held
-
-    def _count_groups(self, trainer: pl.Trainer) -> int:
-        return sum(len(optimizer.param_groups) for optimizer in self._optimizers(trainer))
-
     def _tie(self, trainer: pl.Trainer) -> None:
         factor = self.multiplier * self.schedule.rate(self._phase.time(trainer.global_step), self._phase.length)
-        for optimizer in self._optimizers(trainer):
+        for optimizer in self._groups.optimizers(trainer):
             tie_learning_rates(optimizer, factor)
 
     def _transform(self, trainer: pl.Trainer, optimizer: Optimizer, layers: Sequence[ACUConv2d]) -> None:
