@@ -90,3 +90,13 @@ def fit(module, callbacks, tmp_path, data=None, ckpt_path=None, **arguments):
     )  # fmt: skip
     trainer.fit(module, data or loader(), ckpt_path=ckpt_path)
     return trainer
+
+
+def validate(module, tmp_path):
+    """The metrics of a quiet validation, by the module's own loader."""
+    trainer = pl.Trainer(
+        accelerator="cpu", default_root_dir=tmp_path, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    (result,) = trainer.validate(module, verbose=False)
+    return result

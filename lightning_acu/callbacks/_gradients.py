@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from ..conv import ACUConv2d
 from ._layers import trained_layers
 from ._pairs import apply_to_pairs_
+from ._param_groups import held_by
 
 __all__ = ["GradientGate", "normalize_gradients_", "unit_vectors"]
 
@@ -114,7 +115,7 @@ class GradientGate:
 
     def _stepped(self, optimizer: Optimizer) -> list[ACUConv2d]:
         """The active convolutions whose positions ``optimizer`` is about to step."""
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        held = held_by([optimizer])
         return [layer for layer in self.layers if id(layer.offsets) in held]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from ..conv import ACUConv2d
 __all__ = [
     "GROUP_NAME",
     "add_late_positions",
+    "held_by",
     "is_position_group",
     "set_learning_rate",
     "split_off_positions",
@@ -114,6 +115,11 @@ def add_late_positions(optimizers: Iterable[Optimizer], layers: Iterable[tuple[s
             group["param_names"].append(f"{name}.offsets" if name else "offsets")
         added.append(name)
     return added
+
+
+def held_by(optimizers: Iterable[Optimizer]) -> set[int]:
+    """The ids of all parameters that ``optimizers`` hold."""
+    return {id(parameter) for o in optimizers for group in o.param_groups for parameter in group["params"]}
 
 
 def is_position_group(group: dict[str, Any]) -> bool:

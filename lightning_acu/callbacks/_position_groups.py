@@ -28,11 +28,6 @@ class PositionGroups:
         """The optimizers that are served."""
         return trainer.optimizers if self.optimizer_idx is None else [trainer.optimizers[self.optimizer_idx]]
 
-    def held(self, trainer: pl.Trainer) -> set[int]:
-        """The ids of all parameters that those optimizers hold."""
-        groups = [group for optimizer in self.optimizers(trainer) for group in optimizer.param_groups]
-        return {id(parameter) for group in groups for parameter in group["params"]}
-
     def claim(self, trainer: pl.Trainer, layers: Sequence[tuple[str, ACUConv2d]]) -> None:
         """Put the positions of ``layers`` into groups of their own, before any training.
 

@@ -14,6 +14,7 @@ from ..figures import animate_shapes, plot_shapes
 from ..metrics import layer_statistics, position_metrics
 from ._arguments import whole_number
 from ._layers import require_layers, require_lightning, require_whole_positions, trained_shapes
+from ._param_groups import held_by
 from .directory import require_local_directory, run_directory
 
 __all__ = ["OffsetLogger"]
@@ -97,8 +98,7 @@ class OffsetLogger(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note where the taps start."""
-        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        held = {id(parameter) for group in groups for parameter in group["params"]}
+        held = held_by(trainer.optimizers)
         layers = require_layers(self, pl_module)
         if not any(id(layer.offsets) in held for _, layer in layers):
             rank_zero_warn(
@@ -146,13 +146,16 @@ class OffsetLogger(pl.Callback):
             return
         layers = require_layers(self, pl_module)
         # On every process, as reading the positions takes them all under FSDP2.
-        values = self._scalars(trainer.global_step, layers)
+        positions = {name: layer.positions.cpu() for name, layer in layers}
+        values = self._scalars(trainer.global_step, layers, positions)
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=trainer.global_step)
-        self._note(trainer.global_step, {name: layer.positions.cpu() for name, layer in layers})
+        self._note(trainer.global_step, positions)
 
-    def _scalars(self, step: int, layers: list[tuple[str, ACUConv2d]]) -> dict[str, float]:
+    def _scalars(
+        self, step: int, layers: list[tuple[str, ACUConv2d]], positions: dict[str, Tensor]
+    ) -> dict[str, float]:
         assert self._last is not None
         last_step, last = self._last
         rows = {name: layer_statistics(layer) for name, layer in layers}
@@ -162,7 +165,7 @@ class OffsetLogger(pl.Callback):
         values = {name: float(value) for name, value in metrics.compute().items()}
         speeds = {}
         for name, layer in layers:
-            way = (layer.positions.cpu() - last[name]).norm(dim=-1)[:, layer.movable.cpu()]
+            way = (positions[name] - last[name]).norm(dim=-1)[:, layer.movable.cpu()]
             speeds[name] = way.mean().item() / (step - last_step) if way.numel() else 0.0
         taps = max(1, sum(row.taps for row in rows.values()))
         values["acu/step_speed"] = sum(speeds[name] * row.taps for name, row in rows.items()) / taps

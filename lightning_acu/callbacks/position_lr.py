@@ -17,7 +17,7 @@ from ._arguments import at_least, whole_number
 from ._gradients import GradientGate, normalize_gradients_
 from ._layers import require_layers, require_lightning, require_whole_positions
 from ._pairs import apply_to_pairs_
-from ._param_groups import tie_learning_rates
+from ._param_groups import held_by, tie_learning_rates
 from ._phase import LearningPhase
 from ._position_groups import PositionGroups
 from .round_then_finetune import RoundThenFinetune
@@ -166,7 +166,7 @@ class PositionLRSchedule(pl.Callback):
             slack = [self.schedule.slack(self._phase.time(step), self._phase.length) for step in (before, self._step)]
             pull = 1 - slack[1] / slack[0] if slack[0] > 0 else 1.0
             if pull > 0 or self.max_displacement is not None:
-                held = self._groups.held(trainer)
+                held = held_by(self._groups.optimizers(trainer))
                 layers = [layer for layer in gate.layers if id(layer.offsets) in held]
                 self._confine([layer for layer in layers if layer.offsets.requires_grad], pull)
         self._tie(trainer)

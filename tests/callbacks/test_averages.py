@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from timm.utils import ModelEma, ModelEmaV2, ModelEmaV3
-from tiny import Spy, TinyModule, fit, loader
+from tiny import Spy, TinyModule, fit, loader, validate
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 from lightning_acu import acu_layers
@@ -269,12 +269,3 @@ def test_what_is_kept_and_evaluated_is_the_average(tmp_path):
         other.load_state_dict(torch.load(rounding.checkpoints[name], weights_only=True)["state_dict"])
         assert rounding.results[moment] == validate(other, tmp_path)
     assert rounding.results["final"] == validate(model, tmp_path)
-
-
-def validate(model, tmp_path):
-    trainer = pl.Trainer(
-        accelerator="cpu", default_root_dir=tmp_path, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    (result,) = trainer.validate(model, verbose=False)
-    return result

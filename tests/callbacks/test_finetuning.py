@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.loggers import CSVLogger, Logger
-from tiny import Spy, TinyModule, fit, loader
+from tiny import Spy, TinyModule, fit, loader, validate
 
 from lightning_acu.callbacks import PositionLRSchedule, RoundThenFinetune
 
@@ -43,15 +43,10 @@ class Validating(TinyModule):
         return loader(batches=3)
 
 
-def validate(path, tmp_path):
+def validated(path, tmp_path):
     model = Validating()
     model.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
-    trainer = pl.Trainer(
-        accelerator="cpu", default_root_dir=tmp_path, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    (result,) = trainer.validate(model, verbose=False)
-    return result
+    return validate(model, tmp_path)
 
 
 def test_every_logger_hears_how_good_the_model_is_before_and_after_and_in_the_end(tmp_path):
@@ -60,9 +55,9 @@ def test_every_logger_hears_how_good_the_model_is_before_and_after_and_in_the_en
     trainer = fit(model, [schedule(), rounding], tmp_path, logger=loggers)
     trainer.save_checkpoint(tmp_path / "final.ckpt")
     expected = {
-        "before_rounding": (9, validate(rounding.checkpoints["before_rounding"], tmp_path)),
-        "after_rounding": (9, validate(rounding.checkpoints["rounded"], tmp_path)),
-        "final": (12, validate(tmp_path / "final.ckpt", tmp_path)),
+        "before_rounding": (9, validated(rounding.checkpoints["before_rounding"], tmp_path)),
+        "after_rounding": (9, validated(rounding.checkpoints["rounded"], tmp_path)),
+        "final": (12, validated(tmp_path / "final.ckpt", tmp_path)),
     }
     assert len({values["val_loss"] for _, values in expected.values()}) == 3
     assert rounding.results == {moment: values for moment, (_, values) in expected.items()}

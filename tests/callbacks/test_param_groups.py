@@ -2,27 +2,10 @@
 
 import pytest
 import torch
+from schedulers import SCHEDULERS
 from torch.optim import lr_scheduler as lrs
 
 from lightning_acu.callbacks._param_groups import GROUP_NAME, split_off_positions, tie_learning_rates
-
-SCHEDULERS = {
-    "LambdaLR": lambda o: lrs.LambdaLR(o, lambda epoch: 0.9**epoch),
-    "MultiplicativeLR": lambda o: lrs.MultiplicativeLR(o, lambda epoch: 0.9),
-    "StepLR": lambda o: lrs.StepLR(o, 2),
-    "MultiStepLR": lambda o: lrs.MultiStepLR(o, [2, 5]),
-    "ConstantLR": lambda o: lrs.ConstantLR(o),
-    "LinearLR": lambda o: lrs.LinearLR(o),
-    "ExponentialLR": lambda o: lrs.ExponentialLR(o, 0.9),
-    "PolynomialLR": lambda o: lrs.PolynomialLR(o, total_iters=50),
-    "CosineAnnealingLR": lambda o: lrs.CosineAnnealingLR(o, 8, eta_min=0.01),
-    "CosineAnnealingWarmRestarts": lambda o: lrs.CosineAnnealingWarmRestarts(o, 4),
-    "CyclicLR": lambda o: lrs.CyclicLR(o, 0.01, 0.1),
-    "OneCycleLR": lambda o: lrs.OneCycleLR(o, 0.1, 10),
-    "SequentialLR": lambda o: lrs.SequentialLR(o, [lrs.LinearLR(o), lrs.CosineAnnealingLR(o, 8)], [2]),
-    "ChainedScheduler": lambda o: lrs.ChainedScheduler([lrs.LinearLR(o), lrs.ExponentialLR(o, 0.9)]),
-    "ReduceLROnPlateau": lambda o: lrs.ReduceLROnPlateau(o, patience=0),
-}
 
 
 def parameters():
