@@ -9,12 +9,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .classifier import ImageClassifier
     from .conv import ACUConv2d, acu_layers
+    from .export import export_model
     from .figures import plot_shapes
     from .folded import FoldedConv2d
     from .functional import acu_conv2d
     from .metrics import model_statistics
     from .models import create_model
-    from .surgery import ConvertConfig, convert_to_acu, fold_acu, report_acu, round_acu
+    from .saving import load_acu, save_acu
+    from .surgery import (
+        ConvertConfig,
+        acu_state_dict,
+        convert_to_acu,
+        fold_acu,
+        load_acu_state_dict,
+        report_acu,
+        round_acu,
+    )
 
 __version__ = "0.1.0"
 
@@ -26,18 +36,23 @@ __all__ = [
     "__version__",
     "acu_conv2d",
     "acu_layers",
+    "acu_state_dict",
     "callbacks",
     "convert_to_acu",
     "create_model",
     "data",
+    "export_model",
     "figures",
     "fold_acu",
     "functional",
+    "load_acu",
+    "load_acu_state_dict",
     "metrics",
     "model_statistics",
     "plot_shapes",
     "report_acu",
     "round_acu",
+    "save_acu",
     "surgery",
 ]
 
@@ -49,10 +64,15 @@ _HOME = {
     "plot_shapes": "figures",
     "model_statistics": "metrics",
     "ConvertConfig": "surgery",
+    "acu_state_dict": "surgery",
     "convert_to_acu": "surgery",
+    "export_model": "export",
     "fold_acu": "surgery",
+    "load_acu": "saving",
+    "load_acu_state_dict": "surgery",
     "report_acu": "surgery",
     "round_acu": "surgery",
+    "save_acu": "saving",
     "ImageClassifier": "classifier",
     "create_model": "models",
 }

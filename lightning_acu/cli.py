@@ -1,18 +1,17 @@
-"""The console script ``lightning-acu``: LightningCLI for this package, and its example configurations.
+"""The console script ``lightning-acu``: LightningCLI for this package, and the commands beside it.
 
 lightning-acu fit --config quickstart.yaml            train (also: validate, test, predict)
 lightning-acu configs                                 list the configurations that come with the package
 lightning-acu configs quickstart.yaml                 copy one to the current directory
+lightning-acu report --model resnet50                 what a conversion makes active, and the arithmetic of its fold
+lightning-acu export --ckpt final.ckpt --to onnx      fold a trained model and write it for other runtimes
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import shutil
 import sys
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from rich.table import Table
 
 from .callbacks import RoundThenFinetune
 from .callbacks.directory import run_directory
+from .commands import COMMANDS, configs_directory
 from .metrics import model_statistics
 
 __all__ = ["ACULightningCLI", "configs_directory", "main"]
@@ -110,40 +110,11 @@ class ACULightningCLI(LightningCLI):
         console.print(f"In {directory}: {', '.join(sorted(path.name for path in directory.iterdir()))}")
 
 
-def configs_directory() -> Path:
-    """Where the example configurations are: inside an installed package, or at the root of a checkout."""
-    installed = Path(__file__).with_name("configs")
-    return installed if installed.is_dir() else Path(__file__).parents[1] / "configs"
-
-
-def _configs(arguments: Sequence[str]) -> None:
-    """``lightning-acu configs [NAME] [--to DIRECTORY]``."""
-    parser = argparse.ArgumentParser("lightning-acu configs", description="list the configurations, or copy one out")
-    parser.add_argument("name", nargs="?", help="the one to copy")
-    parser.add_argument("--to", type=Path, default=Path(), metavar="DIRECTORY", help="where to (default: here)")
-    options = parser.parse_args(arguments)
-    root = configs_directory()
-    known = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*.yaml"))}
-    if options.name is None:
-        for name, path in known.items():
-            print(f"{name:32} {path.read_text().splitlines()[0].removeprefix('# ')}")
-        return
-    name = options.name if options.name.endswith(".yaml") else f"{options.name}.yaml"
-    if name not in known:
-        parser.error(f"no configuration is called {options.name!r}; there are {', '.join(known)}")
-    target = options.to / known[name].name
-    if target.exists():
-        parser.error(f"{target} exists already; remove it or choose another directory with --to")
-    options.to.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(known[name], target)
-    print(f"copied to {target}; run: lightning-acu fit --config {target}")
-
-
 def main(args: ArgsType = None) -> None:
     """Run ``lightning-acu`` with ``args`` (default: those of the command line)."""
     given = sys.argv[1:] if args is None else args
-    if isinstance(given, list) and given[:1] == ["configs"]:
-        _configs(given[1:])
+    if isinstance(given, list) and given and given[0] in COMMANDS:
+        COMMANDS[given[0]](given[1:])
         return
     # Lightning's own use of torch and jsonargparse, once a loader: nothing that a user could change.
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, Self
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .folded import FoldedConv2d, fold_conv2d
+from .folded import FoldedConv2d, fold_conv2d, padding_layer
 from .functional import acu_conv2d
 from .geometry import Padding
 from .ops import check_backend
 from .taps import PositionedConv2d
 
 __all__ = ["ACUConv2d", "acu_layers", "recomputed_parameter"]
+
+torch.fx.wrap("acu_conv2d")  # torch.fx (torchvision's create_feature_extractor) records the call, not what is inside
 
 
 class ACUConv2d(PositionedConv2d):
@@ -42,6 +44,9 @@ class ACUConv2d(PositionedConv2d):
     """
 
     backend: str
+
+    #: The class that ``adopt`` and ``from_conv2d`` take, exactly.
+    plain_class: ClassVar[type[nn.Conv2d]] = nn.Conv2d
 
     def __init__(
         self,
@@ -73,16 +78,16 @@ class ACUConv2d(PositionedConv2d):
         """An active convolution that computes what ``conv`` does and shares its ``weight`` and ``bias``.
 
         Raises:
-            TypeError: ``conv`` is not exactly an ``nn.Conv2d``: a subclass may compute something else.
+            TypeError: ``conv`` is not exactly a ``plain_class``: a subclass may compute something else.
             ValueError: its weight or bias is recomputed from other parameters, or an argument does not fit.
         """
-        _check_plain(conv)
+        _check_plain(conv, cls)
         _check_own_parameters(conv)
         new = cls.__new__(cls)
         nn.Module.__init__(new)
         new.__dict__.update({k: v for k, v in conv.__dict__.items() if k in _CONFIGURATION})
-        for name in ("weight", "bias"):  # registered also where there is no bias, as in nn.Conv2d
-            new.register_parameter(name, getattr(conv, name))
+        for name, parameter in conv._parameters.items():  # registered also where there is no bias, as in nn.Conv2d
+            new.register_parameter(name, parameter)
         new.train(conv.training)
         new._add_offsets(position_groups, fixed_centre, backend)
         return new
@@ -104,15 +109,15 @@ class ACUConv2d(PositionedConv2d):
         Args:
             conv: the layer to change.
             position_groups, fixed_centre, backend: as in the class.
-            exact: refuse subclasses of ``nn.Conv2d``; False for one whose ``forward`` is known to do what
-                ``nn.Conv2d``'s does.
+            exact: refuse subclasses of ``plain_class``; False for one whose ``forward`` is known to do what that of
+                ``plain_class`` does.
 
         Raises:
-            TypeError: ``conv`` is not exactly an ``nn.Conv2d``.
+            TypeError: ``conv`` is not exactly a ``plain_class``.
             ValueError: its weight or bias is recomputed from other parameters, or an argument does not fit.
         """
         if exact:
-            _check_plain(conv)
+            _check_plain(conv, cls)
         _check_own_parameters(conv)
         _check_configuration(conv.out_channels, position_groups, backend)
         conv.__class__ = cls
@@ -181,13 +186,6 @@ class ACUConv2d(PositionedConv2d):
         offsets = torch.zeros(size, dtype=dtype, device=self.weight.device)
         self.offsets = nn.Parameter(offsets, requires_grad=self.weight.requires_grad)
 
-    def reset_parameters(self) -> None:
-        """``nn.Conv2d``'s initialisation, and the taps back to where they start."""
-        super().reset_parameters()
-        if "offsets" in self._parameters:  # nn.Conv2d calls this before there are any
-            with torch.no_grad():
-                self.offsets.copy_(self.starting_offsets().flatten())
-
     def fold(self) -> nn.Conv2d | FoldedConv2d:
         """The same function in plain convolutions, exactly, at any positions; the layer itself stays as it is.
 
@@ -199,14 +197,37 @@ class ACUConv2d(PositionedConv2d):
         """
         if not parametrize.is_parametrized(self):  # then self.weight is computed when it is read
             _check_own_parameters(self)
-        border = () if self.padding_mode == "zeros" else tuple(self._reversed_padding_repeated_twice)
-        folded = fold_conv2d(
-            self.weight, self.active_offsets().detach(), self.bias, self.geometry, border, self.padding_mode
-        )
+        weight = self.effective_weight().detach().requires_grad_(self.weight.requires_grad)
+        offsets = self.active_offsets().detach()
+        folded = fold_conv2d(weight, offsets, self.bias, self.geometry, self._padding_layer())
+        if isinstance(folded, FoldedConv2d) and len(folded.convs) == 1:
+            folded = self._merge_padding(folded)
         return folded.train(self.training)
 
+    def effective_weight(self) -> Tensor:
+        """(C_out, C_in/groups, kh, kw), differentiable: the numbers at the taps; subclasses may standardise them."""
+        return self.weight
+
+    def _padding_layer(self) -> nn.Module | None:
+        """What pads the image first, in a fold; None where zeros of the convolution's own do."""
+        return padding_layer(self)
+
+    def _merge_padding(self, folded: FoldedConv2d) -> nn.Conv2d | FoldedConv2d:
+        """One convolution that pads by itself, where a fold of one with a padding layer comes to that."""
+        (conv,), (sides,) = folded.convs, folded.sides
+        assert isinstance(conv, nn.Conv2d)
+        if any(sides) or (conv.kernel_size, conv.dilation) != (self.kernel_size, self.dilation):
+            return folded
+        for name in ("padding", "padding_mode", "_reversed_padding_repeated_twice"):
+            setattr(conv, name, getattr(self, name))
+        return conv
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C_in, H, W) or (C_in, H, W) to (N, C_out, H_out, W_out)."""
+        return self._conv_forward(input, self.effective_weight(), self.bias)
+
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        padding: Padding = self.padding
+        padding = self._zeros_around(input)
         if self.padding_mode != "zeros":
             input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
         return acu_conv2d(
@@ -214,16 +235,8 @@ class ACUConv2d(PositionedConv2d):
             backend=self.backend,
         )  # fmt: skip
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        offsets = self.offsets
-
-        def keep_precision(tensor: Tensor) -> Tensor:
-            applied = fn(tensor)
-            if (tensor is offsets or tensor is offsets.grad) and applied.dtype in (torch.float16, torch.bfloat16):
-                return tensor.to(applied.device)
-            return applied
-
-        return super()._apply(keep_precision, recurse)
+    def _zeros_around(self, input: Tensor) -> Padding:
+        return self.padding
 
     def extra_repr(self) -> str:
         """``nn.Conv2d``'s, and what differs from the defaults here."""
@@ -239,8 +252,10 @@ class ACUConv2d(PositionedConv2d):
         return text + (f", backend={self.backend!r}" if self.backend != "auto" else "")
 
 
-#: What makes an nn.Conv2d what it is, besides its parameters.
-_CONFIGURATION = frozenset(vars(nn.Conv2d(1, 1, 1, device="meta"))) - frozenset(vars(nn.Module())) - {"weight", "bias"}
+#: What makes a convolution what it is, besides its parameters: nn.Conv2d's attributes and those of timm's classes.
+_CONFIGURATION = (
+    frozenset(vars(nn.Conv2d(1, 1, 1, device="meta"))) - frozenset(vars(nn.Module())) - {"weight", "bias"}
+) | {"eps", "gain_init", "same_pad", "scale"}
 
 
 def acu_layers(model: nn.Module) -> Iterator[tuple[str, ACUConv2d]]:
@@ -248,10 +263,11 @@ def acu_layers(model: nn.Module) -> Iterator[tuple[str, ACUConv2d]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, ACUConv2d))
 
 
-def _check_plain(conv: nn.Module) -> None:
-    if type(conv) is not nn.Conv2d:
+def _check_plain(conv: nn.Module, cls: type[ACUConv2d]) -> None:
+    if type(conv) is not cls.plain_class:
         raise TypeError(
-            f"`conv` (={type(conv).__name__}) must be exactly an nn.Conv2d: a subclass may compute otherwise"
+            f"`conv` (={type(conv).__name__}) must be exactly a {cls.plain_class.__name__}: a subclass may compute "
+            "otherwise; convert_to_acu knows which classes it can convert"
         )
 
 

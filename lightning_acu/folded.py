@@ -6,11 +6,44 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .geometry import ConvGeometry
+from .geometry import ConvGeometry, same_padding
 from .ops.dense import pad_or_crop
 from .positions import Plan, expand_kernel, plan_windows
 
-__all__ = ["FoldedConv2d", "fold_conv2d"]
+__all__ = ["FoldedConv2d", "PadSame2d", "fold_conv2d", "padding_layer"]
+
+
+class PadSame2d(nn.Module):
+    """Zeros around the image as TensorFlow's "SAME" wants them, which depends on the image's size.
+
+    Args:
+        kernel_size, stride, dilation: (rows, columns) of the convolution it is for.
+    """
+
+    def __init__(self, kernel_size: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]) -> None:
+        super().__init__()
+        self.kernel_size, self.stride, self.dilation = kernel_size, stride, dilation
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., H, W) to (..., H + top + bottom, W + left + right)."""
+        top, left, bottom, right = same_padding(input.shape[-2:], self.kernel_size, self.stride, self.dilation)
+        return F.pad(input, (left, right, top, bottom))
+
+    def extra_repr(self) -> str:
+        """The convolution it is for."""
+        return f"kernel_size={self.kernel_size}, stride={self.stride}, dilation={self.dilation}"
+
+
+#: The layers that pad as ``nn.Conv2d`` does in each ``padding_mode`` but zeros.
+_PADDING_LAYERS = {"reflect": nn.ReflectionPad2d, "replicate": nn.ReplicationPad2d, "circular": nn.CircularPad2d}
+
+
+def padding_layer(conv: nn.Conv2d) -> nn.Module | None:
+    """What pads the image of ``conv`` before it is convolved, where zeros inside the convolution cannot."""
+    if conv.padding_mode == "zeros":
+        return None
+    left, right, top, bottom = conv._reversed_padding_repeated_twice
+    return _PADDING_LAYERS[conv.padding_mode]((left, right, top, bottom))
 
 
 class FoldedConv2d(nn.Module):
@@ -22,27 +55,24 @@ class FoldedConv2d(nn.Module):
     Args:
         convs: the summands; the first may have a bias.
         sides: (top, left, bottom, right) for each of ``convs``: zeros to add, or pixels to crop where negative.
-        border: sides (left, right, top, bottom) to pad first, in ``padding_mode``; () for none.
-        padding_mode: of ``border``, as in ``F.pad``.
+        pad: a layer that pads the image first, if one has to.
     """
 
     def __init__(
         self,
         convs: list[nn.Conv2d],
         sides: list[tuple[int, int, int, int]],
-        border: tuple[int, ...] = (),
-        padding_mode: str = "zeros",
+        pad: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        self.pad = pad
         self.convs = nn.ModuleList(convs)
         self.sides = sides
-        self.border = border
-        self.padding_mode = padding_mode
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C_in, H, W) or (C_in, H, W) to the convolution's output."""
-        if self.border:
-            input = F.pad(input, self.border, mode=self.padding_mode)
+        if self.pad is not None:
+            input = self.pad(input)
         first, *others = (conv(pad_or_crop(input, sides)) for conv, sides in zip(self.convs, self.sides, strict=True))
         output = first.to(torch.promote_types(first.dtype, torch.float32)) if others else first
         for part in others:
@@ -51,8 +81,7 @@ class FoldedConv2d(nn.Module):
 
     def extra_repr(self) -> str:
         """The padding of each summand."""
-        border = f"border={self.border}, padding_mode={self.padding_mode!r}, " if self.border else ""
-        return f"{border}sides={self.sides}"
+        return f"sides={self.sides}"
 
 
 @torch.no_grad()
@@ -61,13 +90,12 @@ def fold_conv2d(
     offsets: Tensor,
     bias: Tensor | None,
     geometry: ConvGeometry,
-    border: tuple[int, ...] = (),
-    padding_mode: str = "zeros",
+    pad: nn.Module | None = None,
 ) -> nn.Conv2d | FoldedConv2d:
     """The plain convolution that equals ``acu_conv2d`` with these arguments, for every image.
 
     Expanded in float64 and stored in the weight's own precision. New parameters, with the ``requires_grad`` of the
-    old ones. ``border`` and ``padding_mode`` describe a padding other than zeros that comes first.
+    old ones. ``pad`` is a layer that comes first, if there is one.
 
     Raises:
         ValueError: ``offsets`` are not finite.
@@ -83,7 +111,7 @@ def fold_conv2d(
     for window, kernel in zip(plan.windows, kernels, strict=True):
         top, left, bottom, right = window.padding(geometry)
         # The convolution pads by itself where it can.
-        own = len(plan.windows) == 1 and not border and top == bottom >= 0 and left == right >= 0
+        own = len(plan.windows) == 1 and pad is None and top == bottom >= 0 and left == right >= 0
         conv = nn.Conv2d(
             geometry.groups * weight.shape[1],
             len(weight),
@@ -102,7 +130,7 @@ def fold_conv2d(
             return conv
         convs.append(conv)
         sides.append((top, left, bottom, right))
-    return FoldedConv2d(convs, sides, border, padding_mode)
+    return FoldedConv2d(convs, sides, pad)
 
 
 def _kernels(weight: Tensor, offsets: Tensor, plan: Plan) -> list[Tensor]:

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["ConvGeometry", "Padding", "integers", "resolve_padding"]
+__all__ = ["ConvGeometry", "Padding", "integers", "resolve_padding", "same_padding"]
 
 #: int, (rows, columns), (left, right, top, bottom) as in ``F.pad``, "same" or "valid".
 Padding = int | Sequence[int] | str
@@ -90,3 +90,18 @@ def resolve_padding(
         left, right, top, bottom = sides
         return top, left, bottom, right
     raise ValueError(f"`padding` (={padding}) must have 1, 2 or 4 numbers, got {len(sides)}")
+
+
+def same_padding(
+    size: Sequence[int], kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, int, int, int]:
+    """(top, left, bottom, right) of TensorFlow's "SAME": output size ceil(size / stride), the odd pixel at the end.
+
+    Unlike ``padding="same"`` of ``F.conv2d`` it serves any stride, and with one depends on the ``size`` (height,
+    width) of the image.
+    """
+    rows, columns = (
+        max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0)
+        for n, k, s, d in zip(size, kernel_size, stride, dilation, strict=True)
+    )
+    return rows // 2, columns // 2, rows - rows // 2, columns - columns // 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Self
 
 import torch
@@ -12,6 +13,8 @@ from .lattice import round_offsets
 from .sharded import copy_whole_, whole
 
 __all__ = ["PositionedConv2d"]
+
+torch.fx.wrap("whole")  # asks what kind of tensor it has, which torch.fx does not know while it traces
 
 
 class PositionedConv2d(nn.Conv2d):
@@ -38,8 +41,8 @@ class PositionedConv2d(nn.Conv2d):
         offsets = whole(self.offsets).view(self.position_groups, -1, 2)
         if self.fixed_tap is None:
             return offsets
-        before, _, after = offsets.split([self.fixed_tap, 1, offsets.shape[1] - self.fixed_tap - 1], dim=1)
-        return torch.cat((before, offsets.new_zeros(len(offsets), 1, 2), after), dim=1)
+        before, _, after = offsets.split([self.fixed_tap, 1, self.geometry.taps - self.fixed_tap - 1], dim=1)
+        return torch.cat((before, offsets.new_zeros(self.position_groups, 1, 2), after), dim=1)
 
     @property
     def positions(self) -> Tensor:
@@ -87,3 +90,21 @@ class PositionedConv2d(nn.Conv2d):
         offsets = whole(self.offsets).view(self.position_groups, -1, 2)
         copy_whole_(self.offsets, round_offsets(offsets, self._grid(offsets), self.fixed_tap, separate).flatten())
         return self
+
+    def reset_parameters(self) -> None:
+        """``nn.Conv2d``'s initialisation, and the taps back to where they start."""
+        super().reset_parameters()
+        if "offsets" in self._parameters:  # nn.Conv2d calls this before there are any
+            with torch.no_grad():
+                self.offsets.copy_(self.starting_offsets().flatten())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        offsets = self.offsets
+
+        def keep_precision(tensor: Tensor) -> Tensor:
+            applied = fn(tensor)
+            if (tensor is offsets or tensor is offsets.grad) and applied.dtype in (torch.float16, torch.bfloat16):
+                return tensor.to(applied.device)
+            return applied
+
+        return super()._apply(keep_precision, recurse)

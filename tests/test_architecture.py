@@ -18,23 +18,29 @@ LEVELS = [
     {"functional"},
     {"folded", "taps"},
     {"conv"},
+    {"timm_convs"},
     {"surgery", "metrics", "figures"},
-    {"callbacks"},
+    {"callbacks", "export"},
     {"models", "data"},
-    {"classifier"},
+    {"classifier", "architecture"},
+    {"saving"},
+    {"checkpoint"},
+    {"commands"},
     {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 
 #: Third-party packages that only some rooms may use.
 ALLOWED = {
-    "lightning": {"callbacks", "models", "data", "classifier", "cli"},
-    "timm": {"models", "data"},
-    "torchvision": {"models", "data"},
+    "lightning": {"callbacks", "models", "data", "classifier", "checkpoint", "cli"},
+    "timm": {"timm_convs", "surgery", "models", "data", "architecture", "commands"},
+    "torchvision": {"models", "data", "commands"},
     "torchmetrics": {"classifier", "metrics", "callbacks"},
     "scipy": {"lattice"},
     "matplotlib": {"figures"},
-    "rich": {"surgery", "cli"},
+    "rich": {"surgery", "commands", "cli"},
+    "onnxruntime": {"export"},
+    "safetensors": {"saving"},
 }
 
 

@@ -152,9 +152,15 @@ def test_other_padding_modes_keep_their_border(mode):
     layer = ACUConv2d(2, 4, (3, 2), (2, 1), (2, 1), padding_mode=mode, dtype=torch.float64)
     nn.init.uniform_(layer.offsets, -2, 2)
     folded, x = layer.fold(), torch.randn(2, 2, 5, 4, dtype=torch.float64)
-    assert f"border=(1, 1, 2, 2), padding_mode='{mode}'" in repr(folded)
+    kinds = {"reflect": nn.ReflectionPad2d, "replicate": nn.ReplicationPad2d, "circular": nn.CircularPad2d}
+    assert type(folded.pad) is kinds[mode]
+    assert folded.pad.padding == (1, 1, 2, 2)
     for image in (x, x[0]):
         assert_close(folded(image), layer(image))
+    layer.reset_parameters()
+    folded = layer.fold()
+    assert (type(folded), folded.padding_mode, folded.kernel_size) == (nn.Conv2d, mode, (3, 2))
+    assert_close(folded(x), layer(x))
 
 
 def small():

@@ -1,17 +1,24 @@
 """Surgery on whole models: to active convolutions, and back."""
 
-from .convert import ConvertConfig, NoEffectWarning, convert_to_acu
-from .fold import fold_acu, round_acu, was_folded
+from .convert import ConvertConfig, convert_to_acu
+from .fold import fold_acu, round_acu
+from .loading import convert_like
+from .marks import was_folded
+from .patterns import NoEffectWarning
 from .report import ACUReport, ConvRow, report_acu
 from .rules import register_rule, why_not_convertible
+from .state import acu_state_dict, load_acu_state_dict
 
 __all__ = [
     "ACUReport",
     "ConvRow",
     "ConvertConfig",
     "NoEffectWarning",
+    "acu_state_dict",
+    "convert_like",
     "convert_to_acu",
     "fold_acu",
+    "load_acu_state_dict",
     "register_rule",
     "report_acu",
     "round_acu",

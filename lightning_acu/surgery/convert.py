@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -13,16 +12,13 @@ from torch import nn
 from ..conv import ACUConv2d
 from ..ops import check_backend
 from .guards import guard_merging
+from .loading import explain_loading
+from .marks import SKIP_REASON
+from .patterns import NoEffectWarning, kernel_size_pair, name_matcher, warn_of_idle_patterns
+from .presets import PRESETS, check_preset
 from .rules import find_rule, named_conv2ds, why_not_convertible
 
-__all__ = ["ConvertConfig", "NoEffectWarning", "convert_to_acu"]
-
-#: Where convert_to_acu leaves, on a convolution it skipped, the reason; report_acu reads it.
-SKIP_REASON = "acu_skip_reason"
-
-
-class NoEffectWarning(UserWarning):
-    """A conversion that matched no module."""
+__all__ = ["ConvertConfig", "check_model", "convert_to_acu"]
 
 
 @dataclass
@@ -38,6 +34,8 @@ class ConvertConfig:
         position_groups: sets of positions for each layer.
         fixed_centre: keep the centre tap of odd kernels in place.
         backend: which backend runs the layers.
+        preset: "all", or "C23": all but the first stage.
+        on_unsupported: "skip" or "error", for convolutions that are meant but cannot be converted.
     """
 
     kernel_sizes: list[int | tuple[int, int]] | None = None
@@ -48,13 +46,16 @@ class ConvertConfig:
     position_groups: int = 1
     fixed_centre: bool = True
     backend: str = "auto"
+    preset: str = "all"
+    on_unsupported: str = "skip"
 
     def apply(self, model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = None) -> nn.Module:
-        """Convert ``model`` in place with these arguments, and with a function, which no configuration can hold."""
-        arguments = {field.name: getattr(self, field.name) for field in fields(self)}
-        if arguments["kernel_sizes"] is None:
-            del arguments["kernel_sizes"]
-        return convert_to_acu(model, filter_fn=filter_fn, **arguments)
+        """Convert ``model`` in place with these arguments, and with a function, which no configuration can hold.
+
+        Unlike :func:`convert_to_acu` it takes a LightningModule, and one that has no convolution yet.
+        """
+        check_model(model)
+        return _convert(model, self, filter_fn)
 
 
 # Lightning checkpoints hold the arguments of ImageClassifier: torch.load(..., weights_only=True) may read this one.
@@ -73,6 +74,8 @@ def convert_to_acu(
     position_groups: int = 1,
     fixed_centre: bool = True,
     backend: str = "auto",
+    preset: str = "all",
+    on_unsupported: str = "skip",
 ) -> nn.Module:
     """Turn the convolutions of ``model`` into :class:`~lightning_acu.ACUConv2d`, in place; the output stays the same.
 
@@ -82,7 +85,8 @@ def convert_to_acu(
     :func:`report_acu`.
 
     Args:
-        model: any module, also a single convolution.
+        model: any module, also a single convolution; not a LightningModule, which holds other things too (metrics,
+            teachers): give its model, or add the callback ConvertToACU to the Trainer.
         kernel_sizes: which to convert; 3 stands for (3, 3).
         target_modules: only modules whose qualified name matches: a str is a regular expression for the whole name,
             a sequence lists names or their endings ("conv1" matches "layer1.0.conv1").
@@ -93,49 +97,69 @@ def convert_to_acu(
         position_groups: sets of positions for each layer.
         fixed_centre: keep the centre tap of odd kernels in place, as in the paper.
         backend: the backend of the new layers.
+        preset: "all", or "C23" (the paper's ACU-C23): all but the first stage, those whose output has the highest
+            resolution. "C23" runs one forward pass in eval mode to see resolutions.
+        on_unsupported: what to do with a convolution that is meant but that no rule can convert (one of an unknown
+            class, a pruned or parametrized one): "skip" it, with its reason in the report, or raise an "error".
 
     Returns:
         ``model``.
 
     Raises:
-        TypeError: ``model`` is not a module, or a compiled, DDP- or FSDP-wrapped one.
-        ValueError: an argument that cannot be meant, such as a pattern that does not compile or ``position_groups``
-            that do not divide the channels of a layer. Nothing has been converted then.
+        TypeError: ``model`` is not a module, a LightningModule, or a compiled, DDP- or FSDP-wrapped one.
+        ValueError: a model without any 2-D convolution, an argument that cannot be meant, such as a pattern that does
+            not compile or ``position_groups`` that do not divide the channels of a layer, or a convolution that
+            ``on_unsupported`` makes an error. Nothing has been converted then.
 
     Warns:
         NoEffectWarning: nothing matched, or one of several patterns matched no convolution.
     """
     check_model(model)
-    check_backend(backend)
-    kernel_sizes = [kernel_sizes] if isinstance(kernel_sizes, int) else list(kernel_sizes)
-    sizes = {_size(size) for size in kernel_sizes}
-    targeted, excluded = _matcher("target_modules", target_modules), _matcher("exclude_modules", exclude_modules)
+    if any(cls.__name__ == "LightningModule" for cls in type(model).__mro__):
+        raise TypeError(
+            f"`model` (={type(model).__name__}) is a LightningModule; convert the model inside it (in its __init__: "
+            "convert_to_acu(self.model)), or add lightning_acu.callbacks.ConvertToACU to the Trainer's callbacks"
+        )
+    if not named_conv2ds(model):
+        raise ValueError(f"`model` (={type(model).__name__}) has no 2-D convolution; there is nothing to convert")
+    config = ConvertConfig(
+        kernel_sizes=[kernel_sizes] if isinstance(kernel_sizes, int) else list(kernel_sizes),
+        target_modules=target_modules,  # type: ignore[arg-type]
+        exclude_modules=exclude_modules,  # type: ignore[arg-type]
+        depthwise=depthwise,
+        grouped=grouped,
+        position_groups=position_groups,
+        fixed_centre=fixed_centre,
+        backend=backend,
+        preset=preset,
+        on_unsupported=on_unsupported,
+    )
+    return _convert(model, config, filter_fn)
 
-    def why_not(module: nn.Module, names: list[str]) -> str | None:
-        if target_modules is not None and not any(map(targeted, names)):
-            return f"not among target_modules={target_modules!r}"
-        if any(map(excluded, names)):
-            return f"matches exclude_modules={exclude_modules!r}"
-        if filter_fn is not None and not filter_fn(module, names[0]):
-            return "filter_fn said no"
-        size = tuple(module.kernel_size)  # type: ignore[arg-type]
-        if size not in sizes:
-            return f"kernel size {size[0]}x{size[1]} not among kernel_sizes={kernel_sizes}"
-        groups = getattr(module, "groups", 1)
-        if not depthwise and groups > 1 and groups == module.in_channels:
-            return "depthwise=False"
-        if not grouped and 1 < groups < module.in_channels:  # type: ignore[operator]
-            return "grouped=False"
-        return why_not_convertible(module)
 
+def _convert(model: nn.Module, config: ConvertConfig, filter_fn: Callable[[nn.Module, str], bool] | None) -> nn.Module:
+    check_backend(config.backend)
+    check_preset(config.preset)
+    if config.on_unsupported not in ("skip", "error"):
+        raise ValueError(f"`on_unsupported` (={config.on_unsupported!r}) must be 'skip' or 'error'")
     names = named_conv2ds(model)
+    why_not = _selection(config, filter_fn)
     reasons = {m: why_not(m, aliases) for m, aliases in names.items() if not isinstance(m, ACUConv2d)}
+    meant = [m for m in names if reasons.get(m) is None]  # with those that are active already
+    for module in PRESETS[config.preset](model, meant):
+        if module in reasons:
+            reasons[module] = f"in the first stage, which preset={config.preset!r} leaves as it is"
+    unsupported = {m: why_not_convertible(m) for m, reason in reasons.items() if reason is None}
+    reasons |= unsupported
+    if config.on_unsupported == "error" and any(unsupported.values()):
+        listed = "; ".join(f"{names[m][0] or 'the model'}: {why}" for m, why in unsupported.items() if why)
+        raise ValueError(f"`on_unsupported`='error', and these cannot be converted: {listed}; exclude them or skip")
     chosen = [module for module, reason in reasons.items() if reason is None]
+    groups = config.position_groups
     for module in chosen:  # all checked before the first is changed
-        if position_groups < 1 or module.out_channels % position_groups:  # type: ignore[operator]
+        if groups < 1 or module.out_channels % groups:  # type: ignore[operator]
             raise ValueError(
-                f"`position_groups` (={position_groups}) must divide the output channels of "
-                f"{names[module][0] or 'the model'} "
+                f"`position_groups` (={groups}) must divide the output channels of {names[module][0] or 'the model'} "
                 f"(={module.out_channels}); exclude it or choose another number"
             )
     for module, reason in reasons.items():
@@ -145,26 +169,47 @@ def convert_to_acu(
         rule = find_rule(module)
         assert rule is not None
         vars(module).pop(SKIP_REASON, None)  # of an earlier, narrower conversion
-        rule.convert(module, position_groups=position_groups, fixed_centre=fixed_centre, backend=backend)
+        rule.convert(module, position_groups=groups, fixed_centre=config.fixed_centre, backend=config.backend)
     guard_merging(model)
+    explain_loading(model)
     if any(isinstance(module, ACUConv2d) for module in model.modules()):
-        _warn_of_idle_patterns(model, target_modules=target_modules, exclude_modules=exclude_modules)
+        patterns = {"target_modules": config.target_modules, "exclude_modules": config.exclude_modules}
+        warn_of_idle_patterns(model, 4, **patterns)
     else:
         why = "; ".join(sorted({reason for reason in reasons.values() if reason})) or "it has no 2-D convolution"
         warnings.warn(
-            f"convert_to_acu converted nothing in {type(model).__name__}: {why}", NoEffectWarning, stacklevel=2
+            f"convert_to_acu converted nothing in {type(model).__name__}: {why}", NoEffectWarning, stacklevel=3
         )
     return model
 
 
-def _warn_of_idle_patterns(model: nn.Module, **arguments: str | Sequence[str] | None) -> None:
-    """A misspelt name would otherwise convert, or leave out, nothing."""
-    names = [name for aliases in named_conv2ds(model).values() for name in aliases]
-    for argument, patterns in arguments.items():
-        for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
-            matches = _matcher(argument, pattern if isinstance(patterns, str) else [pattern])
-            if names and not any(map(matches, names)):
-                warnings.warn(f"`{argument}`: {pattern!r} matches no convolution", NoEffectWarning, stacklevel=3)
+def _selection(
+    config: ConvertConfig, filter_fn: Callable[[nn.Module, str], bool] | None
+) -> Callable[[nn.Module, list[str]], str | None]:
+    """From a convolution and its names to the reason why the arguments leave it out, or None."""
+    kernel_sizes = config.kernel_sizes if config.kernel_sizes is not None else [3, 5]
+    sizes = {kernel_size_pair(size) for size in kernel_sizes}
+    target, exclude = config.target_modules, config.exclude_modules
+    targeted, excluded = name_matcher("target_modules", target), name_matcher("exclude_modules", exclude)
+
+    def why_not(module: nn.Module, names: list[str]) -> str | None:
+        if target is not None and not any(map(targeted, names)):
+            return f"not among target_modules={target!r}"
+        if any(map(excluded, names)):
+            return f"matches exclude_modules={exclude!r}"
+        if filter_fn is not None and not filter_fn(module, names[0]):
+            return "filter_fn said no"
+        size = tuple(module.kernel_size)  # type: ignore[arg-type]
+        if size not in sizes:
+            return f"kernel size {size[0]}x{size[1]} not among kernel_sizes={kernel_sizes}"
+        groups = getattr(module, "groups", 1)
+        if not config.depthwise and groups > 1 and groups == module.in_channels:
+            return "depthwise=False"
+        if not config.grouped and 1 < groups < module.in_channels:  # type: ignore[operator]
+            return "grouped=False"
+        return None
+
+    return why_not
 
 
 def check_model(model: nn.Module) -> None:
@@ -179,24 +224,3 @@ def check_model(model: nn.Module) -> None:
             raise TypeError(f"`model` contains a {name}; convert the plain model first, then compile or wrap it")
         if name == "DataParallel":
             raise TypeError("`model` contains a DataParallel; convert the module inside it")
-
-
-def _size(size: int | tuple[int, int]) -> tuple[int, int]:
-    pair = (size, size) if isinstance(size, int) else tuple(size)
-    if len(pair) != 2 or min(pair) < 1:
-        raise ValueError(f"`kernel_sizes` has {size!r}; each must be an int >= 1 or a pair of them")
-    return pair
-
-
-def _matcher(argument: str, patterns: str | Sequence[str] | None) -> Callable[[str], bool]:
-    """Peft's convention: a str is a regular expression for the whole name, a sequence lists names or endings."""
-    if patterns is None:
-        return lambda name: False
-    if isinstance(patterns, str):
-        try:
-            compiled = re.compile(patterns)
-        except re.error as error:
-            raise ValueError(f"`{argument}` (={patterns!r}) is not a regular expression: {error}") from error
-        return lambda name: compiled.fullmatch(name) is not None
-    endings = tuple(patterns)
-    return lambda name: any(name == ending or name.endswith(f".{ending}") for ending in endings)

@@ -5,13 +5,15 @@ from __future__ import annotations
 from torch import nn
 
 from ..conv import acu_layers
-from .convert import SKIP_REASON, check_model
-from .guards import unguard_merging
+from .convert import check_model
+from .guards import guard_merging
+from .loading import explain_loading
+from .marks import FOLDED, RESHAPED, SKIP_REASON
 
-__all__ = ["fold_acu", "round_acu", "was_folded"]
+__all__ = ["fold_acu", "round_acu"]
 
-#: The mark by which they are known again.
-_FOLDED = "acu_folded"
+#: What code that reads the weight of a convolution takes for granted.
+_SHAPE = ("kernel_size", "padding", "dilation", "stride", "groups")
 
 #: What nn.Module keeps of hooks; a folded layer goes on with those of the layer it was.
 _HOOKS = tuple(
@@ -44,19 +46,18 @@ def fold_acu(model: nn.Module) -> nn.Module:
         except ValueError as error:
             raise ValueError(f"{name or 'the model'}: {error}") from error
     for layer, folded in folds:
+        reshaped = any(getattr(folded, name, None) != getattr(layer, name) for name in _SHAPE)
         state = vars(folded) | {name: vars(layer)[name] for name in _HOOKS if name in vars(layer)}
         layer.__class__ = type(folded)  # type: ignore[assignment]
         vars(layer).clear()
         vars(layer).update(state)
         setattr(layer, SKIP_REASON, "folded from an active convolution")
-        setattr(layer, _FOLDED, True)
-    unguard_merging(model)
+        setattr(layer, FOLDED, True)
+        if reshaped:
+            setattr(layer, RESHAPED, True)
+    guard_merging(model)
+    explain_loading(model)
     return model
-
-
-def was_folded(module: nn.Module) -> bool:
-    """Whether :func:`fold_acu` made ``module`` from an active convolution."""
-    return getattr(module, _FOLDED, False)
 
 
 def round_acu(model: nn.Module, *, separate: bool = False) -> nn.Module:

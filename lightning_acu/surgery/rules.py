@@ -16,10 +16,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from timm.layers import CondConv2d, Conv2dSame, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import nn
 from torch.nn.utils import parametrize
 
 from ..conv import ACUConv2d, recomputed_parameter
+from ..timm_convs import ACUConv2dSame, ACUScaledStdConv2d, ACUScaledStdConv2dSame, ACUStdConv2d, ACUStdConv2dSame
 
 __all__ = ["Rule", "find_rule", "is_conv2d", "named_conv2ds", "register_rule", "why_not_convertible"]
 
@@ -29,7 +31,7 @@ class Rule:
     """How one class of convolutions becomes active.
 
     Attributes:
-        why_not: the reason why a given module cannot be converted, or None.
+        why_not: the reason why a given module cannot be converted, or None; its docstring says what the class is.
         convert: changes the module in place; called with ``position_groups``, ``fixed_centre`` and ``backend``.
     """
 
@@ -96,9 +98,8 @@ def why_not_convertible(module: nn.Module) -> str | None:
     return rule.why_not(module)
 
 
-@register_rule(nn.Conv2d)
-def _conv2d(conv: nn.Conv2d) -> str | None:
-    """nn.Conv2d: any kernel size, stride, dilation, groups and padding."""
+def _adoptable(conv: nn.Module) -> str | None:
+    """What an adopted convolution needs of its parameters, whatever its class computes from them."""
     if (name := recomputed_parameter(conv)) is not None:
         return (
             f"its {name} is recomputed from other parameters (weight norm, spectral norm, pruning); remove that first"
@@ -106,6 +107,48 @@ def _conv2d(conv: nn.Conv2d) -> str | None:
     weight = conv.weight
     if isinstance(weight, nn.parameter.UninitializedParameter):
         return "its parameters are not initialised yet; run one batch first"
-    if not weight.is_floating_point():
+    if not weight.is_floating_point():  # type: ignore[operator]
         return f"its weight is {weight.dtype}, not real floating point"
     return None
+
+
+@register_rule(nn.Conv2d)
+def _conv2d(conv: nn.Conv2d) -> str | None:
+    """nn.Conv2d: any kernel size, stride, dilation, groups and padding."""
+    return _adoptable(conv)
+
+
+@register_rule(Conv2dSame, ACUConv2dSame.adopt)
+def _conv2d_same(conv: Conv2dSame) -> str | None:
+    """Timm's Conv2dSame: TensorFlow's "SAME" padding, by the size of the image."""
+    return _adoptable(conv)
+
+
+@register_rule(StdConv2d, ACUStdConv2d.adopt)
+def _std_conv2d(conv: StdConv2d) -> str | None:
+    """Timm's StdConv2d: the weight is standardised in the forward pass."""
+    return _adoptable(conv)
+
+
+@register_rule(StdConv2dSame, ACUStdConv2dSame.adopt)
+def _std_conv2d_same(conv: StdConv2dSame) -> str | None:
+    """Timm's StdConv2dSame: both."""
+    return _adoptable(conv)
+
+
+@register_rule(ScaledStdConv2d, ACUScaledStdConv2d.adopt)
+def _scaled_std_conv2d(conv: ScaledStdConv2d) -> str | None:
+    """Timm's ScaledStdConv2d, of the NFNets: standardised, then scaled by a learned gain."""
+    return _adoptable(conv)
+
+
+@register_rule(ScaledStdConv2dSame, ACUScaledStdConv2dSame.adopt)
+def _scaled_std_conv2d_same(conv: ScaledStdConv2dSame) -> str | None:
+    """Timm's ScaledStdConv2dSame: that, with "SAME" padding."""
+    return _adoptable(conv)
+
+
+@register_rule(CondConv2d)
+def _cond_conv2d(conv: CondConv2d) -> str | None:
+    """Timm's CondConv2d: never."""
+    return "its kernel is mixed anew for every image from several experts, which positions shared by all do not fit"

@@ -152,9 +152,7 @@ def test_a_later_wider_conversion_adds_layers(net, active):
 @pytest.mark.parametrize(
     ("model", "arguments", "why"),
     [
-        (nn.Linear(2, 2), {}, "converted nothing in Linear: it has no 2-D convolution"),
-        (nn.Conv1d(2, 2, 3), {}, "it has no 2-D convolution"),
-        (nn.Conv2d(2, 2, 7), {}, "kernel size 7x7 not among kernel_sizes"),
+        (nn.Conv2d(2, 2, 7), {}, "converted nothing in Conv2d: kernel size 7x7 not among kernel_sizes"),
         (nn.Sequential(nn.Conv2d(2, 2, 3)), {"target_modules": ["conv1"]}, "not among target_modules"),
         (nn.Sequential(nn.Conv2d(2, 2, 3)), {"filter_fn": lambda module, name: False}, "filter_fn said no"),
     ],
@@ -162,6 +160,12 @@ def test_a_later_wider_conversion_adds_layers(net, active):
 def test_nothing_matched_warns_and_says_why(model, arguments, why):
     with pytest.warns(NoEffectWarning, match=why):
         assert convert_to_acu(model, **arguments) is model
+
+
+@pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.Sequential(nn.Conv1d(2, 2, 3), nn.ReLU())])
+def test_a_model_without_convolutions_is_an_error(model):
+    with pytest.raises(ValueError, match=rf"`model` \(={type(model).__name__}\) has no 2-D convolution"):
+        convert_to_acu(model)
 
 
 def test_a_convolution_as_the_root_is_converted(active):

@@ -8,6 +8,7 @@ import timm
 import torch
 from oracle import assert_close
 from timm import layers
+from timm.layers.conv2d_same import Conv2dSameExport
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -28,9 +29,7 @@ def spectral_norm_hook(conv):
 
 
 NOT_PLAIN = {
-    "Conv2dSame": (lambda: layers.Conv2dSame(4, 8, 3, stride=2), "no rule for the class Conv2dSame"),
-    "StdConv2d": (lambda: layers.StdConv2d(4, 8, 3), "no rule for the class StdConv2d"),
-    "ScaledStdConv2d": (lambda: layers.ScaledStdConv2d(4, 8, 3), "no rule for the class ScaledStdConv2d"),
+    "Conv2dSameExport": (lambda: Conv2dSameExport(4, 8, 3), "no rule for the class Conv2dSameExport"),
     "LazyConv2d": (lambda: nn.LazyConv2d(8, 3), "no rule for the class LazyConv2d"),
     "weight norm": (lambda: parametrizations.weight_norm(nn.Conv2d(4, 8, 3)), "parametrized"),
     "weight norm (hook)": (lambda: weight_norm_hook(nn.Conv2d(4, 8, 3)), "recomputed.*weight norm"),
@@ -63,8 +62,9 @@ def test_routed_convolutions_are_skipped_with_their_reason():
     model = convert_to_acu(nn.ModuleList([routed, nn.Conv2d(4, 8, 3)]))
     assert type(model[0]) is layers.CondConv2d
     assert [(row.name, row.kind, row.reason) for row in report_acu(model).skipped] == [
-        ("0", "CondConv2d", "no rule for the class CondConv2d")
+        ("0", "CondConv2d", why_not_convertible(routed))
     ]
+    assert "mixed anew for every image" in why_not_convertible(routed)
 
 
 class SeparableConv2d(nn.Module):
@@ -89,8 +89,8 @@ def test_a_block_named_like_a_convolution_is_looked_into():
 @pytest.mark.parametrize(
     ("name", "skipped", "converted"),
     [
-        ("tf_efficientnet_b0", {"Conv2dSame"}, 12),
-        ("tf_efficientnet_cc_b0_4e", {"Conv2dSame", "CondConv2d"}, 5),
+        ("tf_efficientnet_b0", set(), 17),
+        ("tf_efficientnet_cc_b0_4e", {"CondConv2d"}, 9),
         ("xception41", set(), 41),
     ],
 )

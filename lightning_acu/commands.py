@@ -1,0 +1,155 @@
+"""What ``lightning-acu`` does besides LightningCLI: list configurations, report on a model, export one."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import timm
+import torchvision
+from rich.console import Console
+from torch import nn
+
+from .checkpoint import load_any
+from .export import FORMATS, export_model
+from .models import create_model
+from .surgery import ConvertConfig, report_acu
+from .surgery.arithmetic import default_input_size
+
+__all__ = ["COMMANDS", "configs_directory"]
+
+
+def configs_directory() -> Path:
+    """Where the example configurations are: inside an installed package, or at the root of a checkout."""
+    installed = Path(__file__).with_name("configs")
+    return installed if installed.is_dir() else Path(__file__).parents[1] / "configs"
+
+
+def _configs(arguments: Sequence[str]) -> None:
+    """``lightning-acu configs [NAME] [--to DIRECTORY]``."""
+    parser = argparse.ArgumentParser("lightning-acu configs", description="list the configurations, or copy one out")
+    parser.add_argument("name", nargs="?", help="the one to copy")
+    parser.add_argument("--to", type=Path, default=Path(), metavar="DIRECTORY", help="where to (default: here)")
+    options = parser.parse_args(arguments)
+    root = configs_directory()
+    known = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*.yaml"))}
+    if options.name is None:
+        for name, path in known.items():
+            print(f"{name:32} {path.read_text().splitlines()[0].removeprefix('# ')}")
+        return
+    name = options.name if options.name.endswith(".yaml") else f"{options.name}.yaml"
+    if name not in known:
+        parser.error(f"no configuration is called {options.name!r}; there are {', '.join(known)}")
+    target = options.to / known[name].name
+    if target.exists():
+        parser.error(f"{target} exists already; remove it or choose another directory with --to")
+    options.to.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(known[name], target)
+    print(f"copied to {target}; run: lightning-acu fit --config {target}")
+
+
+def _report(arguments: Sequence[str]) -> None:
+    """``lightning-acu report --model NAME`` or ``--ckpt FILE``."""
+    parser = argparse.ArgumentParser(
+        "lightning-acu report",
+        description="what a conversion makes active and why not the rest, and the arithmetic of its fold",
+        allow_abbrev=False,
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", metavar="NAME", help="a model of timm or torchvision, with random weights")
+    what.add_argument("--ckpt", type=Path, metavar="FILE", help="a converted model: of save_acu, or Lightning's")
+    _add_input_size(parser)
+    parser.add_argument("--kernel_sizes", type=int, nargs="+", default=[3, 5], metavar="K")
+    parser.add_argument("--target_modules", metavar="REGEX")
+    parser.add_argument("--exclude_modules", metavar="REGEX")
+    parser.add_argument("--position_groups", type=int, default=1, metavar="P")
+    parser.add_argument("--preset", default="all", help="all, or C23: all but the first stage")
+    parser.add_argument("--every", action="store_true", help="one row for each layer that is skipped")
+    options = parser.parse_args(arguments)
+    try:
+        if options.ckpt is not None:
+            model = load_any(options.ckpt)
+        else:
+            model = _create(options.model)
+            ConvertConfig(
+                kernel_sizes=options.kernel_sizes,
+                target_modules=options.target_modules,
+                exclude_modules=options.exclude_modules,
+                position_groups=options.position_groups,
+                preset=options.preset,
+            ).apply(model)
+        size = tuple(options.input_size) if options.input_size else _size_that_runs(model)
+        report = report_acu(model, size)  # type: ignore[arg-type]
+    except (ValueError, TypeError, OSError) as error:
+        parser.exit(2, f"lightning-acu report: {error}\n")
+    Console(width=None if sys.stdout.isatty() else 140).print(report.table(every=options.every))
+
+
+def _export(arguments: Sequence[str]) -> None:
+    """``lightning-acu export --ckpt FILE --to onnx|pt2``."""
+    parser = argparse.ArgumentParser(
+        "lightning-acu export",
+        description="fold a trained model into plain convolutions and write it for other runtimes, checked",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--ckpt", type=Path, required=True, metavar="FILE", help="of save_acu, or Lightning's")
+    parser.add_argument("--to", required=True, choices=FORMATS)
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: beside the checkpoint, with this ending")
+    parser.add_argument(
+        "--class_path", metavar="package.Class", help="the LightningModule, where it is not yours to ask"
+    )
+    _add_input_size(parser)
+    parser.add_argument("--no_fold", action="store_true", help="keep active convolutions (pt2 only)")
+    parser.add_argument("--one_image", action="store_true", help="a batch of one instead of any")
+    options = parser.parse_args(arguments)
+    output = options.output or options.ckpt.with_suffix(f".{options.to}")
+    try:
+        model = load_any(options.ckpt, options.class_path)
+        size = tuple(options.input_size) if options.input_size else default_input_size(model)
+        worst = export_model(
+            model,
+            output,
+            to=options.to,
+            input_size=size,  # type: ignore[arg-type]
+            fold=not options.no_fold,
+            dynamic_batch=not options.one_image,
+        )
+    except (ValueError, TypeError, RuntimeError, OSError, ModuleNotFoundError) as error:
+        parser.exit(2, f"lightning-acu export: {error}\n")
+    batch = "1" if options.one_image else "N"
+    print(
+        f"{output}: {os.path.getsize(output) / 1e6:.1f} MB, images ({batch}, {', '.join(map(str, size))}); "
+        f"differs from the model by {worst:.1e} of the largest value"
+    )
+
+
+def _add_input_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--input_size", type=int, nargs=3, metavar=("C", "H", "W"), help="of an image (default: timm's, or 224x224)"
+    )
+
+
+def _create(name: str) -> nn.Module:
+    """By its name alone: timm's if it has one, else torchvision's."""
+    if "/" not in name and not timm.is_model(name) and name in torchvision.models.list_models():
+        name = f"torchvision/{name}"
+    return create_model(name)
+
+
+def _size_that_runs(model: nn.Module) -> tuple[int, int, int] | None:
+    """The default size, or None, with a remark, for a model that takes something else than one image."""
+    size = default_input_size(model)
+    try:
+        report_acu(model, size)
+    except ValueError as error:
+        print(f"no arithmetic of the whole model: {error}", file=sys.stderr)
+        return None
+    return size
+
+
+#: By the first word after ``lightning-acu``.
+COMMANDS = {"configs": _configs, "report": _report, "export": _export}

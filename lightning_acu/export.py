@@ -1,0 +1,174 @@
+"""Models for other runtimes: ONNX, and torch.export's own format, checked against the model before they are kept."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .conv import acu_layers
+from .surgery import fold_acu
+from .surgery.arithmetic import default_input_size
+
+__all__ = ["FORMATS", "export_model"]
+
+#: Names of the formats, which are the endings of their files too.
+FORMATS = ("onnx", "pt2")
+
+#: Largest difference from the model that an exported one may have, of the largest value of each output (float32).
+_TOLERANCE = 1e-4
+
+#: Protobuf's limit is 2 GB a file; weights beyond this go into a file of their own beside it.
+_ONE_FILE = 1_800_000_000
+
+
+def export_model(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    to: str | None = None,
+    input_size: tuple[int, int, int] | None = None,
+    fold: bool = True,
+    dynamic_batch: bool = True,
+) -> float:
+    """Write ``model`` in eval mode as a file that runs without this package, and compare it with the model.
+
+    The model itself stays as it is: a copy is folded (:func:`lightning_acu.fold_acu`) and exported. The file is run on
+    random images, at another batch size too where that may vary; ONNX by ONNX Runtime.
+
+    Args:
+        model: converted, folded or plain; takes one batch of images (N, C, H, W).
+        path: the file to write.
+        to: "onnx" or "pt2" (``torch.export``); None: what ``path`` ends with.
+        input_size: (C, H, W) of an image; height and width are fixed in the file. None: timm's for this model, else
+            224x224.
+        fold: False keeps active convolutions, as one operator each: "pt2" only, and the file then needs
+            ``import lightning_acu.ops`` before it is loaded.
+        dynamic_batch: any batch size; False: one image.
+
+    Returns:
+        The largest difference from the model's outputs, relative to the largest value.
+
+    Raises:
+        ValueError: an unknown format, or ``fold=False`` for ONNX.
+        ModuleNotFoundError: packages missing for ONNX; says which extra has them.
+        RuntimeError: the model cannot be exported, or the file computes something else; it is not kept then.
+    """
+    path = Path(path)
+    to = path.suffix.removeprefix(".") if to is None else to
+    if to not in FORMATS:
+        raise ValueError(f"`to` (={to!r}) must be 'onnx' or 'pt2' (by default the ending of `path` (={str(path)!r}))")
+    if to == "onnx":
+        if not fold and any(acu_layers(model)):
+            raise ValueError("`fold`=False: ONNX knows no active convolutions; leave it True, or export `to`='pt2'")
+        _require_onnx()
+    copied = copy.deepcopy(model).eval()
+    if fold:
+        fold_acu(copied)
+    size = input_size if input_size is not None else default_input_size(model)
+    like = next(copied.parameters())
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(3 if dynamic_batch else 1, *size, generator=generator).to(like)
+    with torch.no_grad():
+        expected = list(_tensors(copied(images)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        file = Path(folder) / path.name
+        batch = {0: torch.export.Dim("batch")} if dynamic_batch else None
+        try:
+            with _quietly():
+                program = torch.export.export(
+                    copied, (images[:2],) if dynamic_batch else (images,), dynamic_shapes=(batch,)
+                )
+                run = _write_onnx(program, file) if to == "onnx" else _write_pt2(program, file)
+        except Exception as error:
+            hint = "; try `dynamic_batch`=False, for one image at a time" if dynamic_batch else ""
+            raise RuntimeError(f"{type(model).__name__} cannot be exported to {to}: {error}{hint}") from error
+        worst = max(map(_difference, run(images), expected), default=0.0)
+        if not worst <= _TOLERANCE:
+            raise RuntimeError(f"{path.name} would differ from the model by {worst:.1e} of the largest value; not kept")
+        for written in Path(folder).iterdir():
+            os.replace(written, path.parent / written.name)
+    return worst
+
+
+def _write_pt2(program: torch.export.ExportedProgram, file: Path) -> Callable[[Tensor], list[Tensor]]:
+    torch.export.save(program, file)
+    module = torch.export.load(file).module()
+
+    def run(images: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            return list(_tensors(module(images)))
+
+    return run
+
+
+def _write_onnx(program: torch.export.ExportedProgram, file: Path) -> Callable[[Tensor], list[Tensor]]:
+    import onnxruntime
+
+    bytes_ = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
+    torch.onnx.export(
+        program, f=str(file), dynamo=True, external_data=bytes_ > _ONE_FILE, input_names=["images"], verbose=False
+    )
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+    def run(images: Tensor) -> list[Tensor]:
+        return [torch.from_numpy(a) for a in session.run(None, {session.get_inputs()[0].name: images.cpu().numpy()})]
+
+    return run
+
+
+def _require_onnx() -> None:
+    for name in ("onnx", "onnxruntime", "onnxscript"):
+        try:
+            __import__(name)
+        except ImportError as error:
+            raise ModuleNotFoundError(
+                f"exporting to ONNX needs the package {name}; install the extra: pip install 'lightning_acu[onnx]'"
+            ) from error
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the exporters' remarks about themselves."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _difference(got: Tensor, expected: Tensor) -> float:
+    if got.shape != expected.shape:
+        return float("inf")
+    expected = expected.detach().cpu().double()
+    scale = expected.abs().max().clamp(min=1e-30) if expected.numel() else torch.tensor(1.0)
+    return float(((got.cpu().double() - expected).abs() / scale).max()) if expected.numel() else 0.0
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """All tensors in whatever a model returns, in the order exporters give them."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, dict):
+        yield from _tensors(list(output.values()))
+    elif isinstance(output, list | tuple):
+        for part in output:
+            yield from _tensors(part)

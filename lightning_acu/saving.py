@@ -1,0 +1,195 @@
+"""One call saves a converted model and one loads it again: architecture, conversion, weights and positions together.
+
+A file holds a record (JSON) and a state_dict. The record names the architecture as :func:`create_model` takes it and
+says of every active layer how it was converted, so that loading needs neither the code nor the arguments of the
+training. Both formats can be read from strangers: nothing in them is executed.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lightning_acu import __version__
+
+from .architecture import difference, rebuild, record_of
+from .conv import acu_layers
+from .sharded import is_sharded
+from .surgery import was_folded
+
+__all__ = ["load_acu", "save_acu"]
+
+#: Raised when files change so that older packages cannot read them.
+_FORMAT_VERSION = 1
+
+#: The record's key: in the header of a .safetensors file, or in the dict of a .pt file.
+_KEY = "lightning_acu"
+
+#: Classes around a model, and where in them it is.
+_WRAPPERS = {
+    "LightningModule": "the model inside it, such as module.model",
+    "OptimizedModule": "model._orig_mod",
+    "DistributedDataParallel": "model.module",
+    "DataParallel": "model.module",
+}
+
+
+def save_acu(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = None, **kwargs: Any) -> None:
+    """Save a converted model so that :func:`load_acu` alone brings it back.
+
+    The architecture is built again and compared with ``model``, so that a file which could not be loaded is never
+    written. Not saved: ``requires_grad``, train or eval mode, memory formats, hooks. The file appears at once or not at
+    all; directories are made. With several processes, call it on one.
+
+    Args:
+        model: a model of timm or torchvision with active convolutions.
+        path: ends in ".safetensors", ".pt" or ".pth", which chooses the format.
+        name: the architecture, as :func:`lightning_acu.create_model` takes it: "resnet18", "torchvision/resnet18".
+            None: timm's models know theirs.
+        **kwargs: the arguments that the model was built with; those that say where weights came from (``pretrained``)
+            are ignored. Where they are not given, ``num_classes`` and ``in_chans`` are read off the model.
+
+    Raises:
+        TypeError: ``model`` is a LightningModule, compiled, wrapped (DDP) or sharded (FSDP), or ``kwargs`` are not what
+            JSON can hold.
+        ValueError: another suffix; a model without active convolutions; an architecture that is unknown, or that is
+            not what ``model`` is (the message names the first difference).
+    """
+    path = Path(path)
+    write = _format(path)[0]
+    _check_savable(model)
+    record = record_of(model, name, kwargs) | {"format_version": _FORMAT_VERSION, "versions": _versions()}
+    if (why := difference(model, record)) is not None:
+        raise ValueError(
+            f"{why}. Pass the name and the keyword arguments it was built with, such as save_acu(model, path, "
+            'name="resnet18", output_stride=8)'
+        )
+    state: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        write(temporary, record, {key: _copy(tensor) for key, tensor in state.items() if key not in record["aliases"]})
+        temporary.chmod(mode)  # safetensors lets only the owner read
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_acu(path: str | os.PathLike[str], *, map_location: str | torch.device = "cpu") -> nn.Module:
+    """The model that :func:`save_acu` saved, in eval mode.
+
+    Args:
+        path: the file; its suffix says which format it has.
+        map_location: the device to put the model on.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: another suffix, a file that is damaged or not one of :func:`save_acu`, of a newer format, or of an
+            architecture that is not (or not the same) in the installed timm or torchvision.
+    """
+    path = Path(path)
+    read = _format(path)[1]
+    if not path.is_file():
+        raise FileNotFoundError(f"`path` (={str(path)!r}) is not there or no file")
+    try:
+        record, state = read(path)
+    except Exception as error:  # the readers have many for a damaged file
+        why = str(error).partition("\n")[0]
+        raise ValueError(f"`path` (={str(path)!r}) is damaged or was not written by save_acu: {why}") from error
+    if not isinstance(record, dict) or not isinstance(version := record.get("format_version"), int):
+        raise ValueError(f"`path` (={str(path)!r}) was not written by save_acu; it has no record of an architecture")
+    if version > _FORMAT_VERSION:
+        raise ValueError(
+            f"`path` (={str(path)!r}) has format {version}, and this lightning_acu reads up to {_FORMAT_VERSION}; "
+            f"update it: the file was written with {record.get('versions')}"
+        )
+    try:
+        model = rebuild(record)
+        state |= {key: state[first] for key, first in record["aliases"].items()}
+        for key, tensor in model.state_dict(keep_vars=True).items():  # in place: tied parameters stay tied
+            if key in state:
+                tensor.data = tensor.data.to(state[key].dtype)
+        model.load_state_dict(state)
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"`path` (={str(path)!r}) does not fit the installed packages: {error}. It was written with "
+            f"{record.get('versions')}; here are {_versions()}"
+        ) from error
+    return model.to(map_location).eval()
+
+
+def _check_savable(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__} (={model!r})")
+    kinds = {cls.__name__ for cls in type(model).__mro__}
+    for wrapper, attribute in _WRAPPERS.items():
+        if wrapper in kinds:
+            raise TypeError(f"`model` (={type(model).__name__}) is a {wrapper}; save {attribute}")
+    if any(map(is_sharded, model.parameters())):
+        raise TypeError(
+            f"`model` (={type(model).__name__}) is sharded over processes (FSDP2); load its full state_dict into an "
+            "unsharded copy and save that"
+        )
+    if not any(acu_layers(model)):
+        folded = any(map(was_folded, model.modules()))
+        why = "was folded into plain convolutions" if folded else "has no active convolution"
+        raise ValueError(
+            f"`model` (={type(model).__name__}) {why}; save it as any other: torch.export.save, or torch.save of "
+            + ("it" if folded else "its state_dict (or call convert_to_acu first)")
+        )
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise ValueError(f"`model` (={type(model).__name__}) has tensors on the meta device, without numbers to save")
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """On the CPU, contiguous, and with a storage of its own, as files need it."""
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def _versions() -> dict[str, str]:
+    return {_KEY: __version__} | {package: importlib.metadata.version(package) for package in ("timm", "torchvision")}
+
+
+def _write_safetensors(path: Path, record: dict[str, Any], state: dict[str, Tensor]) -> None:
+    save_file(state, path, metadata={"format": "pt", _KEY: json.dumps(record)})
+
+
+def _read_safetensors(path: Path) -> tuple[Any, dict[str, Tensor]]:
+    with safe_open(path, framework="pt") as file:
+        record = json.loads((file.metadata() or {}).get(_KEY, "null"))
+        return record, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+
+def _write_torch(path: Path, record: dict[str, Any], state: dict[str, Tensor]) -> None:
+    torch.save({_KEY: record, "state_dict": state}, path)
+
+
+def _read_torch(path: Path) -> tuple[Any, dict[str, Tensor]]:
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(content, dict) or _KEY not in content:
+        return None, {}
+    return content[_KEY], content["state_dict"]
+
+
+_FORMATS = {
+    ".safetensors": (_write_safetensors, _read_safetensors),
+    ".pt": (_write_torch, _read_torch),
+    ".pth": (_write_torch, _read_torch),
+}
+
+
+def _format(path: Path) -> tuple[Callable[..., None], Callable[[Path], tuple[Any, dict[str, Tensor]]]]:
+    if path.suffix not in _FORMATS:
+        raise ValueError(f"`path` (={str(path)!r}) must end in {', '.join(_FORMATS)}, which chooses the format")
+    return _FORMATS[path.suffix]

@@ -1,0 +1,193 @@
+"""How much arithmetic the convolutions of a model do: multiply-accumulates (MACs), now and folded.
+
+A convolution costs the same at every output pixel, so that its MACs are those of one pixel times the pixels of all its
+calls; the former follow from its shape (:func:`macs_per_pixel` and the folds), the latter take a forward pass.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..conv import ACUConv2d
+from ..geometry import ConvGeometry, integers
+from ..positions import plan_windows
+from .rules import named_conv2ds
+
+__all__ = [
+    "Call",
+    "convolution_calls",
+    "default_input_size",
+    "folded_macs_per_pixel",
+    "fractional_fold_macs_per_pixel",
+    "macs_per_pixel",
+    "output_sizes",
+]
+
+
+#: Satellites take images of 13 bands; TResNet's stem makes 48 channels of 3.
+_MOST_IMAGE_CHANNELS = 16
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a convolution in a forward pass of one image.
+
+    Attributes:
+        size: (height, width) of the output.
+        pixels: where the kernel was applied: output pixels (input pixels of a transposed convolution), over the whole
+            batch, which is more than one image where the model makes patches or regions of it.
+    """
+
+    size: tuple[int, int]
+    pixels: int
+
+
+def output_sizes(model: nn.Module, input_size: tuple[int, int, int]) -> dict[nn.Module, list[tuple[int, int]]]:
+    """(height, width) of the output of every 2-D convolution of ``model``, at each of its calls, in order.
+
+    One forward pass of zeros in eval mode; training flags, statistics and hooks are afterwards what they were.
+
+    Args:
+        model: takes a batch of images (or a list of images, as torchvision's detection models).
+        input_size: (channels, height, width) of the image, in pixels.
+
+    Returns:
+        One list for each convolution: empty for one that the forward pass does not call, longer for a shared one.
+
+    Raises:
+        TypeError: ``input_size`` is not made of ints.
+        ValueError: it is not three numbers >= 1, or the forward pass fails.
+    """
+    calls = convolution_calls(model, input_size, named_conv2ds(model))
+    return {module: [call.size for call in own] for module, own in calls.items()}
+
+
+def convolution_calls(
+    model: nn.Module, input_size: tuple[int, int, int], modules: Iterable[nn.Module]
+) -> dict[nn.Module, list[Call]]:
+    """Every call of each of ``modules``, convolutions inside ``model``, for one image; see :func:`output_sizes`."""
+    image = _zeros(model, input_size)
+    calls: dict[nn.Module, list[Call]] = {module: [] for module in modules}
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        place = output
+        if isinstance(module, nn.ConvTranspose2d):  # its kernel is spread around each pixel of the input
+            place = args[0] if args else kwargs["input"]
+        calls[module].append(Call((output.shape[-2], output.shape[-1]), place.numel() // place.shape[-3]))
+
+    training = {module: module.training for module in model.modules()}
+    handles = [module.register_forward_hook(record, with_kwargs=True) for module in calls]
+    try:
+        for module in training:  # not model.eval(), which a model may have taken for "merge the weights now"
+            module.training = False
+        with torch.no_grad():
+            try:
+                model(image)
+            except Exception as error:
+                for own in calls.values():
+                    own.clear()
+                try:
+                    model(list(image))
+                except Exception:
+                    raise ValueError(
+                        f"`input_size` (={tuple(input_size)}): the forward pass failed: {type(error).__name__}: "
+                        f"{error}; give the size the model expects"
+                    ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, flag in training.items():
+            module.training = flag
+    return calls
+
+
+def _zeros(model: nn.Module, input_size: tuple[int, int, int]) -> Tensor:
+    """A black image (1, channels, height, width) on the model's device and in its precision."""
+    size = integers("input_size", input_size)
+    if len(size) != 3 or min(size) < 1:
+        raise ValueError(f"`input_size` (={input_size}) must be (channels, height, width), each >= 1")
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(nn.parameter.is_lazy(tensor) for tensor in tensors):
+        raise ValueError(
+            f"`model` (={type(model).__name__}) has parameters that are not initialised yet, which a forward pass "
+            "would do; run one batch first"
+        )
+    like = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
+    return torch.zeros(1, *size, device=like.device, dtype=like.dtype)
+
+
+def default_input_size(model: nn.Module) -> tuple[int, int, int]:
+    """(channels, height, width) of the images ``model`` is meant for: timm's where it says so, else 224x224 pixels.
+
+    The channels are those of the model's first ``nn.Conv2d``, since timm goes on to state 3 for a model made for
+    others; but timm's, or 3, where there are too many for an image, as in stems that turn pixels into channels.
+    """
+    size = next((found for module in model.modules() if (found := _timm_input_size(module))), (3, 224, 224))
+    channels = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), size[0])
+    return channels if channels <= _MOST_IMAGE_CHANNELS else size[0], size[1], size[2]
+
+
+def _timm_input_size(module: nn.Module) -> tuple[int, int, int] | None:
+    for name in ("pretrained_cfg", "default_cfg"):
+        config = getattr(module, name, None)
+        size = config.get("input_size") if isinstance(config, Mapping) else getattr(config, "input_size", None)
+        if size is not None and len(size) == 3:
+            channels, height, width = map(int, size)
+            return channels, height, width
+    return None
+
+
+def macs_per_pixel(conv: nn.Module) -> int:
+    """MACs of a plain 2-D convolution for one output pixel: C_out * C_in/groups * kh * kw.
+
+    For one input pixel, where it is a transposed one. 0 where a lazy one does not know its channels yet.
+    """
+    height, width = conv.kernel_size  # type: ignore[misc]
+    return _dense_macs(conv) * height * width
+
+
+def folded_macs_per_pixel(layer: ACUConv2d) -> int | None:
+    """MACs of ``layer.fold()`` for one output pixel, at the present positions.
+
+    None where they are not finite or on the meta device, and nothing can be folded.
+    """
+    offsets = layer.active_offsets().detach()
+    if offsets.is_meta or not offsets.isfinite().all():
+        return None
+    return _dense_macs(layer) * plan_windows(offsets, layer.geometry).cells
+
+
+def fractional_fold_macs_per_pixel(layer: ACUConv2d) -> int:
+    """MACs of ``layer.fold()`` for one output pixel if taps lay between pixels, within one of where they started.
+
+    A 3x3 then becomes a 5x5 and a 5x5 a 7x7, with dilation 1. All position groups are taken to be alike, which makes
+    no difference except at dilations where a fold is a sum of small convolutions.
+    """
+    return _dense_macs(layer) * _fractional_cells(layer.geometry, layer.start, layer.fixed_tap)
+
+
+def _dense_macs(conv: nn.Module) -> int:
+    """MACs of one tap: C_out * C_in/groups."""
+    channels: Any = conv.out_channels, conv.in_channels
+    return channels[0] * channels[1] // getattr(conv, "groups", 1)
+
+
+@functools.lru_cache(maxsize=512)
+def _fractional_cells(
+    geometry: ConvGeometry, start: tuple[tuple[float, float], ...] | None, fixed_tap: int | None
+) -> int:
+    """Cells of the fold with every movable tap half a pixel outwards, on each axis."""
+    grid = torch.tensor(geometry.grid(), dtype=torch.float64)
+    offsets = torch.zeros_like(grid) if start is None else torch.tensor(start, dtype=torch.float64)
+    # From the centre of a grid; from the output pixel for a free shape, whose grid is one point.
+    outwards = torch.where(grid + offsets < (grid.amin(0) + grid.amax(0)) / 2, -0.5, 0.5)
+    moved = offsets.trunc() + outwards  # (a start between pixels stays between those two)
+    if fixed_tap is not None:
+        moved[fixed_tap] = offsets[fixed_tap]
+    return plan_windows(moved[None], geometry).cells

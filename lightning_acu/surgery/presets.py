@@ -1,0 +1,47 @@
+"""The paper's variants by name: which of the convolutions that could be converted stay plain.
+
+======  ================================================================================================
+"all"   every one is converted (the paper's "ACU-all")
+"C23"   all but those of the first stage: conv1/x of the paper's network stays conventional ("ACU-C23")
+======  ================================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+from torch import nn
+
+from .arithmetic import default_input_size, output_sizes
+
+__all__ = ["PRESETS", "check_preset"]
+
+
+def _none(model: nn.Module, convs: Collection[nn.Module]) -> set[nn.Module]:
+    return set()
+
+
+def _first_stage(model: nn.Module, convs: Collection[nn.Module]) -> set[nn.Module]:
+    """Those of ``convs`` whose output has the highest resolution, seen in one forward pass."""
+    try:
+        sizes = output_sizes(model, default_input_size(model))
+    except ValueError as error:
+        raise ValueError(
+            f"`preset`='C23' looks at the resolutions of one forward pass: {error}; or leave the preset out and name "
+            "the first stage in `exclude_modules`"
+        ) from error
+    areas = {conv: max(height * width for height, width in sizes[conv]) for conv in convs if sizes.get(conv)}
+    return {conv for conv, area in areas.items() if area == max(areas.values())}
+
+
+#: From the model and the convolutions that the other arguments choose to those that stay plain.
+PRESETS: dict[str, Callable[[nn.Module, Collection[nn.Module]], set[nn.Module]]] = {
+    "all": _none,
+    "C23": _first_stage,
+}
+
+
+def check_preset(preset: str) -> None:
+    """ValueError for an unknown name."""
+    if preset not in PRESETS:
+        raise ValueError(f"`preset` (={preset!r}) must be one of {', '.join(map(repr, PRESETS))}")

@@ -1,0 +1,136 @@
+"""The report of a conversion as tables on the screen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from .report import ACUReport, ConvRow
+
+__all__ = ["report_table"]
+
+#: As many names stand for all layers that were skipped for one reason.
+_EXAMPLES = 3
+
+
+def report_table(report: ACUReport, every: bool) -> Table:
+    """See :meth:`ACUReport.table`."""
+    count = f"{len(report.converted)} of {len(report.rows)} convolutions active"
+    whole = Table.grid()
+    # As rows: a title and a caption would be wrapped at the width of the tables.
+    whole.add_row(Text(f"{report.model}: {count}, {report.added} parameters added"))
+    active = [[row] for row in report.converted]
+    if active:
+        columns = _COLUMNS | {"added": lambda row: f"+{row.added}", "fold x": _fold_ratio}
+        whole.add_row(_part(report, "active layer", active, columns))
+    skipped: dict[str, list[ConvRow]] = {}
+    for row in report.skipped:
+        skipped.setdefault(row.name if every else row.reason, []).append(row)
+    if skipped:
+        columns = _COLUMNS if every else {name: _COLUMNS[name] for name in ("class", "kernel")}
+        columns = columns | {"why not": lambda row: row.reason}
+        whole.add_row(_part(report, "skipped layer", list(skipped.values()), columns))
+    whole.add_row(Text("\n".join(_caption(report))))
+    return whole
+
+
+def _part(
+    report: ACUReport, what: str, groups: list[list[ConvRow]], columns: dict[str, Callable[[ConvRow], str]]
+) -> Table:
+    """One row for each of ``groups``, with what its layers have in common."""
+    factor, unit = _unit(report)
+    names = [_names(rows) for rows in groups]
+    # Reasons give way to names: only very long names are broken.
+    longest = max(map(len, "\n".join(names).splitlines()))
+    table = Table(pad_edge=False)
+    table.add_column(what, overflow="fold", width=min(longest, 60) if "why not" in columns else None)
+    for name in columns:
+        table.add_column(name, no_wrap=name != "why not", overflow="fold")
+    if report.input_size is not None:
+        table.add_column(f"{unit}MACs", no_wrap=True, justify="right")
+    for first, rows in zip(names, groups, strict=True):
+        cells = [first, *(_common(rows, text) for text in columns.values())]
+        if report.input_size is not None:
+            cells.append(f"{sum(row.macs * (row.pixels or 0) for row in rows) / factor:.3f}")
+        table.add_row(*map(Text, cells))  # as Text: names and patterns are no markup
+    return table
+
+
+def _unit(report: ACUReport) -> tuple[float, str]:
+    return (1e6, "M") if (report.macs or 0) < 1e9 else (1e9, "G")
+
+
+def _caption(report: ACUReport) -> list[str]:
+    lines = [f"{report.added} parameters added"]
+    if report.macs is not None and report.input_size is not None:
+        factor, unit = _unit(report)
+        size = "x".join(map(str, report.input_size))
+        text = f"convolutions: {_number(report.macs / factor)} {unit}MACs at {size} before"
+        if report.converted:
+            for what, macs in (
+                ("folded at these positions", report.folded_macs),
+                ("with fractional positions", report.fractional_fold_macs),
+            ):
+                text += f"; {what} "
+                text += "impossible, not all are finite" if macs is None else _number(macs / factor)
+                text += f" ({macs / report.macs:.2f}x)" if macs and report.macs else ""
+        lines.append(text)
+    elif report.converted:
+        ratios = [row.folded_macs / row.macs for row in report.converted if row.folded_macs is not None]
+        if ratios:
+            lines.append(f"a fold at these positions costs {_range(ratios)} of a layer's arithmetic (fold x)")
+        fractional: dict[str, list[float]] = {}
+        for row in report.converted:
+            kernel, dilation = _pair(row.kernel_size), _pair(row.dilation)
+            kernel += "" if set(row.dilation) <= {0, 1} else f" dilated {dilation}"
+            fractional.setdefault(kernel, []).append((row.fractional_fold_macs or 0) / row.macs)
+        first, *others = (f"{_range(values)} for {kernel}" for kernel, values in fractional.items())
+        lines.append(f"a fold of fractional positions would cost {', '.join([f'{first} layers', *others])}")
+    return lines
+
+
+def _pair(values: tuple[int, ...]) -> str:
+    return "x".join(map(str, values))
+
+
+#: What a layer is, for both tables.
+_COLUMNS: dict[str, Callable[[ConvRow], str]] = {
+    "class": lambda row: row.kind,
+    "kernel": lambda row: _pair(row.kernel_size),
+    "stride": lambda row: _pair(row.stride),
+    "dilation": lambda row: _pair(row.dilation),
+    "groups": lambda row: str(row.groups),
+    "channels": lambda row: f"{row.channels[0]} -> {row.channels[1]}",
+}
+
+
+def _common(rows: list[ConvRow], text: Callable[[ConvRow], str]) -> str:
+    """What holds for all ``rows``, or nothing."""
+    texts = {text(row) for row in rows}
+    return texts.pop() if len(texts) == 1 else ""
+
+
+def _names(rows: list[ConvRow]) -> str:
+    """Of one layer all names; of several how many there are and the first ones'."""
+    if len(rows) == 1:
+        return "\n= ".join([rows[0].name or "(the model)", *rows[0].aliases])
+    more = ["..."] if len(rows) > _EXAMPLES else []
+    return "\n".join([f"{len(rows)} layers:", *(row.name for row in rows[:_EXAMPLES]), *more])
+
+
+def _fold_ratio(row: ConvRow) -> str:
+    return "not finite" if row.folded_macs is None else f"{row.folded_macs / row.macs:.2f}"
+
+
+def _number(value: float) -> str:
+    """Three digits."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _range(ratios: list[float]) -> str:
+    low, high = f"{min(ratios):.2f}x", f"{max(ratios):.2f}x"
+    return low if low == high else f"{low} to {high}"
