@@ -24,10 +24,10 @@ from rich.table import Table
 
 from .callbacks import RoundThenFinetune
 from .callbacks.directory import run_directory
-from .commands import COMMANDS, configs_directory
+from .commands import COMMANDS
 from .metrics import model_statistics
 
-__all__ = ["ACULightningCLI", "configs_directory", "main"]
+__all__ = ["ACULightningCLI", "main"]
 
 
 #: A mistyped option is an error, not the one it happens to begin.

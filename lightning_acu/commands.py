@@ -22,6 +22,8 @@ from .surgery.arithmetic import default_input_size
 
 __all__ = ["COMMANDS", "configs_directory"]
 
+_CLASS_PATH = "the LightningModule of a checkpoint that does not say (default: ImageClassifier)"
+
 
 def configs_directory() -> Path:
     """Where the example configurations are: inside an installed package, or at the root of a checkout."""
@@ -63,28 +65,27 @@ def _report(arguments: Sequence[str]) -> None:
     what.add_argument("--model", metavar="NAME", help="a model of timm or torchvision, with random weights")
     what.add_argument("--ckpt", type=Path, metavar="FILE", help="a converted model: of save_acu, or Lightning's")
     _add_input_size(parser)
-    parser.add_argument("--kernel_sizes", type=int, nargs="+", default=[3, 5], metavar="K")
-    parser.add_argument("--target_modules", metavar="REGEX")
-    parser.add_argument("--exclude_modules", metavar="REGEX")
-    parser.add_argument("--position_groups", type=int, default=1, metavar="P")
-    parser.add_argument("--preset", default="all", help="all, or C23: all but the first stage")
+    parser.add_argument("--class_path", metavar="package.Class", help=_CLASS_PATH)
+    conversion = parser.add_argument_group("conversion", "of --model, as in convert_to_acu")
+    conversion.add_argument("--kernel_sizes", type=int, nargs="+", metavar="K")
+    conversion.add_argument("--target_modules", metavar="REGEX")
+    conversion.add_argument("--exclude_modules", metavar="REGEX")
+    conversion.add_argument("--position_groups", type=int, metavar="P")
+    conversion.add_argument("--preset", help="all, or C23: all but the first stage")
     parser.add_argument("--every", action="store_true", help="one row for each layer that is skipped")
     options = parser.parse_args(arguments)
+    names = ("kernel_sizes", "target_modules", "exclude_modules", "position_groups", "preset")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if given and options.ckpt is not None:
+        parser.error(f"--{next(iter(given))} says how to convert a --model; what is in a --ckpt is converted already")
     try:
         if options.ckpt is not None:
-            model = load_any(options.ckpt)
+            model = load_any(options.ckpt, options.class_path)
         else:
-            model = _create(options.model)
-            ConvertConfig(
-                kernel_sizes=options.kernel_sizes,
-                target_modules=options.target_modules,
-                exclude_modules=options.exclude_modules,
-                position_groups=options.position_groups,
-                preset=options.preset,
-            ).apply(model)
+            model = ConvertConfig(**given).apply(_create(options.model))
         size = tuple(options.input_size) if options.input_size else _size_that_runs(model)
         report = report_acu(model, size)  # type: ignore[arg-type]
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
         parser.exit(2, f"lightning-acu report: {error}\n")
     Console(width=None if sys.stdout.isatty() else 140).print(report.table(every=options.every))
 
@@ -99,9 +100,7 @@ def _export(arguments: Sequence[str]) -> None:
     parser.add_argument("--ckpt", type=Path, required=True, metavar="FILE", help="of save_acu, or Lightning's")
     parser.add_argument("--to", required=True, choices=FORMATS)
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: beside the checkpoint, with this ending")
-    parser.add_argument(
-        "--class_path", metavar="package.Class", help="the LightningModule, where it is not yours to ask"
-    )
+    parser.add_argument("--class_path", metavar="package.Class", help=_CLASS_PATH)
     _add_input_size(parser)
     parser.add_argument("--no_fold", action="store_true", help="keep active convolutions (pt2 only)")
     parser.add_argument("--one_image", action="store_true", help="a batch of one instead of any")

@@ -59,7 +59,7 @@ def export_model(
         The largest difference from the model's outputs, relative to the largest value.
 
     Raises:
-        ValueError: an unknown format, or ``fold=False`` for ONNX.
+        ValueError: an unknown format, ``fold=False`` or float64 for ONNX, images that the model does not take.
         ModuleNotFoundError: packages missing for ONNX; says which extra has them.
         RuntimeError: the model cannot be exported, or the file computes something else; it is not kept then.
     """
@@ -72,14 +72,22 @@ def export_model(
             raise ValueError("`fold`=False: ONNX knows no active convolutions; leave it True, or export `to`='pt2'")
         _require_onnx()
     copied = copy.deepcopy(model).eval()
+    like = next(copied.parameters(), torch.empty(0))
+    if to == "onnx" and like.dtype not in (torch.float32, torch.float16):
+        raise ValueError(f"`model` is in {like.dtype}, which ONNX Runtime cannot run; export model.float()")
     if fold:
         fold_acu(copied)
     size = input_size if input_size is not None else default_input_size(model)
-    like = next(copied.parameters())
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(3 if dynamic_batch else 1, *size, generator=generator).to(like)
-    with torch.no_grad():
-        expected = list(_tensors(copied(images)))
+    try:
+        with torch.no_grad():
+            expected = list(_tensors(copied(images)))
+    except Exception as error:  # whatever this model thinks of its input
+        raise ValueError(
+            f"`input_size` (={tuple(size)}): {type(model).__name__} does not take such images: "
+            f"{type(error).__name__}: {error}; give the size the model expects"
+        ) from error
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         file = Path(folder) / path.name
@@ -93,7 +101,13 @@ def export_model(
         except Exception as error:
             hint = "; try `dynamic_batch`=False, for one image at a time" if dynamic_batch else ""
             raise RuntimeError(f"{type(model).__name__} cannot be exported to {to}: {error}{hint}") from error
-        worst = max(map(_difference, run(images), expected), default=0.0)
+        got = run(images)
+        if len(got) != len(expected):
+            raise RuntimeError(f"{path.name} would give {len(got)} outputs, the model {len(expected)}; not kept")
+        differences = list(map(_difference, got, expected))
+        worst = max(
+            differences, default=0.0, key=lambda difference: (difference != difference, difference)
+        )  # NaN first
         if not worst <= _TOLERANCE:
             raise RuntimeError(f"{path.name} would differ from the model by {worst:.1e} of the largest value; not kept")
         for written in Path(folder).iterdir():

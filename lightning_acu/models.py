@@ -40,8 +40,15 @@ def create_model(
     """
     if name.startswith(_TORCHVISION):
         return _torchvision_model(name.removeprefix(_TORCHVISION), pretrained, num_classes, in_chans, kwargs)
-    if ":" not in name and not timm.is_model(name):
-        raise ValueError(_unknown(name))
+    if ":" not in name:
+        architecture, _, tag = name.partition(".")
+        if not timm.is_model(architecture):
+            raise ValueError(_unknown(name))
+        tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
+        if tag and tag not in tags:
+            raise ValueError(
+                f"`model` (={name!r}): {architecture} has no weights called {tag!r}, but {', '.join(tags)}"
+            )
     model: nn.Module = timm.create_model(
         name, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans, **kwargs
     )

@@ -17,6 +17,9 @@ from lightning_acu.checkpoint import load_any, load_converted
 from lightning_acu.saving import save_acu
 from lightning_acu.surgery import convert_like
 
+# ImageClassifier could validate; here it only has to be saved.
+pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+
 
 class PlainModule(TinyModule):
     """Builds plain layers; a callback converts them. Keeps its arguments in checkpoints."""
@@ -64,14 +67,14 @@ def test_positions_weights_and_hyperparameters_come_back_exactly(converted):
     assert equal(loaded.state_dict(), module.state_dict())
     assert dict(loaded.hparams) == {"width": 6, "name": "wide"}
     assert {(layer.position_groups, layer.fixed_tap) for _, layer in acu_layers(loaded)} == {(3, None)}
-    assert loaded.restored == [sorted(module.state_dict())]  # its own hook ran too, once
+    assert loaded.restored == [sorted(module.state_dict())] * 2  # its own hook ran too
     images = torch.randn(3, 2, 9, 8)
     assert torch.equal(loaded.eval()(images), module(images))
 
 
 def test_arguments_replace_those_of_the_checkpoint(converted):
     assert load_converted(PlainModule, converted[1], name="other").hparams == {"width": 6, "name": "other"}
-    with pytest.raises(RuntimeError, match="size mismatch for net.0.weight"):
+    with pytest.raises(RuntimeError, match=r"size mismatch for net\.0\.weight"):
         load_converted(PlainModule, converted[1], width=9)
 
 
@@ -144,23 +147,29 @@ def test_an_image_classifier_loads_a_plain_checkpoint_with_convert(tmp_path):
     assert equal(load_any(tmp_path / "plain.ckpt").state_dict(), plain.model.state_dict())
 
 
-def test_any_reads_the_checkpoint_of_the_command_line(tmp_path):
-    arguments = ["--model.model=test_resnet", "--model.num_classes=3", "--model.in_chans=2"]
-    arguments += ["--model.convert.kernel_sizes=[3]", "--trainer.accelerator=cpu", "--trainer.logger=false"]
-    for subclass_mode in (False, True):
-        given = arguments
-        if subclass_mode:
-            given = [a.replace("--model.", "--model.init_args.") for a in arguments[:4]] + arguments[4:]
-            given = ["--model.class_path=lightning_acu.ImageClassifier", *given]
-        cli = LightningCLI(
-            pl.LightningModule if subclass_mode else ImageClassifier, subclass_mode_model=subclass_mode, run=False,
-            args=given, save_config_callback=None,
-            trainer_defaults={"max_steps": 1, "enable_progress_bar": False, "enable_model_summary": False,
-                              "enable_checkpointing": False, "default_root_dir": str(tmp_path)},
-        )  # fmt: skip
-        cli.trainer.fit(cli.model, loader())
-        cli.trainer.save_checkpoint(tmp_path / "cli.ckpt")
-        assert equal(load_any(tmp_path / "cli.ckpt").state_dict(), cli.model.model.state_dict())
+@pytest.mark.parametrize(
+    "subclass_mode",
+    [
+        False,
+        True,
+    ],
+)
+def test_any_reads_the_checkpoint_of_the_command_line(tmp_path, monkeypatch, subclass_mode):
+    prefix, cls = "--model.", ImageClassifier
+    arguments = ["lightning-acu", "--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.max_steps=1"]
+    if subclass_mode:  # as lightning-acu does
+        prefix, cls = "--model.init_args.", pl.LightningModule
+        arguments.append("--model.class_path=lightning_acu.ImageClassifier")
+    given = ("model=test_resnet", "num_classes=3", "in_chans=2", "convert.kernel_sizes=[3]")
+    monkeypatch.setattr(sys, "argv", arguments + [prefix + argument for argument in given])
+    quiet = dict.fromkeys(("enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    cli = LightningCLI(
+        cls, subclass_mode_model=subclass_mode, run=False, save_config_callback=None, seed_everything_default=0,
+        trainer_defaults=quiet | {"default_root_dir": str(tmp_path)},
+    )  # fmt: skip
+    cli.trainer.fit(cli.model, loader())
+    cli.trainer.save_checkpoint(tmp_path / "cli.ckpt")
+    assert equal(load_any(tmp_path / "cli.ckpt").state_dict(), cli.model.model.state_dict())
 
 
 @pytest.mark.parametrize("ending", ["pt", "safetensors"])
@@ -240,3 +249,19 @@ def test_convert_like_leaves_what_others_call_offsets_alone():
     assert convert_like(model, model.state_dict()) is model
     assert not any(acu_layers(model))
     assert not any(acu_layers(convert_like(fold_acu(convert_to_acu(layers())), layers().state_dict())))
+
+
+def test_convert_like_takes_what_a_fixed_centre_has_stored_for_no_position():
+    source = convert_to_acu(layers())
+    nn.init.uniform_(source[0].offsets, -1, 1)
+    images = torch.randn(2, 2, 12, 17)
+    for given in (True, None):  # told so, it is fixed; else numbers that are not zero count as a position
+        model = convert_like(layers(), source.state_dict(), fixed_centre=given)
+        model.load_state_dict(source.state_dict())
+        assert torch.equal(model(images), source(images)) is (given is True)
+
+
+def test_what_convert_like_converted_takes_a_plain_state_dict_too():
+    model = convert_like(layers(), convert_to_acu(layers()).state_dict())
+    with pytest.warns(UserWarning, match="loaded the state_dict of a plain model"):
+        model.load_state_dict(layers().state_dict())

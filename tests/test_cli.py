@@ -12,7 +12,8 @@ import torch
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lightning_acu.cli import configs_directory, main
+from lightning_acu.cli import main
+from lightning_acu.commands import configs_directory
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
@@ -164,7 +165,7 @@ def test_configs_are_found_inside_an_installed_package(tmp_path, monkeypatch):
     assert configs_directory() == CONFIGS
     package = tmp_path / "lightning_acu"
     shutil.copytree(CONFIGS, package / "configs")
-    monkeypatch.setattr("lightning_acu.cli.__file__", str(package / "cli.py"))
+    monkeypatch.setattr("lightning_acu.commands.__file__", str(package / "commands.py"))
     assert configs_directory() == package / "configs"
 
 

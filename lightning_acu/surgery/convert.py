@@ -118,7 +118,8 @@ def convert_to_acu(
     if any(cls.__name__ == "LightningModule" for cls in type(model).__mro__):
         raise TypeError(
             f"`model` (={type(model).__name__}) is a LightningModule; convert the model inside it (in its __init__: "
-            "convert_to_acu(self.model)), or add lightning_acu.callbacks.ConvertToACU to the Trainer's callbacks"
+            "convert_to_acu(self.model)), or add lightning_acu.callbacks.ConvertToACU to the Trainer's callbacks, or "
+            "call ConvertConfig().apply(module) for all that it holds"
         )
     if not named_conv2ds(model):
         raise ValueError(f"`model` (={type(model).__name__}) has no 2-D convolution; there is nothing to convert")

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..conv import ACUConv2d
@@ -52,14 +53,18 @@ def load_state_dict(
                 else "Convert this model in the same way first (convert_to_acu, or surgery.convert_like)"
             )
         )
-    moved = [key for key, layer in missing.items() if bool(layer.displacement.any())]
+    moved = [key for key, layer in missing.items() if not layer.offsets.is_meta and bool(layer.displacement.any())]
     if moved:
         raise RuntimeError(
             f"`state_dict` is of a plain model: it has no {_few(moved)}, and the positions here have moved. Load it "
             "before they do, or with strict=False, which leaves them where they are"
         )
     complete = OrderedDict(state_dict)
-    complete.update({key: layer.offsets.detach() for key, layer in missing.items()})
+    for key, layer in missing.items():
+        offsets = layer.offsets.detach()
+        complete[key] = (
+            torch.zeros_like(offsets, device="cpu") if offsets.is_meta else offsets
+        )  # meta: nothing there yet
     if hasattr(state_dict, "_metadata"):
         complete._metadata = state_dict._metadata  # type: ignore[attr-defined]
     result = load(complete, strict=True, assign=assign)
@@ -78,10 +83,19 @@ def explain_loading(model: nn.Module) -> None:
         vars(model)["load_state_dict"] = functools.partial(_load, model)
 
 
-def convert_like(model: nn.Module, state_dict: Mapping[str, Any], backend: str = "auto") -> nn.Module:
+def convert_like(
+    model: nn.Module, state_dict: Mapping[str, Any], *, fixed_centre: bool | None = None, backend: str = "auto"
+) -> nn.Module:
     """Make active, in place, exactly those convolutions for which ``state_dict`` has positions; load nothing yet.
 
     For checkpoints of models that were converted in a way that is not known any more (by a callback).
+
+    Args:
+        model: plain, or converted in part.
+        state_dict: of a converted one.
+        fixed_centre: as it was in the conversion. None: fixed in layers whose state_dict has a centre of zeros, as
+            training leaves a fixed one.
+        backend: of the new layers.
 
     Raises:
         ValueError: positions for something that is not in ``model`` or cannot be converted; nothing is converted then.
@@ -103,12 +117,13 @@ def convert_like(model: nn.Module, state_dict: Mapping[str, Any], backend: str =
                 f"`state_dict` has {state_dict[key].numel()} numbers in {key!r}, which {name!r} cannot have"
             )
         centre = state_dict[key].reshape(groups, taps, 2)[:, taps // 2]
-        chosen[conv] = groups, not bool(centre.any())  # a centre that never moved may as well be fixed
-    for conv, (groups, fixed_centre) in chosen.items():
+        chosen[conv] = groups, not bool(centre.any()) if fixed_centre is None else fixed_centre
+    for conv, (groups, fixed) in chosen.items():
         rule = find_rule(conv)
         assert rule is not None
-        rule.convert(conv, position_groups=groups, fixed_centre=fixed_centre, backend=backend)
+        rule.convert(conv, position_groups=groups, fixed_centre=fixed, backend=backend)
     guard_merging(model)
+    explain_loading(model)
     return model
 
 

@@ -14,6 +14,7 @@ from torchmetrics import Metric
 
 from lightning_acu import ACUConv2d, convert_to_acu, fold_acu
 from lightning_acu.callbacks import ConvertToACU, PositionLRSchedule
+from lightning_acu.checkpoint import load_converted
 from lightning_acu.conv import acu_layers
 from lightning_acu.surgery import NoEffectWarning
 
@@ -376,9 +377,10 @@ def test_load_from_checkpoint_wants_the_conversion_in_the_module(tmp_path):
     with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "net\.0\.offsets"'):
         InInit.load_from_checkpoint(path)
     built = InInit()
-    convert_to_acu(built)
+    convert_to_acu(built.net)
     built.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
     assert torch.equal(built.offsets, module.offsets)
+    assert torch.equal(load_converted(InInit, path).offsets, module.offsets)
 
     class Converted(InInit):
         def __init__(self):

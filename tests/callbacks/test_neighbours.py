@@ -21,7 +21,7 @@ from schedulers import SCHEDULERS
 from tiny import STEPS_PER_EPOCH, Spy, TinyModule, fit, loader
 from torch import nn
 
-from lightning_acu import convert_to_acu
+from lightning_acu import ConvertConfig
 from lightning_acu.callbacks import PositionLRSchedule
 
 SGD = lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9)  # noqa: E731
@@ -297,7 +297,7 @@ class WithBackbone(pl.LightningModule):
         self.backbone = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.Tanh())
         self.head = nn.Conv2d(4, 3, 3, padding=1)
         self.make_optimizer = optimizer
-        convert_to_acu(self)
+        ConvertConfig().apply(self)
         self.used = []
 
     def training_step(self, batch, batch_idx):

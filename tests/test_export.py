@@ -1,0 +1,262 @@
+"""Exported files compute what the model does, at any batch size, and are not kept where they would not."""
+
+import builtins
+import copy
+
+import pytest
+import torch
+from oracle import assert_close
+from timm import create_model
+from timm.layers import Conv2dSame, ScaledStdConv2d, StdConv2d
+from torch import nn
+
+from lightning_acu import FoldedConv2d, acu_layers, convert_to_acu, fold_acu
+from lightning_acu import export as export_module
+from lightning_acu.export import export_model
+
+SIZE = (2, 15, 18)
+TOLERANCE = 1e-4  # float32, as export_model itself
+
+KINDS = {
+    "dense": lambda: nn.Conv2d(2, 4, 3, stride=(2, 1), padding=(1, 0)),
+    "dilated": lambda: nn.Conv2d(2, 4, (3, 5), padding="same", dilation=(2, 1)),
+    "reflect": lambda: nn.Conv2d(2, 4, 3, padding=(2, 1), padding_mode="reflect", bias=False),
+    "same": lambda: Conv2dSame(2, 4, 3, stride=2),
+    "standardized": lambda: StdConv2d(2, 4, 3, padding=1),
+    "scaled": lambda: ScaledStdConv2d(2, 4, 3, padding=1),
+    "grouped": lambda: nn.Conv2d(2, 4, 5, padding=2, groups=2),
+}
+
+
+def network(kind, **arguments):
+    """One convolution of a kind, active, its taps between pixels, with a batch norm and a head behind it."""
+    model = nn.Sequential(KINDS[kind](), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 1))
+    nn.init.uniform_(model[1].running_var, 0.5, 2)
+    nn.init.uniform_(model[1].bias)
+    convert_to_acu(model, kernel_sizes=[3, 5, (3, 5)], **arguments)
+    with torch.no_grad():
+        nn.init.uniform_(model[0].offsets, -1, 1)
+        if kind == "dilated":  # so far out that the fold is a sum of small convolutions
+            model[0].offsets.view(-1, 2)[0] -= 6.0
+            model[0].offsets.view(-1, 2)[-1] += 5.0
+    return model
+
+
+def run_pt2(path, images):
+    with torch.no_grad():
+        return torch.export.load(path).module()(images)
+
+
+def run_onnx(path, images):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (output,) = session.run(None, {"images": images.numpy()})
+    return torch.from_numpy(output)
+
+
+RUN = {"pt2": run_pt2, "onnx": run_onnx}
+
+
+@pytest.fixture(params=list(RUN))
+def to(request):
+    if request.param == "onnx":
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    return request.param
+
+
+def expected(model, images):
+    with torch.no_grad():
+        return copy.deepcopy(model).eval()(images)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_file_computes_what_the_model_does(tmp_path, to, kind):
+    model, path = network(kind, position_groups=2), tmp_path / f"net.{to}"
+    assert 0 <= export_model(model, path, input_size=SIZE) <= TOLERANCE
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    for batch in (1, 3):
+        images = torch.randn(batch, *SIZE)
+        assert_close(RUN[to](path, images), expected(model, images), TOLERANCE)
+
+
+def test_the_dilated_one_is_a_sum_of_convolutions():
+    assert isinstance(fold_acu(network("dilated"))[0], FoldedConv2d)
+
+
+def test_a_whole_network_of_its_default_size(tmp_path, to):
+    model = convert_to_acu(create_model("test_efficientnet", num_classes=5, in_chans=2))
+    for _, layer in acu_layers(model):
+        nn.init.uniform_(layer.offsets, -0.5, 0.5)
+    assert export_model(model, tmp_path / f"net.{to}") <= TOLERANCE
+    images = torch.randn(3, 2, *model.default_cfg["input_size"][1:])
+    assert_close(RUN[to](tmp_path / f"net.{to}", images), expected(model, images), TOLERANCE)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_model_itself_stays_as_it_is(tmp_path, to, training):
+    model = network("dense").train(training)
+    model[1].eval()
+    before = copy.deepcopy(model.state_dict())
+    parameters, flags = list(model.parameters()), [module.training for module in model.modules()]
+    export_model(model, tmp_path / f"net.{to}", input_size=SIZE)
+    assert any(acu_layers(model))
+    assert [module.training for module in model.modules()] == flags
+    assert all(p is q and p.grad is None for p, q in zip(model.parameters(), parameters, strict=True))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["dense", "reflect", "same", "standardized"])
+def test_without_a_fold_the_program_keeps_the_active_operator(tmp_path, kind):
+    model, path = network(kind), tmp_path / "net.pt2"
+    export_model(model, path, input_size=SIZE, fold=False)
+    program = torch.export.load(path)
+    assert any("lightning_acu" in str(node.target) for node in program.graph.nodes)
+    assert any(name.endswith("offsets") for name in program.state_dict)
+    images = torch.randn(3, *SIZE)
+    assert_close(run_pt2(path, images), expected(model, images), 1e-6)
+    export_model(model, path, input_size=SIZE)  # over the one that is there
+    assert not any("lightning_acu" in str(node.target) for node in torch.export.load(path).graph.nodes)
+
+
+def test_one_image_at_a_time(tmp_path, to):
+    model, path = network("dense"), tmp_path / f"net.{to}"
+    export_model(model, path, input_size=SIZE, dynamic_batch=False)
+    images = torch.randn(1, *SIZE)
+    assert_close(RUN[to](path, images), expected(model, images), TOLERANCE)
+    with pytest.raises(Exception, match=r"size\(\)\[0\] == 1|index: 0 Got: 3 Expected: 1"):
+        RUN[to](path, torch.randn(3, *SIZE))
+
+
+def test_the_format_can_be_another_than_the_ending_and_folders_are_made(tmp_path):
+    path = tmp_path / "new" / "folder" / "net.model"
+    export_model(network("dense"), path, to="pt2", input_size=SIZE)
+    images = torch.randn(1, *SIZE)
+    with path.open("rb") as file:
+        assert torch.export.load(file).module()(images).shape == (1, 3, 8, 16)
+
+
+def test_a_plain_or_folded_model_is_exported_as_well(tmp_path, to):
+    model = network("dense")
+    images, path = torch.randn(1, *SIZE), tmp_path / f"net.{to}"
+    before = expected(model, images)
+    export_model(fold_acu(model), path, input_size=SIZE, fold=False)
+    assert_close(RUN[to](path, images), before, TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("net.tflite", {}, r"`to` \(='tflite'\) must be 'onnx' or 'pt2' .*net\.tflite"),
+        ("net", {}, r"`to` \(=''\) must be"),
+        ("net.pt2", {"to": "torchscript"}, r"`to` \(='torchscript'\)"),
+        ("net.onnx", {"fold": False}, r"`fold`=False: ONNX knows no active convolutions"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_and_nothing_written(tmp_path, name, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        export_model(network("dense"), tmp_path / name, input_size=SIZE, **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("missing", ["onnx", "onnxruntime", "onnxscript"])
+def test_a_missing_package_is_named_with_the_extra_that_has_it(tmp_path, monkeypatch, missing):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name in ("onnx", "onnxruntime", "onnxscript"):
+            if name == missing:
+                raise ImportError(f"No module named {name!r}")
+            return None
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ModuleNotFoundError, match=rf"needs the package {missing}; .*'lightning_acu\[onnx\]'"):
+        export_model(network("dense"), tmp_path / "net.onnx", input_size=SIZE)
+    monkeypatch.undo()
+    assert not list(tmp_path.iterdir())
+
+
+class DependsOnValues(nn.Module):
+    """Two branches, by the numbers in the image: no graph holds that."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3)
+
+    def forward(self, images):
+        return self.conv(images) if images.sum() > 0 else self.conv(-images)
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_a_model_that_cannot_be_exported_says_so_and_leaves_nothing(tmp_path, to, dynamic):
+    model = convert_to_acu(DependsOnValues())
+    with pytest.raises(RuntimeError, match=f"DependsOnValues cannot be exported to {to}: ") as caught:
+        export_model(model, tmp_path / f"net.{to}", input_size=SIZE, dynamic_batch=dynamic)
+    assert ("try `dynamic_batch`=False" in str(caught.value)) is dynamic
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_without_parameters_is_exported_too(tmp_path):
+    assert export_model(nn.AvgPool2d(3), tmp_path / "net.pt2", input_size=SIZE) <= TOLERANCE
+
+
+class TwoOutputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3)
+
+    def forward(self, images):
+        features = self.conv(images)
+        return {"features": features, "mean": [features.mean((2, 3))]}
+
+
+WRONG = {
+    "values": lambda outputs: [outputs[0], outputs[1] * 1.001],
+    "shape": lambda outputs: [outputs[0], outputs[1][:, :3]],
+    "nan": lambda outputs: [outputs[0], outputs[1] * float("nan")],
+    "fewer": lambda outputs: outputs[:1],
+}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "values",
+        "shape",
+        "nan",
+        "fewer",
+    ],
+)
+def test_a_file_that_computes_something_else_is_not_kept(tmp_path, monkeypatch, wrong):
+    write = export_module._write_pt2
+
+    def write_wrong(program, file):
+        run = write(program, file)
+        return lambda images: WRONG[wrong](run(images))
+
+    model, path = convert_to_acu(TwoOutputs()), tmp_path / "net.pt2"
+    path.write_bytes(b"of before")
+    monkeypatch.setattr(export_module, "_write_pt2", write_wrong)
+    with pytest.raises(RuntimeError, match=r"net.pt2 would (differ from|give 1 outputs,) the model"):
+        export_model(model, path, input_size=SIZE)
+    assert [file.name for file in tmp_path.iterdir()] == ["net.pt2"]
+    assert path.read_bytes() == b"of before"
+    monkeypatch.undo()
+    assert export_model(model, path, input_size=SIZE) <= TOLERANCE
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_and_exported_layers_equal_the_eager_ones(kind):
+    torch._dynamo.reset()
+    model, images = network(kind).double(), torch.randn(3, *SIZE, dtype=torch.float64)
+    eager, compiled = copy.deepcopy(model), torch.compile(model, fullgraph=True, backend="aot_eager")
+    outputs = [compiled(images), eager(images)]
+    for output in outputs:
+        output.square().sum().backward()
+    assert_close(*outputs)
+    for (name, parameter), other in zip(eager.named_parameters(), model.parameters(), strict=True):
+        assert parameter.grad is not None, name
+        assert_close(other.grad, parameter.grad)
+    program = torch.export.export(model.eval(), (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    assert_close(program.module()(images[:2]), model(images[:2]))
