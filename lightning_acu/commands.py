@@ -6,6 +6,7 @@ import argparse
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from torch import nn
 from .checkpoint import load_any
 from .export import FORMATS, export_model
 from .models import create_model
-from .surgery import ConvertConfig, report_acu
+from .surgery import ConvertConfig, NoEffectWarning, report_acu
 from .surgery.arithmetic import default_input_size
 
 __all__ = ["COMMANDS", "configs_directory"]
@@ -82,7 +83,10 @@ def _report(arguments: Sequence[str]) -> None:
         if options.ckpt is not None:
             model = load_any(options.ckpt, options.class_path)
         else:
-            model = ConvertConfig(**given).apply(_create(options.model))
+            model = _create(options.model)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", NoEffectWarning)  # the table says as much
+                ConvertConfig(**given).apply(model)
         size = tuple(options.input_size) if options.input_size else _size_that_runs(model)
         report = report_acu(model, size)  # type: ignore[arg-type]
     except (ValueError, TypeError, RuntimeError, OSError) as error:

@@ -71,6 +71,8 @@ def _torchvision_model(
     if name not in torchvision.models.list_models():
         raise ValueError(_unknown(_TORCHVISION + name))
     kwargs = {"weights": None, "num_classes": num_classes} | kwargs
+    if name.startswith("raft") and num_classes == 1000:
+        del kwargs["num_classes"]  # optical flow has none
     if "weights_backbone" in torchvision.models.get_model_builder(name).__annotations__:
         kwargs.setdefault("weights_backbone", None)  # segmentation models would download one
     if name in ("inception_v3", "googlenet"):  # as torchvision's own loading of weights does

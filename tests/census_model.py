@@ -12,7 +12,7 @@ from typing import Any
 import timm
 import torch
 import torchvision
-from timm.models import reparameterize_model
+from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
 from lightning_acu import ACUConv2d, acu_layers, convert_to_acu, fold_acu

@@ -1,6 +1,9 @@
 """The census (census.py) of a sample: every class of convolution, every family that is a trap, both libraries."""
 
+from importlib.util import find_spec
+
 import pytest
+import timm
 import torch
 from census_model import MERGING, build, examine
 
@@ -119,8 +122,12 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
+#: Older versions of timm, which are supported too, lack some.
+KNOWN = {name for name in SAMPLE if name.startswith("torchvision/") or timm.is_model(name)}
+
+
 @pytest.mark.filterwarnings("ignore")  # of models that are built and called in their own ways
-@pytest.mark.parametrize("name", SAMPLE)
+@pytest.mark.parametrize("name", [name for name in SAMPLE if name in KNOWN])
 def test_conversion_and_fold_keep_the_output(name):
     result = examine(name)
     assert result.status == "ok", result
@@ -130,9 +137,9 @@ def test_conversion_and_fold_keep_the_output(name):
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_sample_has_every_class_of_convolution_and_every_family_that_merges():
-    assert len(SAMPLE) >= 60
+    assert len(KNOWN) >= 60
     classes, families = set(), set()
-    for name in SAMPLE:
+    for name in KNOWN:
         with torch.device("meta"):
             model = build(name)
         classes |= {type(module).__name__ for module in model.modules() if find_rule(module)}
@@ -144,4 +151,4 @@ def test_the_sample_has_every_class_of_convolution_and_every_family_that_merges(
     assert classes == {
         "CondConv2d", "Conv2d", "Conv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame", "StdConv2d", "StdConv2dSame"
     }  # fmt: skip
-    assert set(FAMILIES) <= families
+    assert {family for family in FAMILIES if find_spec(f"timm.models.{family}")} <= families
