@@ -63,13 +63,18 @@ class TimmACUConv2d(ACUConv2d):
         return PadSame2d(self.kernel_size, self.stride, self.dilation)  # type: ignore[arg-type]
 
     def _merge_padding(self, folded: FoldedConv2d) -> nn.Conv2d | FoldedConv2d:
-        """A Conv2dSame, whose kernel may have grown by as much on every side: "SAME" pads it by that much more."""
+        """A Conv2dSame, whose kernel may have grown or shrunk by as much on both sides: "SAME" pads for that too."""
         if not self.same_pad:
             return super()._merge_padding(folded)
-        (conv,), ((top, left, bottom, right),) = folded.convs, folded.sides
-        spans = [(k - 1) * d + 1 for k, d in zip(self.kernel_size, self.dilation, strict=True)]
-        # (A stride beyond the kernel skips pixels, and "SAME" pads nothing then, however small the kernel.)
-        if top != bottom or left != right or any(map(int.__lt__, spans, self.stride)):
+        (conv,), (sides,) = folded.convs, folded.sides
+        top, left, bottom, right = sides
+        # (Where the stride is beyond a kernel, "SAME" pads nothing, whatever the kernel's size.)
+        skips = any(
+            (k - 1) * d + 1 < stride
+            for each in (self, conv)
+            for k, d, stride in zip(each.kernel_size, each.dilation, self.stride, strict=True)  # type: ignore[arg-type]
+        )
+        if top != bottom or left != right or (skips and any(sides)):
             return folded
         conv.__class__ = Conv2dSame
         return conv  # type: ignore[return-value]
