@@ -38,9 +38,11 @@ __all__ = [
     "acu_layers",
     "acu_state_dict",
     "callbacks",
+    "checkpoint",
     "convert_to_acu",
     "create_model",
     "data",
+    "export",
     "export_model",
     "figures",
     "fold_acu",
@@ -54,6 +56,7 @@ __all__ = [
     "round_acu",
     "save_acu",
     "surgery",
+    "timm_convs",
 ]
 
 _HOME = {
@@ -78,10 +81,16 @@ _HOME = {
 }
 
 
+#: Modules that `lightning_acu.NAME` finds too.
+_ROOMS = {
+    "callbacks", "checkpoint", "data", "export", "figures", "functional", "metrics", "surgery", "timm_convs"
+}  # fmt: skip
+
+
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(f".{_HOME[name]}", __name__), name)
-    if name in ("callbacks", "data", "figures", "functional", "metrics", "surgery"):
+    if name in _ROOMS:
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -29,8 +29,8 @@ import torchvision
 from census_model import Result, build, examine
 from torch import nn
 
-#: Models with more parameters than this run alone, after the others.
-LARGE = 250_000_000
+#: Models with more parameters than this run alone, after the others: they would need more than 12 GB of memory.
+LARGE = 500_000_000
 
 #: Seconds after which a model is given up.
 TIMEOUT = 900

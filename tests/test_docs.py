@@ -5,16 +5,33 @@ from pathlib import Path
 
 import pytest
 
+from lightning_acu.surgery import rules
+
 DOCS = Path(__file__).parents[1] / "docs"
+
+
+def run(name, count):
+    """Every block of a file in order, in the current directory; what it leaves behind."""
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / name).read_text(), re.DOTALL)
+    assert len(blocks) == count
+    namespace = {}
+    for block in blocks:
+        exec(compile(block, name, "exec"), namespace)
+    return namespace
+
+
+@pytest.mark.filterwarnings("ignore:`isinstance")
+def test_surgery_md(tmp_path, monkeypatch):
+    monkeypatch.setattr(rules, "_RULES", dict(rules._RULES))  # it registers one
+    monkeypatch.chdir(tmp_path)
+    namespace = run("surgery.md", 8)
+    assert {"model.safetensors", "model.pt2"} == {path.name for path in tmp_path.iterdir()}
+    assert type(namespace["again"]) is type(namespace["model"])
 
 
 @pytest.mark.filterwarnings("ignore:`isinstance")
 def test_training_md(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "training.md").read_text(), re.DOTALL)
-    assert len(blocks) == 8
-    namespace = {}
-    for block in blocks:
-        exec(compile(block, "training.md", "exec"), namespace)
+    namespace = run("training.md", 8)
     assert {"shapes.png", "shapes.gif", "rounded.ckpt"} <= {path.name for path in tmp_path.iterdir()}
     assert list(namespace["rounding"].results) == ["before_rounding", "after_rounding", "final"]

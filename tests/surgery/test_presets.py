@@ -137,7 +137,7 @@ class TakesText(nn.Module):
 
 def test_c23_of_a_model_that_takes_no_image_says_what_to_do_instead(active):
     model = TakesText()
-    with pytest.raises(ValueError, match="`preset`='C23'.*exclude_modules"):
+    with pytest.raises(ValueError, match=r"`preset`='C23'.*exclude_modules"):
         convert_to_acu(model, preset="C23")
     assert active(model) == set()
     assert active(convert_to_acu(model)) == {"conv"}

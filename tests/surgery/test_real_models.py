@@ -12,6 +12,7 @@ import timm
 import torch
 from oracle import assert_close
 from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from lightning_acu import acu_layers, convert_to_acu, create_model, fold_acu, round_acu
 
@@ -155,3 +156,22 @@ def test_rounded_back_and_folded_models_can_merge_their_weights(name, move):
     fold_acu(round_acu(move(convert_to_acu(model), 0.4)))
     expected = model(x)
     assert_relatively_close(timm.utils.reparameterize_model(model)(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "node"),
+    [("torchvision/resnet18", "layer3"), ("tf_efficientnet_lite0", "blocks.4"), ("nf_regnet_b0", "stages.1")],
+)
+def test_torch_fx_traces_converted_models(name, node):
+    model = convert_to_acu(create_model(name, num_classes=10)).eval()
+    for _, layer in acu_layers(model):
+        nn.init.uniform_(layer.offsets, -0.7, 0.7)
+    seen = []
+    model.get_submodule(node).register_forward_hook(lambda module, args, output: seen.append(output.clone()))
+    extract = create_feature_extractor(model, {node: "features"})
+    image = torch.randn(1, 3, 65, 80)
+    features = extract(image)["features"]
+    model(image)
+    assert torch.equal(features, seen[-1])
+    features.square().mean().backward()
+    assert any(layer.offsets.grad is not None for _, layer in acu_layers(model))
