@@ -227,16 +227,17 @@ class ACUConv2d(PositionedConv2d):
         return self._conv_forward(input, self.effective_weight(), self.bias)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        padding = self._zeros_around(input)
-        if self.padding_mode != "zeros":
-            input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
+        input, padding = self._pad(input)
         return acu_conv2d(
             input, weight, self.active_offsets(), bias, self.stride, padding, self.dilation, self.groups,
             backend=self.backend,
         )  # fmt: skip
 
-    def _zeros_around(self, input: Tensor) -> Padding:
-        return self.padding
+    def _pad(self, input: Tensor) -> tuple[Tensor, Padding]:
+        """The image, padded where zeros are not what is wanted, and the zeros that the operator adds around it."""
+        if self.padding_mode == "zeros":
+            return input, self.padding
+        return F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
 
     def extra_repr(self) -> str:
         """``nn.Conv2d``'s, and what differs from the defaults here."""
@@ -272,11 +273,11 @@ def _check_plain(conv: nn.Module, cls: type[ACUConv2d]) -> None:
 
 
 def recomputed_parameter(conv: nn.Module) -> str | None:
-    """The one of "weight" and "bias" that is no parameter of the layer's own but computed from others, if any.
+    """The one of "weight", "bias" and "gain" that is no parameter of the layer's own but computed from others, if any.
 
     Weight norm, spectral norm and pruning do that, in hooks or by parametrization.
     """
-    return next((name for name in ("weight", "bias") if name not in conv._parameters), None)
+    return next((n for n in ("weight", "bias", "gain") if n not in conv._parameters and hasattr(conv, n)), None)
 
 
 def _check_own_parameters(conv: nn.Module) -> None:

@@ -12,6 +12,8 @@ from .positions import Plan, expand_kernel, plan_windows
 
 __all__ = ["FoldedConv2d", "PadSame2d", "fold_conv2d", "padding_layer"]
 
+torch.fx.wrap("same_padding")  # depends on numbers that torch.fx does not know while it traces
+
 
 class PadSame2d(nn.Module):
     """Zeros around the image as TensorFlow's "SAME" wants them, which depends on the image's size.

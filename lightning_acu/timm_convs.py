@@ -51,11 +51,13 @@ class TimmACUConv2d(ACUConv2d):
         """Only :class:`ACUConv2d` has free shapes."""
         raise TypeError(f"{cls.__name__} starts from the grid of {cls.plain_class.__name__}; use ACUConv2d")
 
-    def _zeros_around(self, input: Tensor) -> Padding:
+    def _pad(self, input: Tensor) -> tuple[Tensor, Padding]:
         if not self.same_pad:
-            return super()._zeros_around(input)
+            return super()._pad(input)
         top, left, bottom, right = same_padding(input.shape[-2:], self.kernel_size, self.stride, self.dilation)
-        return left, right, top, bottom
+        sides = (left, right, top, bottom)
+        # The operator takes numbers, which an exported program of any height and width does not have.
+        return (F.pad(input, sides), 0) if torch.compiler.is_exporting() else (input, sides)
 
     def _padding_layer(self) -> nn.Module | None:
         if not self.same_pad:

@@ -97,8 +97,9 @@ def convert_to_acu(
         position_groups: sets of positions for each layer.
         fixed_centre: keep the centre tap of odd kernels in place, as in the paper.
         backend: the backend of the new layers.
-        preset: "all", or "C23" (the paper's ACU-C23): all but the first stage, those whose output has the highest
-            resolution. "C23" runs one forward pass in eval mode to see resolutions.
+        preset: "all", or "C23" (the paper's ACU-C23): all but the first stage, which is those of the model's 3x3 and
+            5x5 (and ``kernel_sizes``) convolutions whose output has the highest resolution. "C23" runs one forward
+            pass in eval mode to see resolutions.
         on_unsupported: what to do with a convolution that is meant but that no rule can convert (one of an unknown
             class, a pruned or parametrized one): "skip" it, with its reason in the report, or raise an "error".
 
@@ -146,9 +147,9 @@ def _convert(model: nn.Module, config: ConvertConfig, filter_fn: Callable[[nn.Mo
     names = named_conv2ds(model)
     why_not = _selection(config, filter_fn)
     reasons = {m: why_not(m, aliases) for m, aliases in names.items() if not isinstance(m, ACUConv2d)}
-    meant = [m for m in names if reasons.get(m) is None]  # with those that are active already
-    for module in PRESETS[config.preset](model, meant):
-        if module in reasons:
+    sizes = {(3, 3), (5, 5)} | _sizes(config)  # whatever else the arguments leave out
+    for module in PRESETS[config.preset](model, [m for m in names if tuple(m.kernel_size) in sizes]):  # type: ignore[arg-type]
+        if reasons.get(module, "active already") is None:
             reasons[module] = f"in the first stage, which preset={config.preset!r} leaves as it is"
     unsupported = {m: why_not_convertible(m) for m, reason in reasons.items() if reason is None}
     reasons |= unsupported
@@ -188,8 +189,7 @@ def _selection(
     config: ConvertConfig, filter_fn: Callable[[nn.Module, str], bool] | None
 ) -> Callable[[nn.Module, list[str]], str | None]:
     """From a convolution and its names to the reason why the arguments leave it out, or None."""
-    kernel_sizes = config.kernel_sizes if config.kernel_sizes is not None else [3, 5]
-    sizes = {kernel_size_pair(size) for size in kernel_sizes}
+    kernel_sizes, sizes = config.kernel_sizes or [3, 5], _sizes(config)
     target, exclude = config.target_modules, config.exclude_modules
     targeted, excluded = name_matcher("target_modules", target), name_matcher("exclude_modules", exclude)
 
@@ -211,6 +211,10 @@ def _selection(
         return None
 
     return why_not
+
+
+def _sizes(config: ConvertConfig) -> set[tuple[int, int]]:
+    return {kernel_size_pair(size) for size in ([3, 5] if config.kernel_sizes is None else config.kernel_sizes)}
 
 
 def check_model(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""The paper's variants by name: which of the convolutions that could be converted stay plain.
+"""The paper's variants by name: which convolutions stay plain.
 
 ======  ================================================================================================
 "all"   every one is converted (the paper's "ACU-all")
@@ -22,7 +22,10 @@ def _none(model: nn.Module, convs: Collection[nn.Module]) -> set[nn.Module]:
 
 
 def _first_stage(model: nn.Module, convs: Collection[nn.Module]) -> set[nn.Module]:
-    """Those of ``convs`` whose output has the highest resolution, seen in one forward pass."""
+    """Those of ``convs`` whose output has the highest resolution, seen in one forward pass.
+
+    A stem of another kernel size (7x7, or the 1x1 of the paper's network) is no stage of its own.
+    """
     try:
         sizes = output_sizes(model, default_input_size(model))
     except ValueError as error:
@@ -34,7 +37,7 @@ def _first_stage(model: nn.Module, convs: Collection[nn.Module]) -> set[nn.Modul
     return {conv for conv, area in areas.items() if area == max(areas.values())}
 
 
-#: From the model and the convolutions that the other arguments choose to those that stay plain.
+#: From the model and its 3x3, 5x5 and other convolutions of ``kernel_sizes`` to those of them that stay plain.
 PRESETS: dict[str, Callable[[nn.Module, Collection[nn.Module]], set[nn.Module]]] = {
     "all": _none,
     "C23": _first_stage,

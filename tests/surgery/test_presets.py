@@ -208,3 +208,10 @@ def test_a_lightning_module_is_converted_from_inside_or_by_its_callback(active):
 def test_a_model_without_2d_convolutions_is_an_error(model, preset):
     with pytest.raises(ValueError, match=rf"`model` \(={type(model).__name__}\) has no 2-D convolution"):
         convert_to_acu(model, preset=preset)
+
+
+def test_the_first_stage_is_the_models_own_whatever_else_is_left_out(active):
+    model = convert_to_acu(create_model("resnet18"), preset="C23", exclude_modules=r"layer1\..*")
+    assert len(active(model)) == 12
+    model = convert_to_acu(create_model("efficientnet_b0"), preset="C23", kernel_sizes=[5])  # from the third stage on
+    assert len(active(model)) == 9

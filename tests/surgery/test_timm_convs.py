@@ -9,9 +9,11 @@ from oracle import acu_conv2d_loops, assert_close
 from timm.layers import Conv2dSame, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from timm.layers.padding import pad_same
 from torch import nn
+from torch.nn.utils import prune
 from torchvision.ops import deform_conv2d
 
 from lightning_acu import ACUConv2d, FoldedConv2d, convert_to_acu, fold_acu, round_acu, timm_convs
+from lightning_acu.surgery import NoEffectWarning
 
 ACTIVE = {
     Conv2dSame: timm_convs.ACUConv2dSame,
@@ -262,3 +264,22 @@ def test_each_takes_exactly_its_own_class(cls):
         ACTIVE[cls].from_positions(4, 6, [(0, 1), (1, 0)])
     with pytest.raises(TypeError, match="must be exactly a Conv2d"):
         ACUConv2d.adopt(cls(4, 6, 3))
+
+
+def test_a_gain_that_is_recomputed_is_refused_by_conversion_and_fold():
+    with pytest.warns(NoEffectWarning, match="its gain is recomputed"):
+        convert_to_acu(prune.identity(ScaledStdConv2d(2, 4, 3), "gain"))
+    active = prune.identity(convert_to_acu(ScaledStdConv2d(2, 4, 3)), "gain")
+    with pytest.raises(ValueError, match="gain of this ACUScaledStdConv2d is recomputed"):
+        fold_acu(active)
+
+
+def test_same_padding_is_exported_for_any_height_and_width():
+    model = convert_to_acu(nn.Sequential(Conv2dSame(3, 4, 3, stride=2), Conv2dSame(4, 4, 5, stride=2))).eval()
+    for layer in model:
+        nn.init.uniform_(layer.offsets, -0.7, 0.7)
+    free = torch.export.Dim.DYNAMIC
+    program = torch.export.export(model, (torch.randn(2, 3, 33, 40),), dynamic_shapes=({0: free, 2: free, 3: free},))
+    for size in ((50, 61), (33, 44), (64, 31)):
+        x = torch.randn(3, 3, *size)
+        assert torch.equal(program.module()(x), model(x))
