@@ -84,9 +84,11 @@ def _report(arguments: Sequence[str]) -> None:
             model = load_any(options.ckpt, options.class_path)
         else:
             model = _create(options.model)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", NoEffectWarning)  # the table says as much
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", NoEffectWarning)
                 ConvertConfig(**given).apply(model)
+            for warning in caught:
+                print(f"lightning-acu report: {warning.message}", file=sys.stderr)
         size = tuple(options.input_size) if options.input_size else _size_that_runs(model)
         report = report_acu(model, size)  # type: ignore[arg-type]
     except (ValueError, TypeError, RuntimeError, OSError) as error:
@@ -110,6 +112,8 @@ def _export(arguments: Sequence[str]) -> None:
     parser.add_argument("--one_image", action="store_true", help="a batch of one instead of any")
     options = parser.parse_args(arguments)
     output = options.output or options.ckpt.with_suffix(f".{options.to}")
+    if output.suffix != f".{options.to}":
+        parser.error(f"--output {output} should end in .{options.to}")
     try:
         model = load_any(options.ckpt, options.class_path)
         size = tuple(options.input_size) if options.input_size else default_input_size(model)
@@ -123,6 +127,11 @@ def _export(arguments: Sequence[str]) -> None:
         )
     except (ValueError, TypeError, RuntimeError, OSError, ModuleNotFoundError) as error:
         parser.exit(2, f"lightning-acu export: {error}\n")
+    if not options.input_size:
+        print(
+            f"images are taken to be {'x'.join(map(str, size))}; say --input_size C H W if they are not",
+            file=sys.stderr,
+        )
     batch = "1" if options.one_image else "N"
     print(
         f"{output}: {os.path.getsize(output) / 1e6:.1f} MB, images ({batch}, {', '.join(map(str, size))}); "

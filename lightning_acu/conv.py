@@ -16,7 +16,7 @@ from .geometry import Padding
 from .ops import check_backend
 from .taps import PositionedConv2d
 
-__all__ = ["ACUConv2d", "acu_layers", "recomputed_parameter"]
+__all__ = ["CONFIGURATION", "ACUConv2d", "acu_layers", "recomputed_parameter"]
 
 torch.fx.wrap("acu_conv2d")  # torch.fx (torchvision's create_feature_extractor) records the call, not what is inside
 
@@ -85,7 +85,7 @@ class ACUConv2d(PositionedConv2d):
         _check_own_parameters(conv)
         new = cls.__new__(cls)
         nn.Module.__init__(new)
-        new.__dict__.update({k: v for k, v in conv.__dict__.items() if k in _CONFIGURATION})
+        new.__dict__.update({k: v for k, v in conv.__dict__.items() if k in CONFIGURATION})
         for name, parameter in conv._parameters.items():  # registered also where there is no bias, as in nn.Conv2d
             new.register_parameter(name, parameter)
         new.train(conv.training)
@@ -254,7 +254,7 @@ class ACUConv2d(PositionedConv2d):
 
 
 #: What makes a convolution what it is, besides its parameters: nn.Conv2d's attributes and those of timm's classes.
-_CONFIGURATION = (
+CONFIGURATION = (
     frozenset(vars(nn.Conv2d(1, 1, 1, device="meta"))) - frozenset(vars(nn.Module())) - {"weight", "bias"}
 ) | {"eps", "gain_init", "same_pad", "scale"}
 

@@ -24,7 +24,7 @@ __all__ = ["FORMATS", "export_model"]
 #: Names of the formats, which are the endings of their files too.
 FORMATS = ("onnx", "pt2")
 
-#: Largest difference from the model that an exported one may have, of the largest value of each output (float32).
+#: Largest difference from the model that an exported one may have, of the largest value of each output; more in half.
 _TOLERANCE = 1e-4
 
 #: Protobuf's limit is 2 GB a file; weights beyond this go into a file of their own beside it.
@@ -71,7 +71,13 @@ def export_model(
         if not fold and any(acu_layers(model)):
             raise ValueError("`fold`=False: ONNX knows no active convolutions; leave it True, or export `to`='pt2'")
         _require_onnx()
-    copied = copy.deepcopy(model).eval()
+    try:
+        copied = copy.deepcopy(model).eval()
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"{type(model).__name__} cannot be copied: {error}; some models keep tensors of a forward pass with "
+            "gradients: call model.train() and model.eval(), which lets go of them"
+        ) from error
     like = next(copied.parameters(), torch.empty(0))
     if to == "onnx" and like.dtype not in (torch.float32, torch.float16):
         raise ValueError(f"`model` is in {like.dtype}, which ONNX Runtime cannot run; export model.float()")
@@ -100,7 +106,9 @@ def export_model(
                 run = _write_onnx(program, file) if to == "onnx" else _write_pt2(program, file)
         except Exception as error:
             hint = "; try `dynamic_batch`=False, for one image at a time" if dynamic_batch else ""
-            raise RuntimeError(f"{type(model).__name__} cannot be exported to {to}: {error}{hint}") from error
+            raise RuntimeError(
+                f"{type(model).__name__} cannot be exported to {to}: {str(error)[:1000]}{hint}"
+            ) from error
         got = run(images)
         if len(got) != len(expected):
             raise RuntimeError(f"{path.name} would give {len(got)} outputs, the model {len(expected)}; not kept")
@@ -108,7 +116,7 @@ def export_model(
         worst = max(
             differences, default=0.0, key=lambda difference: (difference != difference, difference)
         )  # NaN first
-        if not worst <= _TOLERANCE:
+        if not worst <= max(_TOLERANCE, 8 * torch.finfo(like.dtype).eps):
             raise RuntimeError(f"{path.name} would differ from the model by {worst:.1e} of the largest value; not kept")
         for written in Path(folder).iterdir():
             os.replace(written, path.parent / written.name)

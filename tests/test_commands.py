@@ -12,7 +12,6 @@ from lightning_acu import ImageClassifier, acu_layers
 from lightning_acu.callbacks import ConvertToACU
 from lightning_acu.cli import main
 from lightning_acu.saving import save_acu
-from lightning_acu.surgery import NoEffectWarning
 
 # ImageClassifier could validate; here it only has to be saved.
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
@@ -120,14 +119,18 @@ def test_report_takes_the_arguments_of_a_conversion(capsys):
 
 @pytest.mark.filterwarnings("ignore::lightning_acu.surgery.NoEffectWarning")
 def test_report_of_a_model_without_anything_to_convert(capsys):
-    text = output(capsys, "report", "--model", "mixer_s32_224", "--input_size", 3, 224, 224)
-    assert "0 of 1 convolutions active, 0 parameters added" in text
-    assert "kernel size 32x32 not among" in text
+    main(["report", "--model", "mixer_s32_224", "--input_size", "3", "224", "224"])
+    shown = capsys.readouterr()
+    assert "0 of 1 convolutions active, 0 parameters added" in shown.out
+    assert "kernel size 32x32 not among" in shown.out
+    assert "converted nothing in MlpMixer" in shown.err
 
 
-def test_report_warns_of_a_conversion_without_effect():
-    with pytest.warns(NoEffectWarning, match="not among target_modules"):
-        main(["report", "--model", "test_resnet", "--target_modules", "nothing"])
+def test_report_says_that_a_conversion_has_no_effect(capsys):
+    main(["report", "--model", "test_resnet", "--target_modules", "nothing"])
+    assert "not among target_modules" in capsys.readouterr().err
+    main(["report", "--model", "test_resnet", "--exclude_modules", "lay1.*"])
+    assert "`exclude_modules`: 'lay1.*' matches no convolution" in capsys.readouterr().err
 
 
 def test_report_of_checkpoints(capsys, classifier, tmp_path):

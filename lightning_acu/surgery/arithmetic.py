@@ -82,6 +82,8 @@ def convolution_calls(
         calls[module].append(Call((output.shape[-2], output.shape[-1]), place.numel() // place.shape[-3]))
 
     training = {module: module.training for module in model.modules()}
+    public = [(name, value) for module in training for name, value in vars(module).items() if not name.startswith("_")]
+    caches = [(value, dict(value)) for _, value in public if type(value) is dict]
     handles = [module.register_forward_hook(record, with_kwargs=True) for module in calls]
     try:
         for module in training:  # not model.eval(), which a model may have taken for "merge the weights now"
@@ -102,6 +104,9 @@ def convolution_calls(
     finally:
         for handle in handles:
             handle.remove()
+        for kept, before in caches:  # LeViT keeps its biases in eval mode, which loading others would not renew
+            kept.clear()
+            kept.update(before)
         for module, flag in training.items():
             module.training = flag
     return calls

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..conv import ACUConv2d
+from ..functional import acu_conv2d
 from ..ops import check_backend
 from .guards import guard_merging
 from .loading import explain_loading
@@ -18,7 +19,7 @@ from .patterns import NoEffectWarning, kernel_size_pair, name_matcher, warn_of_i
 from .presets import PRESETS, check_preset
 from .rules import find_rule, named_conv2ds, why_not_convertible
 
-__all__ = ["ConvertConfig", "check_model", "convert_to_acu"]
+__all__ = ["ConvertConfig", "check_model", "check_not_traced", "convert_to_acu"]
 
 
 @dataclass
@@ -229,3 +230,14 @@ def check_model(model: nn.Module) -> None:
             raise TypeError(f"`model` contains a {name}; convert the plain model first, then compile or wrap it")
         if name == "DataParallel":
             raise TypeError("`model` contains a DataParallel; convert the module inside it")
+    check_not_traced(model)
+
+
+def check_not_traced(model: nn.Module) -> None:
+    """TypeError for what torch.fx traced from active convolutions: it has their calls, but no layers to work on."""
+    for module in model.modules():
+        if isinstance(module, torch.fx.GraphModule) and any(n.target is acu_conv2d for n in module.graph.nodes):
+            raise TypeError(
+                "`model` contains a GraphModule that torch.fx traced from active convolutions, whose layers are gone; "
+                "round or fold the model before it is traced, or trace the plain model and convert that"
+            )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
-from ..conv import acu_layers
-from .convert import check_model
+from ..conv import CONFIGURATION, ACUConv2d, acu_layers
+from .convert import check_model, check_not_traced
 from .guards import guard_merging
 from .loading import explain_loading
 from .marks import FOLDED, RESHAPED, SKIP_REASON
@@ -14,6 +16,10 @@ __all__ = ["fold_acu", "round_acu"]
 
 #: What code that reads the weight of a convolution takes for granted.
 _SHAPE = ("kernel_size", "padding", "dilation", "stride", "groups")
+
+#: What an active convolution has of its own, which its fold does without.
+_OWN_PARAMETERS = frozenset(("weight", "bias", "gain", "offsets"))
+_OWN_ATTRIBUTES = frozenset(("position_groups", "backend", "start", "fixed_tap"))
 
 #: What nn.Module keeps of hooks; a folded layer goes on with those of the layer it was.
 _HOOKS = tuple(
@@ -46,8 +52,10 @@ def fold_acu(model: nn.Module) -> nn.Module:
         except ValueError as error:
             raise ValueError(f"{name or 'the model'}: {error}") from error
     for layer, folded in folds:
-        reshaped = any(getattr(folded, name, None) != getattr(layer, name) for name in _SHAPE)
+        reshaped = getattr(layer, RESHAPED, False)  # by an earlier fold
+        reshaped = reshaped or any(getattr(folded, name, None) != getattr(layer, name) for name in _SHAPE)
         state = vars(folded) | {name: vars(layer)[name] for name in _HOOKS if name in vars(layer)}
+        _keep_the_rest(layer, state)
         layer.__class__ = type(folded)  # type: ignore[assignment]
         vars(layer).clear()
         vars(layer).update(state)
@@ -58,6 +66,17 @@ def fold_acu(model: nn.Module) -> nn.Module:
     guard_merging(model)
     explain_loading(model)
     return model
+
+
+def _keep_the_rest(layer: ACUConv2d, state: dict[str, Any]) -> None:
+    """Into ``state`` what somebody else has put on ``layer``: buffers, modules and attributes that hooks may use."""
+    for kind in ("_parameters", "_buffers", "_modules"):
+        others = {name: value for name, value in vars(layer)[kind].items() if name not in _OWN_PARAMETERS}
+        state[kind] = others | state[kind]
+    state["_non_persistent_buffers_set"] = state["_non_persistent_buffers_set"] | layer._non_persistent_buffers_set
+    for name, value in vars(layer).items():
+        if name not in CONFIGURATION and name not in _OWN_ATTRIBUTES:
+            state.setdefault(name, value)
 
 
 def round_acu(model: nn.Module, *, separate: bool = False) -> nn.Module:
@@ -72,6 +91,7 @@ def round_acu(model: nn.Module, *, separate: bool = False) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__} (={model!r})")
+    check_not_traced(model)
     for _, layer in acu_layers(model):
         layer.round_(separate)
     return model

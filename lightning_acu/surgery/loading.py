@@ -62,9 +62,10 @@ def load_state_dict(
     complete = OrderedDict(state_dict)
     for key, layer in missing.items():
         offsets = layer.offsets.detach()
-        complete[key] = (
-            torch.zeros_like(offsets, device="cpu") if offsets.is_meta else offsets
-        )  # meta: nothing there yet
+        if offsets.is_meta:  # nothing there yet
+            start = torch.zeros(1, 2) if layer.start is None else torch.tensor(layer.start)
+            offsets = start.to(offsets.dtype).expand(layer.position_groups, layer.geometry.taps, 2).flatten()
+        complete[key] = offsets
     if hasattr(state_dict, "_metadata"):
         complete._metadata = state_dict._metadata  # type: ignore[attr-defined]
     result = load(complete, strict=True, assign=assign)
