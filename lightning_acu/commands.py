@@ -18,7 +18,7 @@ from torch import nn
 from .checkpoint import load_any
 from .export import FORMATS, export_model
 from .models import create_model
-from .surgery import ConvertConfig, NoEffectWarning, report_acu
+from .surgery import ACUReport, ConvertConfig, NoEffectWarning, report_acu
 from .surgery.arithmetic import default_input_size
 
 __all__ = ["COMMANDS", "configs_directory"]
@@ -89,8 +89,7 @@ def _report(arguments: Sequence[str]) -> None:
                 ConvertConfig(**given).apply(model)
             for warning in caught:
                 print(f"lightning-acu report: {warning.message}", file=sys.stderr)
-        size = tuple(options.input_size) if options.input_size else _size_that_runs(model)
-        report = report_acu(model, size)  # type: ignore[arg-type]
+        report = report_acu(model, tuple(options.input_size)) if options.input_size else _report_at_its_size(model)
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         parser.exit(2, f"lightning-acu report: {error}\n")
     Console(width=None if sys.stdout.isatty() else 140).print(report.table(every=options.every))
@@ -152,15 +151,13 @@ def _create(name: str) -> nn.Module:
     return create_model(name)
 
 
-def _size_that_runs(model: nn.Module) -> tuple[int, int, int] | None:
-    """The default size, or None, with a remark, for a model that takes something else than one image."""
-    size = default_input_size(model)
+def _report_at_its_size(model: nn.Module) -> ACUReport:
+    """At the default size; without arithmetic, with a remark, for a model that takes something else than one image."""
     try:
-        report_acu(model, size)
+        return report_acu(model, default_input_size(model))
     except ValueError as error:
         print(f"no arithmetic of the whole model: {error}", file=sys.stderr)
-        return None
-    return size
+        return report_acu(model)
 
 
 #: By the first word after ``lightning-acu``.

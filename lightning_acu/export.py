@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from .conv import acu_layers
 from .surgery import fold_acu
 from .surgery.arithmetic import default_input_size
+from .surgery.guards import tensors_in
 
 __all__ = ["FORMATS", "export_model"]
 
@@ -88,7 +88,7 @@ def export_model(
     images = torch.randn(3 if dynamic_batch else 1, *size, generator=generator).to(like)
     try:
         with torch.no_grad():
-            expected = list(_tensors(copied(images)))
+            expected = list(tensors_in(copied(images)))
     except Exception as error:  # whatever this model thinks of its input
         raise ValueError(
             f"`input_size` (={tuple(size)}): {type(model).__name__} does not take such images: "
@@ -129,7 +129,7 @@ def _write_pt2(program: torch.export.ExportedProgram, file: Path) -> Callable[[T
 
     def run(images: Tensor) -> list[Tensor]:
         with torch.no_grad():
-            return list(_tensors(module(images)))
+            return list(tensors_in(module(images)))
 
     return run
 
@@ -183,14 +183,3 @@ def _difference(got: Tensor, expected: Tensor) -> float:
     expected = expected.detach().cpu().double()
     scale = expected.abs().max().clamp(min=1e-30) if expected.numel() else torch.tensor(1.0)
     return float(((got.cpu().double() - expected).abs() / scale).max()) if expected.numel() else 0.0
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """All tensors in whatever a model returns, in the order exporters give them."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, dict):
-        yield from _tensors(list(output.values()))
-    elif isinstance(output, list | tuple):
-        for part in output:
-            yield from _tensors(part)

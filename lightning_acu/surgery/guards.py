@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..conv import ACUConv2d
 from .marks import RESHAPED
 
-__all__ = ["guard_merging"]
+__all__ = ["guard_merging", "tensors_in"]
 
 #: The methods that timm's ``reparameterize_model``, the models' own recipes and torchvision's quantisation call.
 _MERGING = ("fuse", "reparameterize", "switch_to_deploy", "convert_to_deploy", "fuse_model")
@@ -73,7 +73,7 @@ def _merge_if_equal(module: nn.Module, method: str, layers: str, *args: Any, **k
         image, expected = _try(trial)
         merged = getattr(type(trial), method)(trial, *args, **kwargs)
         with torch.no_grad():
-            got = list(_tensors((trial if merged is None else merged)(image)))
+            got = list(tensors_in((trial if merged is None else merged)(image)))
     except Exception as error:  # whatever it is, it would have happened to the model itself
         why = error
     finally:
@@ -98,20 +98,21 @@ def _try(module: nn.Module) -> tuple[Tensor, list[Tensor]]:
         image = torch.randn(2, channels, *size, generator=generator, dtype=torch.float64).to(device)
         try:
             with torch.no_grad():
-                return image, list(_tensors(module(image)))
+                return image, list(tensors_in(module(image)))
         except Exception as error:  # a size or a layout that this module does not take
             why = error
     raise RuntimeError(f"could not try {type(module).__name__} on an image of {channels} channels") from why
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
+def tensors_in(output: Any) -> Iterator[Tensor]:
+    """All tensors in whatever a model returns, in the order exporters give them."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, list | tuple):
         for part in output:
-            yield from _tensors(part)
+            yield from tensors_in(part)
     elif isinstance(output, dict):
-        yield from _tensors(list(output.values()))
+        yield from tensors_in(list(output.values()))
 
 
 def _close(got: Tensor, expected: Tensor) -> bool:
