@@ -27,7 +27,7 @@ __all__ = ["Plan", "Window", "expand_kernel", "expand_kernel_backward", "plan_wi
 _NEIGHBOURS = ((0, 0), (0, 1), (1, 0), (1, 1))
 
 #: Offsets are clamped to this many pixels: far outside any image, and still exact as an integer.
-_FAR = 2.0**20
+FAR = 2.0**20
 
 #: One kernel over all cells is used until it holds this many times the cells of one small kernel per tap.
 #: Such a kernel does more arithmetic, but one large convolution runs nearer to the peak than many small ones.
@@ -89,7 +89,7 @@ def split_offsets(offsets: Tensor) -> tuple[Tensor, Tensor]:
     one-sided derivative this project uses everywhere. A weight written as ``relu(1 - |p - g|)`` has none there.
     Infinite offsets count as far outside the image; NaN stays NaN in the fraction and so reaches the output.
     """
-    clamped = offsets.clamp(-_FAR, _FAR)
+    clamped = offsets.clamp(-FAR, FAR)
     whole = clamped.detach().floor().nan_to_num()
     return whole.long(), clamped - whole
 

@@ -16,12 +16,19 @@ from torch import Tensor
 from ..geometry import ConvGeometry
 from ..positions import Plan, Window, expand_kernel, expand_kernel_backward, plan_windows
 
-__all__ = ["backward", "forward", "pad_or_crop", "why_not"]
+__all__ = ["backward", "forward", "pad_or_crop", "prefers", "why_not"]
 
 
 def why_not(input: Tensor) -> str | None:
     """None: this backend always runs."""
     return None
+
+
+def prefers(
+    input: Tensor, weight: Tensor, offsets: Tensor, geometry: ConvGeometry, needs: Sequence[bool] | None = None
+) -> bool:
+    """Always: it is the last choice."""
+    return True
 
 
 def forward(input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, geometry: ConvGeometry) -> Tensor:
@@ -71,8 +78,8 @@ def _input_gradient(
     for window, kernel in zip(plan.windows, kernels, strict=True):
         padded, padding = _place(input, window, geometry)
         part = _convolution_backward(grad, padded, kernel, padding, window, geometry, (True, False))[0]
-        if padded.shape != input.shape:  # the adjoint of padding is cropping, and the other way round
-            top, left, bottom, right = window.padding(geometry)
+        top, left, bottom, right = sides = window.padding(geometry)
+        if not _around(sides):  # the adjoint of padding is cropping, and the other way round
             part = pad_or_crop(part, (-top, -left, -bottom, -right))
         if total is None:
             total = part if len(plan.windows) == 1 else part.to(torch.promote_types(part.dtype, torch.float32))
@@ -115,10 +122,16 @@ def _place(input: Tensor, window: Window, geometry: ConvGeometry) -> tuple[Tenso
 
     A window of its own around both sides needs no copy: the convolution pads. Others are padded or cropped first.
     """
-    top, left, bottom, right = sides = window.padding(geometry)
-    if top == bottom >= 0 and left == right >= 0:
-        return _canonical(input), (top, left)
+    sides = window.padding(geometry)
+    if _around(sides):
+        return _canonical(input), sides[:2]
     return _canonical(pad_or_crop(input, sides)), (0, 0)
+
+
+def _around(sides: tuple[int, int, int, int]) -> bool:
+    """Whether a convolution can pad so by itself."""
+    top, left, bottom, right = sides
+    return top == bottom >= 0 and left == right >= 0
 
 
 def pad_or_crop(image: Tensor, sides: tuple[int, int, int, int]) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..geometry import ConvGeometry
-from . import dense
+from . import cython_cpu, dense
 
 __all__ = ["BACKENDS", "Backend", "acu_conv2d_op", "available_backends", "check_backend", "without_autocast"]
 
@@ -32,6 +32,19 @@ class Backend(Protocol):
 
     def why_not(self, input: Tensor) -> str | None:
         """Why this backend cannot serve ``input``, or None."""
+
+    def prefers(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        offsets: Tensor,
+        geometry: ConvGeometry,
+        needs: Sequence[bool] | None = None,
+    ) -> bool:
+        """Whether "auto" should take it where it can run: it is faster than those after it in ``BACKENDS``.
+
+        ``needs``: None for the forward pass, otherwise which gradients the backward pass is asked for.
+        """
 
     def forward(
         self, input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, geometry: ConvGeometry
@@ -50,8 +63,8 @@ class Backend(Protocol):
         """Gradients of input, weight and offsets, each where ``needs`` asks for it."""
 
 
-#: Fastest first: "auto" takes the first that can run. ("reference" is no entry: autograd runs through it directly.)
-BACKENDS: dict[str, Backend] = {"dense": cast(Backend, dense)}
+#: "auto" takes the first that can run and prefers to. ("reference" is no entry: autograd runs through it directly.)
+BACKENDS: dict[str, Backend] = {"cython": cast(Backend, cython_cpu), "dense": cast(Backend, dense)}
 
 
 def available_backends() -> tuple[str, ...]:
@@ -66,14 +79,22 @@ def check_backend(backend: str) -> str:
     return backend
 
 
-def _select(backend: str, input: Tensor) -> Backend:
-    """The backend to run: the one named, which has to be able to, or for "auto" the first that is."""
+def _select(
+    backend: str,
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    geometry: ConvGeometry,
+    needs: Sequence[bool] | None = None,
+) -> Backend:
+    """The backend to run: the one named, which has to be able to, or for "auto" the first that can and prefers to."""
     if backend != "auto":
         reason = BACKENDS[check_backend(backend)].why_not(input)
         if reason is not None:
             raise RuntimeError(f"`backend` (={backend!r}) cannot run here: {reason}")
         return BACKENDS[backend]
-    return next(candidate for candidate in BACKENDS.values() if candidate.why_not(input) is None)
+    able = (candidate for candidate in BACKENDS.values() if candidate.why_not(input) is None)
+    return next(candidate for candidate in able if candidate.prefers(input, weight, offsets, geometry, needs))
 
 
 def _geometry(
@@ -113,7 +134,8 @@ def acu_conv2d_op(
     geometry = _geometry(weight, stride, padding, dilation, groups)
     # The caller has cast for autocast already; inside, it would take the float32 positions down too.
     with without_autocast(input.device.type):
-        output = _select(backend, input).forward(input, weight, offsets, bias, geometry)
+        chosen = _select(backend, input, weight, offsets, geometry)
+        output = chosen.forward(input, weight, offsets, bias, geometry)
     return output.contiguous(memory_format=_memory_format(input, weight))
 
 
@@ -149,7 +171,8 @@ def acu_conv2d_backward_op(
     """Gradients of input, weight and offsets; an empty tensor for each that ``needs`` does not ask for."""
     geometry = _geometry(weight, stride, padding, dilation, groups)
     with without_autocast(input.device.type):
-        grads = _select(backend, input).backward(grad, input, weight, offsets, geometry, needs)
+        chosen = _select(backend, input, weight, offsets, geometry, needs)
+        grads = chosen.backward(grad, input, weight, offsets, geometry, needs)
     grad_input, grad_weight, grad_offsets = (
         like.new_empty(0) if found is None else found.contiguous(memory_format=_preserved(like))
         for found, like in zip(grads, (input, weight, offsets), strict=True)

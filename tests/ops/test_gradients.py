@@ -8,7 +8,7 @@ from oracle import GEOMETRY, assert_close
 
 from lightning_acu import acu_conv2d, convert_to_acu
 
-backends = pytest.mark.parametrize("backend", ["reference", "dense"])
+backends = pytest.mark.parametrize("backend", ["reference", "dense", "cython"])
 
 
 @backends
@@ -55,13 +55,29 @@ def test_positions_of_a_converted_network_get_gradients_at_step_0():
         assert (gradient[~layer.movable] == 0).all()
 
 
+fast_backends = pytest.mark.parametrize("backend", ["dense", "cython"])
+
+
+@fast_backends
+def test_input_gradient_of_whole_pixel_shifts(backend):
+    """Tap groups that shift the image without changing its size: dense once forgot to shift the gradient back."""
+    leaves = [torch.randn(shape).double().requires_grad_() for shape in ((1, 4, 2, 2), (12, 4, 1, 1))]
+    offsets = torch.tensor([[[0.0, 1.0]], [[-1.0, 0.0]]]).double()
+    results = []
+    for name in (backend, "reference"):
+        output = acu_conv2d(*leaves, offsets, backend=name)
+        results.append(torch.autograd.grad(output, leaves[0], torch.linspace(-1, 1, 48).double().view(1, 12, 2, 2))[0])
+    assert_close(*results)
+
+
+@fast_backends
 @pytest.mark.parametrize("needed", [(0,), (1,), (2,), (3,), (0, 2), (1, 3)])
-def test_each_gradient_alone_equals_the_gradient_among_all(case, needed):
-    output = acu_conv2d(*case, **GEOMETRY, backend="dense")
+def test_each_gradient_alone_equals_the_gradient_among_all(case, needed, backend):
+    output = acu_conv2d(*case, **GEOMETRY, backend=backend)
     direction = torch.randn_like(output)
     every = torch.autograd.grad(output, case, direction)
     some = [tensor.detach().requires_grad_(index in needed) for index, tensor in enumerate(case)]
-    acu_conv2d(*some, **GEOMETRY, backend="dense").backward(direction)
+    acu_conv2d(*some, **GEOMETRY, backend=backend).backward(direction)
     for index, tensor in enumerate(some):
         if index in needed:
             assert_close(tensor.grad, every[index])
@@ -73,20 +89,22 @@ def test_reference_has_second_derivatives(case):
     assert torch.autograd.gradgradcheck(lambda *tensors: acu_conv2d(*tensors, **GEOMETRY, backend="reference"), case)
 
 
-def test_double_backward_of_a_fast_backend_says_what_to_do(case):
-    output = acu_conv2d(*case, **GEOMETRY, backend="dense")
+@fast_backends
+def test_double_backward_of_a_fast_backend_says_what_to_do(case, backend):
+    output = acu_conv2d(*case, **GEOMETRY, backend=backend)
     (gradient,) = torch.autograd.grad(output.square().sum(), case[0], create_graph=True)
     with pytest.raises(RuntimeError, match="use backend='reference' for double backward"):
         gradient.sum().backward()
 
 
-def test_no_gradient_is_left_unwritten(case, monkeypatch):
+@fast_backends
+def test_no_gradient_is_left_unwritten(case, monkeypatch, backend):
     """torch.empty filled with NaN: whatever a backend forgets to write shows."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True)
     try:
         input, weight, offsets, bias = case
-        output = acu_conv2d(input, weight, offsets * 4, bias, **GEOMETRY, backend="dense")
+        output = acu_conv2d(input, weight, offsets * 4, bias, **GEOMETRY, backend=backend)
         gradients = torch.autograd.grad(output.sum(), case)
     finally:
         torch.use_deterministic_algorithms(False)
@@ -111,7 +129,7 @@ pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
     channels_last=st.booleans(),
     seed=st.integers(0, 2**20),
 )
-def test_dense_equals_reference_for_any_shape(
+def test_every_backend_equals_reference_for_any_shape(
     size, kernel, stride, padding, dilation, groups, position_groups, batch, scale, whole, channels_last, seed
 ):
     if any(s + 2 * p < d * (k - 1) + 1 for s, p, d, k in zip(size, padding, dilation, kernel, strict=True)):
@@ -128,10 +146,12 @@ def test_dense_equals_reference_for_any_shape(
     if channels_last:
         input = input.contiguous(memory_format=torch.channels_last)
     results = []
-    for backend in ("dense", "reference"):
+    for backend in ("reference", "dense", "cython"):
         leaves = [tensor.clone().requires_grad_() for tensor in (input, weight, offsets, bias)]
         output = acu_conv2d(*leaves, stride, padding, dilation, groups, backend=backend)
         direction = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).reshape(output.shape)
         results.append([output.detach(), *torch.autograd.grad(output, leaves, direction)])
-    for dense, reference in zip(*results, strict=True):
-        assert_close(dense, reference, 1e-10)
+    reference, *others = results
+    for other in others:
+        for actual, expected in zip(other, reference, strict=True):
+            assert_close(actual, expected, 1e-10)

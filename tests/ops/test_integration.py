@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_acu import acu_conv2d
 from lightning_acu.ops import acu_conv2d_op
 
-backends = pytest.mark.parametrize("backend", ["reference", "dense"])
+backends = pytest.mark.parametrize("backend", ["reference", "dense", "cython"])
 
 
 @backends

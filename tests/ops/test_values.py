@@ -10,7 +10,7 @@ from torchvision.ops import deform_conv2d
 
 from lightning_acu import acu_conv2d
 
-BACKENDS = ["reference", "dense", "auto"]
+BACKENDS = ["reference", "dense", "cython", "auto"]
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
 

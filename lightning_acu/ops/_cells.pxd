@@ -1,0 +1,193 @@
+"""The integer cells around taps, their weights, and the blocks of images that they are read from."""
+
+from libc.string cimport memset
+
+from ._vectors cimport blend, copy, real
+
+cdef enum:
+    BAND = 32768  # elements of a band of a channel block: with its output it stays in a level-2 cache
+    LANES = 64  # at most, of any instruction set
+    TABLE = 1024  # cells of the largest bounding box that is looked up in a table; larger ones are searched
+
+
+cdef struct Layer:
+    long lanes
+    long outputs  # channels per group
+    long inputs
+    long taps
+    long per_position  # output channels that share their positions
+    long stride_y
+    long stride_x
+
+
+cdef struct Box:  # of the cells that meet the image, seen from input pixel `output * stride`; height 0: there are none
+    long top
+    long left
+    long height
+    long width
+
+
+cdef struct Cells:  # of one block of channels; arrays of the caller
+    long first  # position groups that they were found for; last 0: none yet
+    long last
+    long count
+    long* row  # within the box
+    long* column
+    long* index  # [position group of the block, tap, neighbour]; -1: outside, or without weight
+    long* table
+
+
+cdef inline bint meets(long cell, long size, long out_size, long stride) noexcept nogil:
+    """Whether any output pixel sees `cell` inside the image, along one axis."""
+    return cell < size and cell + (out_size - 1) * stride >= 0
+
+
+cdef inline double share_of(const double[:, :, ::1] fraction, long p, long k, int neighbour) noexcept nogil:
+    """The bilinear weight of a tap's neighbour 2 * row + column."""
+    cdef double y = fraction[p, k, 0], x = fraction[p, k, 1]
+    return (y if neighbour & 2 else 1 - y) * (x if neighbour & 1 else 1 - x)
+
+
+cdef inline Box box_of(
+    const long[:, :, ::1] cell, const double[:, :, ::1] fraction, long height, long width, long out_height,
+    long out_width, const Layer* layer, bint all_neighbours,
+) noexcept nogil:
+    cdef Box box
+    cdef long p, k, y, x, bottom = -(1 << 60), right = -(1 << 60)
+    cdef int neighbour
+    box.top = box.left = 1 << 60
+    for p in range(cell.shape[0]):
+        for k in range(cell.shape[1]):
+            for neighbour in range(4):
+                y, x = cell[p, k, 0] + (neighbour >> 1), cell[p, k, 1] + (neighbour & 1)
+                if (
+                    meets(y, height, out_height, layer.stride_y)
+                    and meets(x, width, out_width, layer.stride_x)
+                    and (all_neighbours or share_of(fraction, p, k, neighbour) != 0)
+                ):
+                    box.top, box.left = min(box.top, y), min(box.left, x)
+                    bottom, right = max(bottom, y), max(right, x)
+    if bottom < box.top:
+        box.top = box.left = box.height = box.width = 0
+    else:
+        box.height, box.width = bottom - box.top + 1, right - box.left + 1
+    return box
+
+
+cdef inline void find_cells(
+    const Box* box, const long[:, :, ::1] cell, const double[:, :, ::1] fraction, long first, long last,
+    bint all_neighbours, Cells* cells,
+) noexcept nogil:
+    """The distinct cells of position groups first to last (exclusive)."""
+    cdef long p, k, y, x, found, area = box.height * box.width
+    cdef long* index = cells.index
+    cdef int neighbour
+    cells.first, cells.last, cells.count = first, last, 0
+    if area <= TABLE:
+        memset(cells.table, 0xFF, area * sizeof(long))  # -1
+    for p in range(first, last):
+        for k in range(cell.shape[1]):
+            for neighbour in range(4):
+                y, x = cell[p, k, 0] + (neighbour >> 1) - box.top, cell[p, k, 1] + (neighbour & 1) - box.left
+                index[0] = -1
+                if y >= 0 and y < box.height and x >= 0 and x < box.width and (
+                    all_neighbours or share_of(fraction, p, k, neighbour) != 0
+                ):
+                    if area <= TABLE:
+                        found = cells.table[y * box.width + x]
+                    else:
+                        found = cells.count - 1
+                        while found >= 0 and (cells.row[found] != y or cells.column[found] != x):
+                            found -= 1
+                    if found < 0:
+                        found = cells.count
+                        cells.row[found], cells.column[found] = y, x
+                        cells.count += 1
+                        if area <= TABLE:
+                            cells.table[y * box.width + x] = found
+                    index[0] = found
+                index += 1
+
+
+cdef inline void spread_weight(
+    const Layer* layer, const real[:, :, :] weight, const double[:, :, ::1] fraction, const Cells* cells, bint to_output,
+    long first, long last, real* kernel,
+) noexcept nogil:
+    """kernel[part, cell, lane]: the weight of channels first to last (outputs, or inputs) spread over the cells.
+
+    The lane of an output channel reads `inputs` parts; the lane of an input channel is read by `outputs` parts.
+    """
+    cdef long parts = layer.inputs if to_output else layer.outputs, part, lane, end, k, i
+    cdef long output[LANES]
+    cdef long input[LANES]
+    cdef long position[LANES]
+    cdef real column[LANES]
+    cdef const long* index
+    cdef real* to
+    cdef real share
+    cdef int neighbour
+    memset(kernel, 0, parts * cells.count * layer.lanes * sizeof(real))
+    for part in range(parts):
+        for lane in range(last - first):
+            if to_output:
+                output[lane], input[lane] = first + lane, part
+            else:
+                output[lane] = (first + lane) // layer.inputs * layer.outputs + part
+                input[lane] = (first + lane) % layer.inputs
+            position[lane] = output[lane] // layer.per_position
+        for k in range(layer.taps):
+            for lane in range(last - first):
+                column[lane] = weight[output[lane], input[lane], k]
+            lane = 0
+            while lane < last - first:  # a run of lanes that share their positions
+                end = lane + 1
+                while end < last - first and position[end] == position[lane]:
+                    end += 1
+                index = cells.index + ((position[lane] - cells.first) * layer.taps + k) * 4
+                for neighbour in range(4):
+                    if index[neighbour] >= 0:
+                        share = <real>share_of(fraction, position[lane], k, neighbour)
+                        to = kernel + (part * cells.count + index[neighbour]) * layer.lanes
+                        for i in range(lane, end):
+                            to[i] += share * column[i]
+                lane = end
+
+
+cdef inline void copy_pixels(
+    const real* image, long pixels, long channels, const Layer* layer, bint to_output, long first, long last, long part,
+    real* to,
+) noexcept nogil:
+    """to[pixel, lane]: of the image's channels, the one that is `part` of the channel `first + lane`."""
+    cdef long channel, pixel, own = layer.outputs if to_output else layer.inputs
+    cdef long other = layer.inputs if to_output else layer.outputs
+    cdef const real* source = image + first
+    cdef real one = 1
+    if own == 1 and other == 1 and last - first == layer.lanes:
+        copy(pixels, source, channels, to)
+        return
+    if own == 1 and other == 1:
+        blend(1, pixels, last - first, &source, &one, channels, to, layer.lanes)
+        return
+    for channel in range(first, last):
+        source = image + channel // own * other + part
+        for pixel in range(pixels):
+            to[pixel * layer.lanes + channel - first] = source[pixel * channels]
+
+
+cdef inline void copy_band(
+    const real* image, long height, long width, long channels, long top, long left, long rows, long row,
+    const Layer* layer, bint to_output, long first, long last, long part, real* to,
+) noexcept nogil:
+    """Rows top to top + rows, pixels left to left + row of one image, with zeros where it has none."""
+    cdef long y, start = max(-left, 0), end = min(width - left, row)
+    for y in range(top, top + rows):
+        if y < 0 or y >= height or start >= end:
+            memset(to, 0, row * layer.lanes * sizeof(real))
+        else:
+            memset(to, 0, start * layer.lanes * sizeof(real))
+            copy_pixels(
+                image + (y * width + left + start) * channels, end - start, channels, layer, to_output, first, last,
+                part, to + start * layer.lanes,
+            )
+            memset(to + end * layer.lanes, 0, (row - end) * layer.lanes * sizeof(real))
+        to += row * layer.lanes

@@ -1,0 +1,355 @@
+# distutils: language = c
+"""Active convolution as a matrix product over interpolated taps, on channels_last images.
+
+A block of output pixels is interpolated at every tap into a buffer that stays in the cache and is multiplied there by
+the packed weight. Work is cut by geometry alone and no two threads add to the same number, so results do not depend on
+the number of threads. Arrays are allocated and checked by the caller (`cython_cpu.py`).
+
+Names: N images, K taps, P position groups; a *piece* is a run of output channels that share one convolution group and
+one position group; a *panel* is WIDTH = 2 * lanes columns of a packed matrix, the last one of a run filled with zeros.
+"""
+
+from cython.parallel cimport prange, threadid
+from libc.string cimport memcpy, memset
+
+from ._sampling cimport Grid, Tap, sample, spread
+from ._vectors cimport DEPTH, DEPTH_STRIDE, Buffer, lanes, multiply_rows, multiply_transposed, real, tile_rows
+
+cdef enum:
+    #: Output pixels of a block: a multiple of every tile's height. Also what limits a thread's buffer.
+    BLOCK = 96
+    #: Output pixels over which one product of the weight gradient sums, and output channels it covers.
+    LONG_BLOCK = 240
+    CHANNELS = 504
+
+cdef struct Piece:
+    long first  # output channels
+    long last
+    long group
+    long positions
+
+
+cdef inline Piece piece_at(long channel, long end, long per_group, long per_position) noexcept nogil:
+    """The piece that starts at output `channel`, at most to `end`."""
+    cdef Piece piece
+    piece.first = channel
+    piece.group = channel // per_group
+    piece.positions = channel // per_position
+    piece.last = min(min((piece.group + 1) * per_group, (piece.positions + 1) * per_position), end)
+    return piece
+
+
+cdef inline Grid grid_of(shape, out_shape, stride):
+    return Grid(shape[1], shape[2], shape[3], out_shape[1], out_shape[2], stride[0], stride[1])
+
+
+cdef inline Tap tap_at(const long[:, :, ::1] cell, const double[:, :, ::1] fraction, long p, long k) noexcept nogil:
+    cdef Tap tap
+    tap.row, tap.column = cell[p, k, 0], cell[p, k, 1]
+    tap.fraction_y, tap.fraction_x = fraction[p, k, 0], fraction[p, k, 1]
+    return tap
+
+
+cdef inline long ceil_div(long a, long b) noexcept nogil:
+    return (a + b - 1) // b
+
+
+cdef void pack_for_output(
+    const real[:, :, :] weight, long groups, long position_groups, real* packed, int threads, int width
+):
+    """weight (C_out, C_in/groups, K) to packed: for each piece and panel, (K * C_in/groups, WIDTH)."""
+    cdef long c_out = weight.shape[0], depth = weight.shape[1] * weight.shape[2], channel = 0, panel
+    cdef Piece piece
+    while channel < c_out:
+        piece = piece_at(channel, c_out, c_out // groups, c_out // position_groups)
+        for panel in prange(ceil_div(piece.last - channel, width), nogil=True, num_threads=threads):
+            pack_output_panel(
+                weight, piece.first + panel * width, min(piece.first + (panel + 1) * width, piece.last),
+                packed + panel * depth * width, width,
+            )
+        packed += ceil_div(piece.last - channel, width) * depth * width
+        channel = piece.last
+
+
+cdef void pack_output_panel(
+    const real[:, :, :] weight, long first, long last, real* to, long width
+) noexcept nogil:
+    """Output channels first to last: to[k * C_in/groups + ci, co - first]. In blocks that fit the L1 cache."""
+    cdef long inputs = weight.shape[1], taps = weight.shape[2], ci, block, lane, k
+    if last - first < width:
+        memset(to, 0, inputs * taps * width * sizeof(real))
+    for block in range(0, inputs, 16):
+        for lane in range(last - first):
+            for k in range(taps):
+                for ci in range(block, min(block + 16, inputs)):
+                    to[(k * inputs + ci) * width + lane] = weight[first + lane, ci, k]
+
+
+cdef void pack_for_input(const real[:, :, :] weight, long groups, real* packed, int threads, int width):
+    """weight (C_out, C_in/groups, K) to packed: for each group and panel of its inputs, (K, C_out/groups, WIDTH)."""
+    cdef long panels = ceil_div(weight.shape[1], width), job
+    for job in prange(groups * panels, nogil=True, num_threads=threads):
+        pack_input_panel(weight, groups, job // panels, job % panels * width, packed, width)
+
+
+cdef void pack_input_panel(
+    const real[:, :, :] weight, long groups, long group, long first, real* packed, int width
+) noexcept nogil:
+    cdef long per_group = weight.shape[0] // groups, inputs = weight.shape[1], taps = weight.shape[2], co, k, ci
+    cdef long last = min(first + width, inputs)
+    cdef real* to = packed + (group * ceil_div(inputs, width) + first // width) * taps * per_group * width
+    if last - first < width:
+        memset(to, 0, taps * per_group * width * sizeof(real))
+    for co in range(per_group):
+        for k in range(taps):
+            for ci in range(first, last):
+                to[(k * per_group + co) * width + ci - first] = weight[group * per_group + co, ci, k]
+
+
+def forward(
+    const real[:, :, :, ::1] image, const real[:, :, :] weight, const real[::1] bias, const long[:, :, ::1] cell,
+    const double[:, :, ::1] fraction, long groups, stride, real[:, :, :, ::1] output, int threads,
+):
+    """output OUT (N, H_out, W_out, C_out).
+
+    image IN (N, H, W, C_in); weight IN (C_out, C_in/groups, K), any strides; bias IN (C_out,) or None; cell IN
+    (P, K, 2) and fraction IN (P, K, 2): whole and fractional part of the tap positions.
+    """
+    cdef Grid grid = grid_of(image.shape, output.shape, stride)
+    cdef long pixels = output.shape[0] * output.shape[1] * output.shape[2], c_out = output.shape[3]
+    cdef long pieces = groups * cell.shape[0], blocks = ceil_div(pixels, BLOCK), slices = 1, job
+    cdef int width = 2 * lanes(<real*>NULL)
+    cdef Buffer packed = Buffer(
+        (c_out + pieces * width) * weight.shape[1] * weight.shape[2], sizeof(real)
+    )
+    cdef Buffer buffer = Buffer(threads * BLOCK * DEPTH_STRIDE, sizeof(real))
+    pack_for_output(weight, groups, cell.shape[0], <real*>packed.data, threads, width)
+    if blocks < threads:  # too few pixels for all threads: they share the output channels as well
+        slices = max(1, min(ceil_div(threads, max(blocks, 1)), ceil_div(c_out, width)))
+    else:  # as many pixels for each thread
+        blocks = ceil_div(blocks, threads) * threads
+    for job in prange(blocks * slices, nogil=True, num_threads=threads, schedule="static"):
+        forward_block(
+            &grid, image, <const real*>packed.data, bias, cell, fraction, groups, pixels * (job // slices) // blocks,
+            pixels * (job // slices + 1) // blocks, job % slices, slices, output,
+            <real*>buffer.data + threadid() * BLOCK * DEPTH_STRIDE, width,
+        )
+
+
+cdef void forward_block(
+    const Grid* grid, const real[:, :, :, ::1] image, const real* packed, const real[::1] bias,
+    const long[:, :, ::1] cell, const double[:, :, ::1] fraction, long groups, long first, long last, long part,
+    long parts, real[:, :, :, ::1] output, real* buffer, long width,
+) noexcept nogil:
+    """Output pixels first to last and, of every piece, one of `parts` equal shares of its panels."""
+    cdef long c_out = output.shape[3], inputs = grid.channels // groups, depth = inputs * cell.shape[1]
+    cdef long channel = 0, offset = 0, panels, start, columns, q, end, at, k, count
+    cdef const real* source = &image[0, 0, 0, 0]
+    cdef real* to = &output[0, 0, 0, 0] + first * c_out
+    cdef Piece piece
+    cdef Tap tap
+    while channel < c_out:
+        piece = piece_at(channel, c_out, c_out // groups, c_out // cell.shape[0])
+        panels = ceil_div(piece.last - channel, width)
+        start = panels * part // parts * width
+        columns = min(panels * (part + 1) // parts * width, piece.last - channel) - start
+        q = 0 if columns > 0 else depth
+        while q < depth:
+            end = min(q + DEPTH, depth)
+            at = q
+            while at < end:
+                k = at // inputs
+                count = min((k + 1) * inputs, end) - at
+                tap = tap_at(cell, fraction, piece.positions, k)
+                sample(
+                    grid, &tap, source, piece.group * inputs + at - k * inputs, count, first, last, buffer + at - q,
+                    DEPTH_STRIDE,
+                )
+                at += count
+            multiply_rows(
+                last - first, columns, end - q, buffer, packed + offset + start * depth + q * width, depth * width,
+                to + channel + start, c_out, <const real*>NULL if bias is None or q else &bias[channel + start], q > 0,
+            )
+            q = end
+        offset += panels * depth * width
+        channel = piece.last
+
+
+def backward_image(
+    const real[:, :, :, ::1] gradient, const real[:, :, :, ::1] image, const real[:, :, :] weight,
+    const long[:, :, ::1] cell, const double[:, :, ::1] fraction, long groups, stride, real[:, :, :, ::1] grad_image,
+    double[:, :, ::1] grad_cell, int threads,
+):
+    """The gradients of image and positions, from that of the samples: the adjoint of interpolation.
+
+    gradient IN (N, H_out, W_out, C_out); grad_image INOUT (N, H, W, C_in), zeros before; grad_cell OUT (P, K, 2);
+    each of the two None where it is not wanted.
+    """
+    cdef Grid grid = grid_of(image.shape, gradient.shape, stride)
+    cdef int width = 2 * lanes(<real*>NULL)
+    cdef long per_group = weight.shape[0] // groups, panels = groups * ceil_div(weight.shape[1], width)
+    cdef long images = image.shape[0], parts = 1, job, sums_size = cell.shape[0] * cell.shape[1] * 4
+    cdef long size = width + BLOCK * (width + ceil_div(per_group, DEPTH) * DEPTH_STRIDE)
+    cdef Buffer packed = Buffer(panels * weight.shape[2] * per_group * width, sizeof(real))
+    cdef Buffer buffer = Buffer(threads * size, sizeof(real))
+    cdef Buffer sums = Buffer(images * panels * sums_size, sizeof(double))
+    memset(sums.data, 0, images * panels * sums_size * sizeof(double))
+    pack_for_input(weight, groups, <real*>packed.data, threads, width)
+    if images < 4 * threads:
+        parts = min(panels, ceil_div(4 * threads, max(images, 1)))
+    for job in prange(images * parts, nogil=True, num_threads=threads, schedule="static"):
+        backward_image_block(
+            &grid, gradient, image, <const real*>packed.data, cell, fraction, groups, job // parts,
+            panels * (job % parts) // parts, panels * (job % parts + 1) // parts, grad_image,
+            NULL if grad_cell is None else <double*>sums.data + job // parts * panels * sums_size,
+            <real*>buffer.data + threadid() * size, width,
+        )
+    if grad_cell is not None:
+        positions_from_sums(<double*>sums.data, images * panels, fraction, grad_cell)
+
+
+cdef void positions_from_sums(
+    double* sums, long count, const double[:, :, ::1] fraction, double[:, :, ::1] grad_cell
+) noexcept nogil:
+    """sums[count, P, K, row of the cell, (gradient of the row's share, gradient along the row)] to grad_cell."""
+    cdef long p, k, i, size = fraction.shape[0] * fraction.shape[1] * 4
+    cdef double* found
+    for i in range(size, count * size):
+        sums[i % size] += sums[i]
+    for p in range(fraction.shape[0]):
+        for k in range(fraction.shape[1]):
+            found = sums + (p * fraction.shape[1] + k) * 4
+            grad_cell[p, k, 0] = found[2] - found[0] if count else 0
+            grad_cell[p, k, 1] = (
+                (1 - fraction[p, k, 0]) * found[1] + fraction[p, k, 0] * found[3] if count else 0
+            )
+
+
+cdef void backward_image_block(
+    const Grid* grid, const real[:, :, :, ::1] gradient, const real[:, :, :, ::1] image, const real* packed,
+    const long[:, :, ::1] cell, const double[:, :, ::1] fraction, long groups, long number, long first_panel,
+    long last_panel, real[:, :, :, ::1] grad_image, double* sums, real* buffer, long width,
+) noexcept nogil:
+    """One image, panels (counted through all groups) first to last."""
+    cdef long c_out = gradient.shape[3], inputs = grid.channels // groups, outputs = c_out // groups
+    cdef long panels = ceil_div(inputs, width), pixels = grid.out_height * grid.out_width, taps = cell.shape[1]
+    cdef long group, panel, channel, first, last, pixel, q, k, start, columns, block, part, parts
+    cdef real* zeros = buffer
+    cdef real* samples = buffer + width
+    cdef real* rows = samples + BLOCK * width
+    cdef const real* source = <const real*>NULL if sums == NULL else &image[0, 0, 0, 0]
+    cdef real* target = NULL if grad_image is None else &grad_image[0, 0, 0, 0]
+    cdef const real* grads = &gradient[0, 0, 0, 0] + number * pixels * c_out
+    cdef const real* weights
+    cdef Piece piece
+    cdef Tap tap
+    memset(zeros, 0, width * sizeof(real))
+    for block in range(ceil_div(pixels, BLOCK)):
+        first = block * BLOCK
+        last = min(first + BLOCK, pixels)
+        for group in range(first_panel // panels, ceil_div(last_panel, panels)):
+            channel = group * outputs
+            while channel < (group + 1) * outputs:
+                piece = piece_at(channel, (group + 1) * outputs, outputs, c_out // cell.shape[0])
+                parts = ceil_div(piece.last - channel, DEPTH)
+                for part in range(parts):
+                    q = channel + part * DEPTH
+                    for pixel in range(first, last):
+                        memcpy(
+                            rows + (part * BLOCK + pixel - first) * DEPTH_STRIDE, grads + pixel * c_out + q,
+                            min(DEPTH, piece.last - q) * sizeof(real),
+                        )
+                for panel in range(max(first_panel, group * panels), min(last_panel, (group + 1) * panels)):
+                    start = (panel - group * panels) * width
+                    columns = min(width, inputs - start)
+                    for k in range(taps):
+                        tap = tap_at(cell, fraction, piece.positions, k)
+                        weights = packed + ((panel * taps + k) * outputs + channel - group * outputs) * width
+                        for part in range(parts):
+                            multiply_rows(
+                                last - first, columns, min(DEPTH, piece.last - channel - part * DEPTH),
+                                rows + part * BLOCK * DEPTH_STRIDE, weights + part * DEPTH * width, 0, samples, width,
+                                <const real*>NULL, part > 0,
+                            )
+                        spread(
+                            grid, &tap, target, source, group * inputs + start, columns, number * pixels + first,
+                            number * pixels + last, samples, width, zeros,
+                            sums if sums == NULL else sums
+                            + ((panel * cell.shape[0] + piece.positions) * taps + k) * 4,
+                        )
+                channel = piece.last
+
+
+def backward_weight(
+    const real[:, :, :, ::1] gradient, const real[:, :, :, ::1] image, const long[:, :, ::1] cell,
+    const double[:, :, ::1] fraction, long groups, stride, real[:, :, ::1] grad_weight, int threads,
+):
+    """grad_weight OUT (C_out, K, C_in/groups), from gradient IN (N, H_out, W_out, C_out) and image IN (N, H, W, C_in).
+
+    The taps are interpolated again: between the passes only the image is kept.
+    """
+    cdef Grid grid = grid_of(image.shape, gradient.shape, stride)
+    cdef int width = 2 * lanes(<real*>NULL), tile = tile_rows(<real*>NULL)
+    cdef long c_out = gradient.shape[3], inputs = grid.channels // groups, units = 0, channel = 0, thread
+    cdef long size = LONG_BLOCK * (width + ceil_div(min(CHANNELS, c_out // groups), tile) * tile)
+    cdef Buffer buffer = Buffer(threads * size, sizeof(real))
+    while channel < c_out:
+        channel = piece_at(channel, channel + CHANNELS, c_out // groups, c_out // cell.shape[0]).last
+        units += cell.shape[1] * ceil_div(inputs, width)
+    for thread in prange(threads, nogil=True, num_threads=threads, schedule="static", chunksize=1):
+        backward_weight_units(
+            &grid, gradient, image, cell, fraction, groups, units * thread // threads, units * (thread + 1) // threads,
+            grad_weight, <real*>buffer.data + thread * size, width,
+        )
+
+
+cdef void backward_weight_units(
+    const Grid* grid, const real[:, :, :, ::1] gradient, const real[:, :, :, ::1] image, const long[:, :, ::1] cell,
+    const double[:, :, ::1] fraction, long groups, long first_unit, long last_unit, real[:, :, ::1] grad_weight,
+    real* buffer, long width,
+) noexcept nogil:
+    """Units first to last: one unit is a piece (of at most CHANNELS), a tap and a panel of input channels."""
+    cdef long c_out = gradient.shape[3], inputs = grid.channels // groups, taps = cell.shape[1]
+    cdef long pixels = gradient.shape[0] * gradient.shape[1] * gradient.shape[2]
+    cdef long panels = ceil_div(inputs, width), unit, block, start, first, last, channel, k, panel
+    cdef long tile = tile_rows(&grad_weight[0, 0, 0])
+    cdef real* samples = buffer
+    cdef real* packed = buffer + LONG_BLOCK * width
+    cdef const real* source = &image[0, 0, 0, 0]
+    cdef Piece piece
+    cdef Tap tap
+    memset(samples, 0, LONG_BLOCK * width * sizeof(real))
+    for block in range(ceil_div(pixels, LONG_BLOCK)):
+        first = block * LONG_BLOCK
+        last = min(first + LONG_BLOCK, pixels)
+        channel = start = 0  # start: first unit of the piece
+        while channel < c_out and start < last_unit:
+            piece = piece_at(channel, channel + CHANNELS, c_out // groups, c_out // cell.shape[0])
+            if start + taps * panels > first_unit:
+                pack_transposed(&gradient[0, 0, 0, 0], c_out, first, last, piece, packed, tile)
+                for unit in range(max(first_unit, start), min(last_unit, start + taps * panels)):
+                    k, panel = (unit - start) // panels, (unit - start) % panels
+                    tap = tap_at(cell, fraction, piece.positions, k)
+                    sample(
+                        grid, &tap, source, piece.group * inputs + panel * width, min(width, inputs - panel * width),
+                        first, last, samples, width,
+                    )
+                    multiply_transposed(
+                        piece.last - piece.first, min(width, inputs - panel * width), last - first, packed, samples,
+                        &grad_weight[piece.first, k, panel * width], taps * inputs, first > 0,
+                    )
+            start += taps * panels
+            channel = piece.last
+
+
+cdef void pack_transposed(
+    const real* gradient, long c_out, long first, long last, Piece piece, real* to, long tile
+) noexcept nogil:
+    """Output channels of `piece` in tiles: to[tile][pixel - first][channel of the tile]."""
+    cdef long channel = piece.first, pixel, count
+    while channel < piece.last:
+        count = min(tile, piece.last - channel)
+        for pixel in range(first, last):
+            memcpy(to, gradient + pixel * c_out + channel, count * sizeof(real))
+            to += tile
+        channel += tile

@@ -1,0 +1,260 @@
+/* The inner loops of the CPU kernels, written with GCC/Clang vector extensions.
+ *
+ * No include guard: _vector_isa.h includes this file once for each instruction set and element type, with
+ *   REAL       float or double
+ *   BYTES      of one vector register
+ *   TILE_ROWS  rows of a matrix tile: TILE_ROWS * 2 accumulators fill the registers
+ *   NAME(x)    x with the instruction set and the type appended
+ * Pointers never overlap unless a comment says so. Sizes count elements, not bytes.
+ */
+
+#define LANES ((int)(BYTES / sizeof(REAL)))
+#define WIDTH (2 * LANES) /* columns of a matrix tile and of a packed panel */
+
+/* Loads and stores of any alignment, as float or double arrays have it. */
+typedef REAL NAME(vec) __attribute__((vector_size(BYTES), aligned(sizeof(REAL)), may_alias));
+#define VEC NAME(vec)
+#define AT(pointer) (*(VEC *)(pointer))
+#define READ(pointer) (*(const VEC *)(pointer))
+
+/* ---- matrix product: c (rows x columns) = or += a (rows x depth) * b (depth x WIDTH) ----------------------------
+ * a[row * row_step + d * depth_step]; row_step and depth_step are constants after inlining, so that all rows are
+ * addressed from one register. Sums run over d in order and one accumulator holds each, so the result does not depend
+ * on how rows are cut into tiles. */
+ALWAYS_INLINE void NAME(tile)(const int rows, const int vectors, long depth, const REAL *a, const long row_step,
+                              const long depth_step, const REAL *b, VEC *product) {
+    VEC sum[TILE_ROWS][2];
+    UNROLL for (int i = 0; i < rows; i++) UNROLL for (int v = 0; v < vectors; v++) sum[i][v] = (VEC){0};
+    for (long d = 0; d < depth; d++) {
+        VEC panel[2];
+        UNROLL for (int v = 0; v < vectors; v++) panel[v] = READ(b + v * LANES);
+        UNROLL for (int i = 0; i < rows; i++) {
+            REAL value = a[i * row_step];
+            UNROLL for (int v = 0; v < vectors; v++) sum[i][v] += value * panel[v];
+        }
+        a += depth_step;
+        b += WIDTH;
+    }
+    UNROLL for (int i = 0; i < rows; i++) UNROLL for (int v = 0; v < vectors; v++) product[2 * i + v] = sum[i][v];
+}
+
+/* c = start + product, or c += product where accumulate. */
+static void NAME(store)(int rows, int columns, const REAL *product, REAL *c, long ldc, const REAL *start,
+                        int accumulate) {
+    for (int i = 0; i < rows; i++, c += ldc, product += WIDTH)
+        if (accumulate)
+            for (int j = 0; j < columns; j++) c[j] += product[j];
+        else if (start)
+            for (int j = 0; j < columns; j++) c[j] = start[j] + product[j];
+        else
+            memcpy(c, product, columns * sizeof(REAL));
+}
+
+#define TILE_CASE(n)                                                                                 \
+    case n:                                                                                          \
+        if (columns > LANES) NAME(tile)(n, 2, depth, a, row_step, depth_step, b, product);           \
+        else NAME(tile)(n, 1, depth, a, row_step, depth_step, b, product);                           \
+        break;
+ALWAYS_INLINE void NAME(any_tile)(int rows, long depth, const REAL *a, const long row_step, const long depth_step,
+                                  const REAL *b, REAL *c, long ldc, const REAL *start, int accumulate, int columns) {
+    VEC product[TILE_ROWS * 2];
+    switch (rows) {
+        TILE_CASE(1) TILE_CASE(2) TILE_CASE(3) TILE_CASE(4)
+#if TILE_ROWS > 4
+        TILE_CASE(5) TILE_CASE(6)
+#endif
+#if TILE_ROWS > 6
+        TILE_CASE(7) TILE_CASE(8) TILE_CASE(9) TILE_CASE(10) TILE_CASE(11) TILE_CASE(12)
+#endif
+    }
+    NAME(store)(rows, columns, (const REAL *)product, c, ldc, start, accumulate);
+}
+
+/* c (rows x columns, leading dimension ldc) = start + a b, or c += a b where accumulate.
+ * a: (rows x depth), leading dimension DEPTH_STRIDE.  b: panels of WIDTH columns, panel_step apart, each (depth x WIDTH),
+ * padded with zeros.  start: (columns) or NULL. */
+static void NAME(multiply_rows)(long rows, long columns, long depth, const REAL *a, const REAL *b, long panel_step,
+                                REAL *c, long ldc, const REAL *start, int accumulate) {
+    long tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+    for (long j = 0; j < columns; j += WIDTH, b += panel_step) {
+        int width = columns - j < WIDTH ? (int)(columns - j) : WIDTH;
+        for (long t = 0, i = 0; t < tiles; t++) { /* tiles of nearly equal height: a last one of 1 row is slow */
+            int height = (int)((rows - i + tiles - t - 1) / (tiles - t));
+            NAME(any_tile)(height, depth, a + i * DEPTH_STRIDE, DEPTH_STRIDE, 1, b, c + i * ldc + j, ldc,
+                           start ? start + j : NULL, accumulate, width);
+            i += height;
+        }
+    }
+}
+
+/* The same for one panel b and a transposed: blocks of TILE_ROWS rows, each (depth x TILE_ROWS). */
+static void NAME(multiply_transposed)(long rows, int columns, long depth, const REAL *a, const REAL *b, REAL *c,
+                                      long ldc, int accumulate) {
+    for (long i = 0; i < rows; i += TILE_ROWS, a += depth * TILE_ROWS) {
+        int height = rows - i < TILE_ROWS ? (int)(rows - i) : TILE_ROWS;
+        NAME(any_tile)(height, depth, a, 1, TILE_ROWS, b, c + i * ldc, ldc, NULL, accumulate, columns);
+    }
+}
+
+/* ---- interpolation: to[pixel][channel] = sum over terms of share * from[pixel][channel] --------------------------
+ * `terms` (1 to 4) of the 4 neighbours; pixels are `step` apart in the image and `ld` in the block. */
+ALWAYS_INLINE void NAME(blend_terms)(const int terms, long pixels, long channels, const REAL *const *from,
+                                     const REAL *share, long step, REAL *to, long ld) {
+    for (long p = 0; p < pixels; p++, to += ld) {
+        long c = 0, at = p * step;
+        for (; c + LANES <= channels; c += LANES) {
+            VEC sum = share[0] * READ(from[0] + at + c);
+            UNROLL for (int t = 1; t < terms; t++) sum += share[t] * READ(from[t] + at + c);
+            AT(to + c) = sum;
+        }
+        for (; c < channels; c++) {
+            REAL sum = share[0] * from[0][at + c];
+            UNROLL for (int t = 1; t < terms; t++) sum += share[t] * from[t][at + c];
+            to[c] = sum;
+        }
+    }
+}
+
+static void NAME(blend)(int terms, long pixels, long channels, const REAL *const *from, const REAL *share, long step,
+                        REAL *to, long ld) {
+    switch (terms) {
+        case 0:
+            for (long p = 0; p < pixels; p++) memset(to + p * ld, 0, channels * sizeof(REAL));
+            break;
+        case 1: NAME(blend_terms)(1, pixels, channels, from, share, step, to, ld); break;
+        case 2: NAME(blend_terms)(2, pixels, channels, from, share, step, to, ld); break;
+        case 3: NAME(blend_terms)(3, pixels, channels, from, share, step, to, ld); break;
+        case 4: NAME(blend_terms)(4, pixels, channels, from, share, step, to, ld); break;
+    }
+}
+
+/* ---- adjoint of the interpolation along one row of the image -----------------------------------------------------
+ * Image pixel x receives h = (1 - fraction) here + fraction before from the samples whose left and right neighbour it
+ * is. With row_share the weight of this row:
+ *     gradient[x] += row_share h        sums[0] += image[x] h        sums[1] += image[x] (before - here)
+ * gradient or image may be NULL: then only the other is wanted. */
+ALWAYS_INLINE void NAME(adjoint_of)(const int want_gradient, const int want_sums, long pixels, long channels,
+                                    REAL *gradient, const REAL *image, long step, const REAL *here, long here_step,
+                                    const REAL *before, long before_step, REAL row_share, REAL fraction, double *sums) {
+    VEC value_sum = {0}, slope_sum = {0};
+    REAL value_rest = 0, slope_rest = 0;
+    for (long p = 0; p < pixels; p++) {
+        long c = 0, at = p * step;
+        const REAL *h = here + p * here_step, *b = before + p * before_step;
+        for (; c + LANES <= channels; c += LANES) {
+            VEC slope = READ(b + c) - READ(h + c), value = READ(h + c) + fraction * slope;
+            if (want_gradient) AT(gradient + at + c) += row_share * value;
+            if (want_sums) {
+                VEC pixel = READ(image + at + c);
+                value_sum += value * pixel;
+                slope_sum += slope * pixel;
+            }
+        }
+        for (; c < channels; c++) {
+            REAL slope = b[c] - h[c], value = h[c] + fraction * slope;
+            if (want_gradient) gradient[at + c] += row_share * value;
+            if (want_sums) {
+                value_rest += value * image[at + c];
+                slope_rest += slope * image[at + c];
+            }
+        }
+    }
+    if (want_sums) {
+        double value = value_rest, slope = slope_rest;
+        for (int lane = 0; lane < LANES; lane++) value += value_sum[lane], slope += slope_sum[lane];
+        sums[0] += value;
+        sums[1] += slope;
+    }
+}
+
+static void NAME(adjoint)(long pixels, long channels, REAL *gradient, const REAL *image, long step, const REAL *here,
+                          long here_step, const REAL *before, long before_step, REAL row_share, REAL fraction,
+                          double *sums) {
+    if (gradient && image)
+        NAME(adjoint_of)(1, 1, pixels, channels, gradient, image, step, here, here_step, before, before_step, row_share,
+                         fraction, sums);
+    else if (gradient)
+        NAME(adjoint_of)(1, 0, pixels, channels, gradient, NULL, step, here, here_step, before, before_step, row_share,
+                         fraction, sums);
+    else
+        NAME(adjoint_of)(0, 1, pixels, channels, NULL, image, step, here, here_step, before, before_step, row_share,
+                         fraction, sums);
+}
+
+/* to[pixel] = from[pixel], one vector each. */
+static void NAME(copy)(long pixels, const REAL *from, long step, REAL *to) {
+    for (; pixels >= 4; pixels -= 4, from += 4 * step, to += 4 * LANES) {
+        VEC value[4];
+        UNROLL for (int p = 0; p < 4; p++) value[p] = READ(from + p * step);
+        UNROLL for (int p = 0; p < 4; p++) AT(to + p * LANES) = value[p];
+    }
+    for (; pixels > 0; pixels--, from += step, to += LANES) AT(to) = READ(from);
+}
+
+/* ---- channel by channel: one vector of channels, no sum over them ------------------------------------------------
+ * to[pixel] = start + sum over cells of kernel[cell] * from[pixel + place[cell]], LANES channels at a time; without
+ * start (NULL) the sum is added to what `to` holds. */
+#define RUN 8
+ALWAYS_INLINE void NAME(correlate_pixels)(const int pixels, long cells, const long *place, const REAL *kernel,
+                                          const REAL *from, long from_step, const REAL *start, REAL *to, long to_step) {
+    VEC sum[RUN];
+    UNROLL for (int p = 0; p < pixels; p++) sum[p] = start ? READ(start) : READ(to + p * to_step);
+    for (long cell = 0; cell < cells; cell++) {
+        VEC weight = READ(kernel + cell * LANES);
+        const REAL *first = from + place[cell];
+        UNROLL for (int p = 0; p < pixels; p++) sum[p] += weight * READ(first + p * from_step);
+    }
+    UNROLL for (int p = 0; p < pixels; p++) AT(to + p * to_step) = sum[p];
+}
+
+static void NAME(correlate)(long pixels, long cells, const long *place, const REAL *kernel, const REAL *from,
+                            long from_step, const REAL *start, REAL *to, long to_step) {
+    for (; pixels >= RUN; pixels -= RUN, from += RUN * from_step, to += RUN * to_step)
+        NAME(correlate_pixels)(RUN, cells, place, kernel, from, from_step, start, to, to_step);
+    switch (pixels) {
+        case 1: NAME(correlate_pixels)(1, cells, place, kernel, from, from_step, start, to, to_step); break;
+        case 2: NAME(correlate_pixels)(2, cells, place, kernel, from, from_step, start, to, to_step); break;
+        case 3: NAME(correlate_pixels)(3, cells, place, kernel, from, from_step, start, to, to_step); break;
+        case 4: NAME(correlate_pixels)(4, cells, place, kernel, from, from_step, start, to, to_step); break;
+        case 5: NAME(correlate_pixels)(5, cells, place, kernel, from, from_step, start, to, to_step); break;
+        case 6: NAME(correlate_pixels)(6, cells, place, kernel, from, from_step, start, to, to_step); break;
+        case 7: NAME(correlate_pixels)(7, cells, place, kernel, from, from_step, start, to, to_step); break;
+    }
+}
+
+/* Its adjoint with respect to the kernel: kernel[cell] += sum over pixels of to[pixel] * from[pixel + place[cell]]. */
+ALWAYS_INLINE void NAME(correlate_cells)(const int cells, long pixels, const long *place, REAL *kernel,
+                                         const REAL *from, long from_step, const REAL *to, long to_step) {
+    VEC sum[RUN];
+    UNROLL for (int cell = 0; cell < cells; cell++) sum[cell] = READ(kernel + cell * LANES);
+    for (long p = 0; p < pixels; p++, from += from_step, to += to_step) {
+        VEC value = READ(to);
+        UNROLL for (int cell = 0; cell < cells; cell++) sum[cell] += value * READ(from + place[cell]);
+    }
+    UNROLL for (int cell = 0; cell < cells; cell++) AT(kernel + cell * LANES) = sum[cell];
+}
+
+static void NAME(correlate_kernel)(long pixels, long cells, const long *place, REAL *kernel, const REAL *from,
+                                   long from_step, const REAL *to, long to_step) {
+    for (; cells >= RUN; cells -= RUN, place += RUN, kernel += RUN * LANES)
+        NAME(correlate_cells)(RUN, pixels, place, kernel, from, from_step, to, to_step);
+    if (cells >= 4) {
+        NAME(correlate_cells)(4, pixels, place, kernel, from, from_step, to, to_step);
+        cells -= 4, place += 4, kernel += 4 * LANES;
+    }
+    for (; cells > 0; cells--, place++, kernel += LANES)
+        NAME(correlate_cells)(1, pixels, place, kernel, from, from_step, to, to_step);
+}
+
+static const NAMED(routines) NAME(table) = {
+    LANES, TILE_ROWS, NAME(multiply_rows), NAME(multiply_transposed), NAME(blend), NAME(adjoint), NAME(copy), NAME(correlate),
+    NAME(correlate_kernel),
+};
+
+#undef LANES
+#undef WIDTH
+#undef VEC
+#undef AT
+#undef READ
+#undef TILE_CASE
+#undef RUN
