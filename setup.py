@@ -69,14 +69,8 @@ def kernels() -> list[Extension]:
         )
         for name in names
     ]
-    directives = {name: False for name in ("boundscheck", "wraparound", "initializedcheck")}
+    directives: dict[str, object] = dict.fromkeys(("boundscheck", "wraparound", "initializedcheck"), False)
     directives |= {"language_level": 3, "cdivision": True}
-        "language_level": 3,
-        "boundscheck": False,
-        "wraparound": False,
-        "cdivision": True,
-        "initializedcheck": False,
-    }
     return cythonize(extensions, compiler_directives=directives, build_dir="build/cython")
 
 

@@ -69,7 +69,7 @@ cdef Plan plan_of(
         plan.reach.left = -floor_div(box.left + box.width - 1, layer.stride_x)
         plan.reach.height = -floor_div(box.top, layer.stride_y) - plan.reach.top + 1
         plan.reach.width = -floor_div(box.left, layer.stride_x) - plan.reach.left + 1
-        plan.row = ceil_div(image_shape[2], layer.stride_x) - 1 + plan.reach.width
+        plan.row = ceil_div(image_shape[2], layer.stride_x) - 1 + max(plan.reach.width, 1)
     plan.cells = min(positions * layer.taps * 4, box.height * box.width)
     plan.rows = (BAND // (plan.row * lanes) - plan.reach.height) // plan.step + 1
     plan.rows = max(1, min(rows, plan.rows))
