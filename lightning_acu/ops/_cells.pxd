@@ -94,19 +94,28 @@ cdef inline void find_cells(
                     all_neighbours or share_of(fraction, p, k, neighbour) != 0
                 ):
                     if area <= TABLE:
-                        found = cells.table[y * box.width + x]
+                        index[0] = y * box.width + x
+                        cells.table[index[0]] = 0
                     else:
                         found = cells.count - 1
                         while found >= 0 and (cells.row[found] != y or cells.column[found] != x):
                             found -= 1
-                    if found < 0:
-                        found = cells.count
-                        cells.row[found], cells.column[found] = y, x
-                        cells.count += 1
-                        if area <= TABLE:
-                            cells.table[y * box.width + x] = found
-                    index[0] = found
+                        if found < 0:
+                            found = cells.count
+                            cells.row[found], cells.column[found] = y, x
+                            cells.count += 1
+                        index[0] = found
                 index += 1
+    if area > TABLE:
+        return
+    for found in range(area):  # numbers in raster order, so that neighbours follow each other
+        if cells.table[found] == 0:
+            cells.table[found] = cells.count
+            cells.row[cells.count], cells.column[cells.count] = found // box.width, found % box.width
+            cells.count += 1
+    for found in range((last - first) * cell.shape[1] * 4):
+        if cells.index[found] >= 0:
+            cells.index[found] = cells.table[cells.index[found]]
 
 
 cdef inline void spread_weight(

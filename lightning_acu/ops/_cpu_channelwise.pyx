@@ -212,7 +212,7 @@ cdef void sort_by_class(const Plan* plan, Space* space) noexcept nogil:
     cdef long sy = plan.layer.stride_y, sx = plan.layer.stride_x, i, c, row, column, count = 0
     for c in range(sy * sx):
         space.starts[c] = count
-        for i in range(space.cells.count):
+        for i in range(space.cells.count - 1, -1, -1):  # backwards: neighbours in the gradient follow each other
             row, column = space.cells.row[i] + plan.box.top, space.cells.column[i] + plan.box.left
             if (row - floor_div(row, sy) * sy) * sx + column - floor_div(column, sx) * sx == c:
                 space.order[i] = count

@@ -10,6 +10,7 @@ one position group; a *panel* is WIDTH = 2 * lanes columns of a packed matrix, t
 """
 
 from cython.parallel cimport prange, threadid
+from libc.math cimport floor
 from libc.string cimport memcpy, memset
 
 from ._sampling cimport Grid, Tap, sample, spread
@@ -52,6 +53,38 @@ cdef inline Tap tap_at(const long[:, :, ::1] cell, const double[:, :, ::1] fract
 
 cdef inline long ceil_div(long a, long b) noexcept nogil:
     return (a + b - 1) // b
+
+
+def locate(
+    const double[:, :, ::1] offsets, long columns, long dilation_y, long dilation_x, long top, long left, double far,
+    long[:, :, ::1] cell, double[:, :, ::1] fraction,
+):
+    """offsets IN (P, K, 2) to cell OUT (P, K, 2), seen from input pixel `output * stride`, and fraction OUT in [0, 1).
+
+    Offsets beyond +-far count as far; NaN stays in the cell of the grid, with NaN for its fraction.
+    """
+    cdef long p, k, axis, grid
+    cdef double offset, whole
+    for p in range(offsets.shape[0]):
+        for k in range(offsets.shape[1]):
+            for axis in range(2):
+                grid = k % columns * dilation_x - left if axis else k // columns * dilation_y - top
+                offset = offsets[p, k, axis]
+                offset = far if offset > far else -far if offset < -far else offset
+                whole = floor(offset)
+                fraction[p, k, axis] = offset - whole
+                cell[p, k, axis] = grid + (<long>whole if whole == whole else 0)
+
+
+def any_fraction(const double[:, :, ::1] offsets):
+    """Whether any offset is not a whole number (NaN is none, infinity is)."""
+    cdef long p, k, axis
+    for p in range(offsets.shape[0]):
+        for k in range(offsets.shape[1]):
+            for axis in range(2):
+                if floor(offsets[p, k, axis]) != offsets[p, k, axis]:
+                    return True
+    return False
 
 
 cdef void pack_for_output(

@@ -202,7 +202,18 @@ ALWAYS_INLINE void NAME(correlate_pixels)(const int pixels, long cells, const lo
     for (long cell = 0; cell < cells; cell++) {
         VEC weight = READ(kernel + cell * LANES);
         const REAL *first = from + place[cell];
-        UNROLL for (int p = 0; p < pixels; p++) sum[p] += weight * READ(first + p * from_step);
+        if (pixels > 1 && cell + 1 < cells && place[cell + 1] - place[cell] == from_step) {
+            /* The next cell reads the same pixels, one further: half the loads, which are what limits this loop. */
+            VEC second = READ(kernel + ++cell * LANES), value = READ(first);
+            UNROLL for (int p = 0; p < pixels; p++) {
+                VEC next = READ(first + (p + 1) * from_step);
+                sum[p] += weight * value;
+                sum[p] += second * next;
+                value = next;
+            }
+        } else {
+            UNROLL for (int p = 0; p < pixels; p++) sum[p] += weight * READ(first + p * from_step);
+        }
     }
     UNROLL for (int p = 0; p < pixels; p++) AT(to + p * to_step) = sum[p];
 }

@@ -60,7 +60,7 @@ def prefers(
 
 def _is_plain(offsets: Tensor, geometry: ConvGeometry) -> bool:
     """Whether the taps form an ordinary convolution of no more cells than taps."""
-    if (offsets != offsets.floor()).any():
+    if _cpu_kernels.any_fraction(_array(offsets.double().contiguous())):
         return False
     return plan_windows(offsets, geometry).cells <= geometry.taps
 
@@ -135,9 +135,11 @@ def backward(
 
 def _taps(offsets: Tensor, geometry: ConvGeometry) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """(P, K, 2): the cell that each tap is in, seen from ``output * stride``, and the fractions above it in [0, 1)."""
-    clipped = np.clip(_array(offsets).astype(np.float64), -FAR, FAR)
-    whole = np.nan_to_num(np.floor(clipped))
-    return whole.astype(np.int64) + np.array(geometry.grid()), clipped - whole
+    positions = _array(offsets.double().contiguous())
+    cell, fraction = np.empty(positions.shape, dtype=np.int64), np.empty(positions.shape)
+    top, left, _, _ = geometry.padding
+    _cpu_kernels.locate(positions, geometry.kernel_size[1], *geometry.dilation, top, left, FAR, cell, fraction)
+    return cell, fraction
 
 
 def _pixels(image: Tensor) -> np.ndarray[Any, Any]:

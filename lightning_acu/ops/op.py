@@ -23,8 +23,10 @@ __all__ = ["BACKENDS", "Backend", "acu_conv2d_op", "available_backends", "check_
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:
-    """Autocast off on ``device``; "meta" has none."""
-    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+    """Autocast off on ``device``; "meta" has none, and where it is off already nothing needs to be done."""
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 class Backend(Protocol):
