@@ -21,7 +21,16 @@ from torch import Tensor
 
 from .geometry import ConvGeometry
 
-__all__ = ["Plan", "Window", "expand_kernel", "expand_kernel_backward", "plan_windows", "split_offsets"]
+__all__ = [
+    "FAR",
+    "Plan",
+    "Window",
+    "expand_kernel",
+    "expand_kernel_backward",
+    "nan_where_lost",
+    "plan_windows",
+    "split_offsets",
+]
 
 #: The 4 integer neighbours of a position, as (row, column) steps from the cell that floor() picks.
 _NEIGHBOURS = ((0, 0), (0, 1), (1, 0), (1, 1))
@@ -92,6 +101,16 @@ def split_offsets(offsets: Tensor) -> tuple[Tensor, Tensor]:
     clamped = offsets.clamp(-FAR, FAR)
     whole = clamped.detach().floor().nan_to_num()
     return whole.long(), clamped - whole
+
+
+def nan_where_lost(output: Tensor, offsets: Tensor) -> Tensor:
+    """``output`` (N, C_out, H, W) with NaN in all channels of position groups that hold a NaN.
+
+    Interpolation alone would miss it where the tap's place on the grid reads nothing but zeros outside the image.
+    """
+    lost = offsets.detach().isnan().flatten(1).any(1)
+    grouped = output.unflatten(1, (len(offsets), -1))
+    return grouped.masked_fill(lost[:, None, None, None], float("nan")).flatten(1, 2)
 
 
 def plan_windows(

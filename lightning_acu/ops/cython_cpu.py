@@ -7,7 +7,7 @@ channels_last images; others are converted once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..geometry import ConvGeometry
-from ..positions import FAR, plan_windows
+from ..positions import FAR, nan_where_lost, plan_windows
+from .layout import images_per_block, is_native, memory_format, preserved_format
 
 try:
     from . import _cpu_channelwise, _cpu_kernels  # type: ignore[attr-defined]
@@ -29,7 +30,10 @@ except ImportError as error:
 
 __all__ = ["backward", "forward", "prefers", "why_not"]
 
+Array = np.ndarray[Any, Any]
+
 _NATIVE = (torch.float32, torch.float64)
+_DTYPES = {np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch.float64}
 _CONVERTED = (torch.bfloat16, torch.float16)  # computed in float32
 
 #: Below this many multiply-adds, a second thread costs more than it saves.
@@ -71,69 +75,126 @@ def _channelwise(weight: Tensor, geometry: ConvGeometry) -> bool:
 
 
 def forward(input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, geometry: ConvGeometry) -> Tensor:
-    """(N, C_in, H, W) to (N, C_out, H_out, W_out), channels_last; shapes as in the reference."""
-    if input.dtype in _CONVERTED:
-        converted = forward(input.float(), weight.float(), offsets, bias if bias is None else bias.float(), geometry)
-        return converted.to(input.dtype)
+    """(N, C_in, H, W) to (N, C_out, H_out, W_out); shapes as in the reference, memory format as F.conv2d's."""
+    dtype = _computed_in(input)
     size = (len(input), len(weight), *geometry.output_size(input.shape[2:]))
-    output = torch.empty(size, dtype=input.dtype, memory_format=torch.channels_last)
+    output = torch.empty(size, dtype=input.dtype, memory_format=memory_format(input, weight))
     cell, fraction = _taps(offsets, geometry)
+    weights = _array(weight.to(dtype).flatten(2))
+    biases = None if bias is None else _array(bias.to(dtype).contiguous())
     kernels = _cpu_channelwise if _channelwise(weight, geometry) else _cpu_kernels
-    kernels.forward(
-        _pixels(input), _array(weight.flatten(2)), None if bias is None else _array(bias.contiguous()), cell, fraction,
-        geometry.groups, geometry.stride, _pixels(output), _threads(output, weight),
-    )  # fmt: skip
-    if np.isnan(fraction).any():  # also where the tap reads nothing but the zeros outside the image
-        output.unflatten(1, (len(offsets), -1))[:, offsets.isnan().flatten(1).any(-1)] = float("nan")
-    return output
+    for image, result in _blocks(dtype, input, output):
+        target = result if is_native(result, dtype) else _empty(result, dtype)
+        kernels.forward(
+            _pixels(image, dtype), weights, biases, cell, fraction, geometry.groups, geometry.stride,
+            _pixels(target, dtype), _threads(target, weight),
+        )  # fmt: skip
+        if target is not result:
+            result.copy_(target)
+    return nan_where_lost(output, offsets) if np.isnan(fraction).any() else output
 
 
 def backward(
     grad: Tensor, input: Tensor, weight: Tensor, offsets: Tensor, geometry: ConvGeometry, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of input, weight and offsets; None for those that ``needs`` does not ask for."""
-    if input.dtype in _CONVERTED:
-        converted = backward(grad.float(), input.float(), weight.float(), offsets, geometry, needs)
-        return tuple(
-            None if found is None else found.to(like.dtype)
-            for found, like in zip(converted, (input, weight, offsets), strict=True)
-        )  # type: ignore[return-value]
-    cell, fraction = _taps(offsets, geometry)
-    common = (cell, fraction, geometry.groups, geometry.stride)
-    pixels, weights, threads = _pixels(grad), _array(weight.flatten(2)), _threads(grad, weight)
-    grad_cell = np.zeros(cell.shape) if needs[2] else None
-    grad_input = grad_weight = None
-    if _channelwise(weight, geometry):
-        if needs[0]:
-            grad_input = torch.empty_like(input, memory_format=torch.channels_last)
-            _cpu_channelwise.backward_image(pixels, weights, *common, _pixels(grad_input), threads)
-        if needs[1] or needs[2]:
-            grad_weight = torch.empty(weights.shape, dtype=weight.dtype)
-            grad_cell = np.zeros(cell.shape)
-            _cpu_channelwise.backward_kernel(
-                pixels, _pixels(input), weights, *common, _array(grad_weight), grad_cell, threads
-            )
-            grad_weight = grad_weight.view(weight.shape)
-    else:
-        if needs[0] or needs[2]:
-            if needs[0]:
-                grad_input = torch.empty_like(input, memory_format=torch.channels_last).zero_()
-            _cpu_kernels.backward_image(
-                pixels, _pixels(input), weights, *common, None if grad_input is None else _pixels(grad_input),
-                grad_cell, threads,
-            )  # fmt: skip
+    dtype = _computed_in(input)
+    taps, threads = _taps(offsets, geometry), _threads(grad, weight)
+    weights = _array(weight.to(dtype).flatten(2))
+    grad_input = torch.empty_like(input, memory_format=preserved_format(input)) if needs[0] else None
+    grad_weight: Tensor | None = None
+    grad_cell = np.zeros(offsets.shape)
+    for gradient, image, result in _blocks(dtype, grad, input, grad_input):
+        target = None if result is None else result if is_native(result, dtype) else _empty(result, dtype)
+        route = _backward_channelwise if _channelwise(weight, geometry) else _backward_product
+        weight_part, cell_part = route(
+            _pixels(gradient, dtype), _pixels(image, dtype), weights, taps, geometry,
+            None if target is None else _pixels(target, dtype), needs, threads,
+        )  # fmt: skip
+        if result is not None and target is not result:
+            result.copy_(target)
+        grad_cell += cell_part
         if needs[1]:
-            c_out, inputs, *kernel_size = weight.shape
-            flat = torch.empty(c_out, geometry.taps, inputs, dtype=weight.dtype)
-            if not grad.numel():  # no pixel, no product
-                flat.zero_()
-            _cpu_kernels.backward_weight(pixels, _pixels(input), *common, _array(flat), threads)
-            grad_weight = flat.view(c_out, *kernel_size, inputs).permute(0, 3, 1, 2)
-    grad_offsets = None if grad_cell is None else torch.from_numpy(grad_cell).to(offsets.dtype)
-    return grad_input, grad_weight if needs[1] else None, grad_offsets if needs[2] else None
+            grad_weight = weight_part if grad_weight is None else grad_weight.add_(weight_part)
+    return (
+        grad_input,
+        None if grad_weight is None else grad_weight.view(weight.shape).to(weight.dtype),
+        torch.from_numpy(grad_cell).to(offsets.dtype) if needs[2] else None,
+    )
 
 
-def _taps(offsets: Tensor, geometry: ConvGeometry) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def _backward_product(
+    grad: Array,
+    image: Array,
+    weight: Array,
+    taps: tuple[Array, Array],
+    geometry: ConvGeometry,
+    grad_image: Array | None,
+    needs: Sequence[bool],
+    threads: int,
+) -> tuple[Tensor, Array]:
+    """Gradients of weight and positions; that of the image into ``grad_image``."""
+    grad_cell = np.zeros(taps[0].shape)
+    if grad_image is not None:
+        grad_image.fill(0)
+    if grad_image is not None or needs[2]:
+        _cpu_kernels.backward_image(
+            grad, image, weight, *taps, geometry.groups, geometry.stride, grad_image,
+            grad_cell if needs[2] else None, threads,
+        )  # fmt: skip
+    c_out, inputs, kernel = weight.shape
+    grad_weight = torch.empty(c_out, kernel, inputs, dtype=_DTYPES[weight.dtype])
+    if needs[1]:
+        if not grad.size:  # no pixel, no product
+            grad_weight.zero_()
+        _cpu_kernels.backward_weight(
+            grad, image, *taps, geometry.groups, geometry.stride, _array(grad_weight), threads
+        )  # fmt: skip
+    return grad_weight.transpose(1, 2), grad_cell
+
+
+def _backward_channelwise(
+    grad: Array,
+    image: Array,
+    weight: Array,
+    taps: tuple[Array, Array],
+    geometry: ConvGeometry,
+    grad_image: Array | None,
+    needs: Sequence[bool],
+    threads: int,
+) -> tuple[Tensor, Array]:
+    """The same, channel by channel."""
+    common = (*taps, geometry.groups, geometry.stride)
+    grad_cell, grad_weight = np.zeros(taps[0].shape), np.zeros(weight.shape, dtype=weight.dtype)
+    if grad_image is not None:
+        _cpu_channelwise.backward_image(grad, weight, *common, grad_image, threads)
+    if needs[1] or needs[2]:
+        _cpu_channelwise.backward_kernel(grad, image, weight, *common, grad_weight, grad_cell, threads)
+    return torch.from_numpy(grad_weight), grad_cell
+
+
+def _computed_in(input: Tensor) -> torch.dtype:
+    return input.dtype if input.dtype in _NATIVE else torch.float32
+
+
+def _blocks(dtype: torch.dtype, *batches: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """The batches as they are if kernels can work on them; otherwise a few images at a time, to be converted.
+
+    Whole copies of large batches would double the memory and leave the caches.
+    """
+    given = [batch for batch in batches if batch is not None]
+    count = max(len(given[0]), 1)
+    if not all(is_native(batch, dtype) for batch in given):
+        count = images_per_block(*given)
+    parts = [[None] * -(-max(len(given[0]), 1) // count) if batch is None else batch.split(count) for batch in batches]
+    return zip(*parts, strict=True)
+
+
+def _empty(like: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(like.shape, dtype=dtype, memory_format=torch.channels_last)
+
+
+def _taps(offsets: Tensor, geometry: ConvGeometry) -> tuple[Array, Array]:
     """(P, K, 2): the cell that each tap is in, seen from ``output * stride``, and the fractions above it in [0, 1)."""
     positions = _array(offsets.double().contiguous())
     cell, fraction = np.empty(positions.shape, dtype=np.int64), np.empty(positions.shape)
@@ -142,12 +203,12 @@ def _taps(offsets: Tensor, geometry: ConvGeometry) -> tuple[np.ndarray[Any, Any]
     return cell, fraction
 
 
-def _pixels(image: Tensor) -> np.ndarray[Any, Any]:
-    """(N, C, H, W) as a contiguous (N, H, W, C) array, shared with the tensor where it is channels_last."""
-    return _array(image.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1))
+def _pixels(image: Tensor, dtype: torch.dtype) -> Array:
+    """(N, C, H, W) as a contiguous (N, H, W, C) array, shared with the tensor where it ``is_native``."""
+    return _array(image.to(dtype).contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1))
 
 
-def _array(tensor: Tensor) -> np.ndarray[Any, Any]:
+def _array(tensor: Tensor) -> Array:
     return tensor.numpy(force=True)
 
 

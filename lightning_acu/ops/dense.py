@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..geometry import ConvGeometry
-from ..positions import Plan, Window, expand_kernel, expand_kernel_backward, plan_windows
+from ..positions import Plan, Window, expand_kernel, expand_kernel_backward, nan_where_lost, plan_windows
 
 __all__ = ["backward", "forward", "pad_or_crop", "prefers", "why_not"]
 
@@ -33,6 +33,11 @@ def prefers(
 
 def forward(input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, geometry: ConvGeometry) -> Tensor:
     """(N, C_in, H, W) to (N, C_out, H_out, W_out); shapes as in the reference."""
+    output = _forward(input, weight, offsets, bias, geometry)
+    return nan_where_lost(output, offsets) if offsets.isnan().any() else output
+
+
+def _forward(input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, geometry: ConvGeometry) -> Tensor:
     plan = plan_windows(offsets, geometry, input.shape[2:])
     if not plan.windows:  # every tap lies outside the image
         output = input.new_zeros(len(input), len(weight), *geometry.output_size(input.shape[2:]))

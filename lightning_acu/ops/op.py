@@ -18,6 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..geometry import ConvGeometry
 from . import cython_cpu, dense
+from .layout import memory_format, preserved_format
 
 __all__ = ["BACKENDS", "Backend", "acu_conv2d_op", "available_backends", "check_backend", "without_autocast"]
 
@@ -112,14 +113,6 @@ def _geometry(
     )
 
 
-def _memory_format(input: Tensor, weight: Tensor) -> torch.memory_format:
-    """F.conv2d's rule: channels_last where input or weight is (and is not NCHW as well)."""
-    for tensor in (input, weight):
-        if tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
-            return torch.channels_last
-    return torch.contiguous_format
-
-
 @torch.library.custom_op("lightning_acu::acu_conv2d", mutates_args=())
 def acu_conv2d_op(
     input: Tensor,
@@ -138,7 +131,7 @@ def acu_conv2d_op(
     with without_autocast(input.device.type):
         chosen = _select(backend, input, weight, offsets, geometry)
         output = chosen.forward(input, weight, offsets, bias, geometry)
-    return output.contiguous(memory_format=_memory_format(input, weight))
+    return output.contiguous(memory_format=memory_format(input, weight))
 
 
 @acu_conv2d_op.register_fake
@@ -154,7 +147,7 @@ def _(
     backend: str,
 ) -> Tensor:
     size = _geometry(weight, stride, padding, dilation, groups).output_size(input.shape[2:])
-    return _empty((input.shape[0], weight.shape[0], *size), input, _memory_format(input, weight))
+    return _empty((input.shape[0], weight.shape[0], *size), input, memory_format(input, weight))
 
 
 @torch.library.custom_op("lightning_acu::acu_conv2d_backward", mutates_args=())
@@ -176,7 +169,7 @@ def acu_conv2d_backward_op(
         chosen = _select(backend, input, weight, offsets, geometry, needs)
         grads = chosen.backward(grad, input, weight, offsets, geometry, needs)
     grad_input, grad_weight, grad_offsets = (
-        like.new_empty(0) if found is None else found.contiguous(memory_format=_preserved(like))
+        like.new_empty(0) if found is None else found.contiguous(memory_format=preserved_format(like))
         for found, like in zip(grads, (input, weight, offsets), strict=True)
     )
     return grad_input, grad_weight, grad_offsets
@@ -196,18 +189,14 @@ def _(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_input, grad_weight, grad_offsets = (
-        _empty(like.shape, like, _preserved(like)) if need else like.new_empty(0)
+        _empty(like.shape, like, preserved_format(like)) if need else like.new_empty(0)
         for like, need in zip((input, weight, offsets), needs, strict=True)
     )
     return grad_input, grad_weight, grad_offsets
 
 
-def _empty(size: Sequence[int], like: Tensor, memory_format: torch.memory_format) -> Tensor:
-    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=memory_format)
-
-
-def _preserved(tensor: Tensor) -> torch.memory_format:
-    return _memory_format(tensor, tensor) if tensor.ndim == 4 else torch.contiguous_format
+def _empty(size: Sequence[int], like: Tensor, format: torch.memory_format) -> Tensor:
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=format)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

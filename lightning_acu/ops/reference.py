@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..geometry import ConvGeometry
-from ..positions import split_offsets
+from ..positions import nan_where_lost, split_offsets
 
 __all__ = ["acu_conv2d"]
 
@@ -43,7 +43,7 @@ def acu_conv2d(input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | No
     output = torch.einsum("oknchw,ock->nohw", seen, weight.flatten(2).to(dtype))
     if bias is not None:
         output = output + bias.to(dtype)[:, None, None]
-    return output.reshape(batch, c_out, height, width).to(input.dtype)
+    return nan_where_lost(output.reshape(batch, c_out, height, width).to(input.dtype), offsets)
 
 
 def _sample(image: Tensor, corner: Tensor, fraction: Tensor, geometry: ConvGeometry) -> Tensor:
