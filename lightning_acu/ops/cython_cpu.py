@@ -21,14 +21,14 @@ from .layout import images_per_block, is_native, memory_format, preserved_format
 try:
     from . import _cpu_channelwise, _cpu_kernels  # type: ignore[attr-defined]
 
-    _MISSING = None
+    MISSING: str | None = None
 except ImportError as error:
-    _MISSING = (
+    MISSING = (
         f"the compiled extension is missing ({error}); reinstall lightning_acu where there is a C compiler (GCC or "
         "Clang), or use backend='dense'"
     )
 
-__all__ = ["backward", "forward", "prefers", "why_not"]
+__all__ = ["MISSING", "backward", "forward", "prefers", "why_not"]
 
 Array = np.ndarray[Any, Any]
 
@@ -42,8 +42,8 @@ _THREAD_WORK = 200_000
 
 def why_not(input: Tensor) -> str | None:
     """Why the kernels cannot run on ``input``, or None."""
-    if _MISSING is not None:
-        return _MISSING
+    if MISSING is not None:
+        return MISSING
     if input.device.type != "cpu":
         return f"it runs on the CPU, and `input` is on {input.device}"
     if input.dtype not in _NATIVE + _CONVERTED:
@@ -54,19 +54,23 @@ def why_not(input: Tensor) -> str | None:
 def prefers(
     input: Tensor, weight: Tensor, offsets: Tensor, geometry: ConvGeometry, needs: Sequence[bool] | None = None
 ) -> bool:
-    """Whether this backend is faster here than the dense one: the rule "auto" follows, as measured."""
-    if not (needs and needs[2]) and _is_plain(offsets, geometry):
-        return False  # exactly F.conv2d, at its price
-    if _channelwise(weight, geometry):
-        return True
-    return True
+    """Whether this backend is faster here than the dense one: the rule that "auto" follows.
+
+    Measured with ``benchmarks/auto_rule.py``. The taps are interpolated again for each run of output channels that
+    share a convolution group and a position group; runs of fewer than 16 channels do not pay for that.
+    """
+    if needs is None and _is_plain(offsets, geometry):
+        return False  # exactly F.conv2d, bit for bit; backward, dense would pay for the neighbours' derivatives
+    runs = max(geometry.groups, len(offsets))
+    return _channelwise(weight, geometry) or runs == 1 or len(weight) // runs >= 16
 
 
 def _is_plain(offsets: Tensor, geometry: ConvGeometry) -> bool:
-    """Whether the taps form an ordinary convolution of no more cells than taps."""
+    """Whether the taps form one ordinary convolution, of no more cells than taps."""
     if _cpu_kernels.any_fraction(_array(offsets.double().contiguous())):
         return False
-    return plan_windows(offsets, geometry).cells <= geometry.taps
+    plan = plan_windows(offsets, geometry)
+    return len(plan.windows) == 1 and plan.cells <= geometry.taps
 
 
 def _channelwise(weight: Tensor, geometry: ConvGeometry) -> bool:

@@ -7,7 +7,9 @@ operator, torch's FLOP counter through its formula.
 
 from __future__ import annotations
 
+import functools
 import math
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, cast
@@ -96,8 +98,15 @@ def _select(
         if reason is not None:
             raise RuntimeError(f"`backend` (={backend!r}) cannot run here: {reason}")
         return BACKENDS[backend]
+    if input.device.type == "cpu" and cython_cpu.MISSING is not None:
+        _say_once(f"backend='auto' uses 'dense', about twice as slow as 'cython' would be: {cython_cpu.MISSING}")
     able = (candidate for candidate in BACKENDS.values() if candidate.why_not(input) is None)
     return next(candidate for candidate in able if candidate.prefers(input, weight, offsets, geometry, needs))
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
 
 
 def _geometry(
