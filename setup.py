@@ -57,21 +57,26 @@ def kernels() -> list[Extension]:
     except ImportError:
         print("lightning_acu: no Cython, so the CPU kernels are left out", file=sys.stderr)
         return []
-    names = ("_vectors", "_cpu_kernels", "_cpu_channelwise")
+    names = ("_vectors", "_positions", "_cpu_kernels", "_cpu_channelwise")
     extensions = [
         Extension(
             f"lightning_acu.ops.{name}",
             [f"{ROOM}{name}.pyx"],
-            depends=[*HEADERS, *(f"{ROOM}{name}.pxd" for name in ("_vectors", "_sampling", "_cells"))],
+            depends=[
+                *HEADERS,
+                *(f"{ROOM}{name}.pxd" for name in ("_vectors", "_sampling", "_packing", "_cells", "_bands")),
+            ],
             include_dirs=[ROOM],
             extra_compile_args=list(FLAGS),
-            optional=True,
         )
         for name in names
     ]
     directives: dict[str, object] = dict.fromkeys(("boundscheck", "wraparound", "initializedcheck"), False)
     directives |= {"language_level": 3, "cdivision": True}
-    return cythonize(extensions, compiler_directives=directives, build_dir="build/cython")
+    compiled: list[Extension] = cythonize(extensions, compiler_directives=directives, build_dir="build/cython")
+    for extension in compiled:
+        extension.optional = True  # cythonize makes new objects and forgets this
+    return compiled
 
 
 setup(cmdclass={"build_ext": BuildKernels, "build_py": BuildWithConfigs}, ext_modules=kernels())

@@ -48,7 +48,8 @@ def acu_conv2d(
         stride, padding, dilation, groups: as in ``F.conv2d``. ``padding`` may also be four sides
             (left, right, top, bottom) as in ``F.pad``. A ``dilation`` of 0 puts all taps of that axis on one grid
             point, so that their offsets alone make the shape.
-        backend: "auto" (the fastest that can run), "dense" (expanded kernel and ``F.conv2d``; any device) or
+        backend: "auto" (the fastest that can run, as measured), "cython" (CPU: taps are interpolated into the cache;
+            results do not depend on the number of threads), "dense" (expanded kernel and ``F.conv2d``; any device) or
             "reference" (the formula in plain torch; slow; has second derivatives).
 
     Returns:

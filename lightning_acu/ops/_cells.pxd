@@ -1,11 +1,10 @@
-"""The integer cells around taps, their weights, and the blocks of images that they are read from."""
+"""The integer cells around taps, and kernels spread over them."""
 
 from libc.string cimport memset
 
-from ._vectors cimport blend, copy, real
+from ._vectors cimport real
 
 cdef enum:
-    BAND = 32768  # elements of a band of a channel block: with its output it stays in a level-2 cache
     LANES = 64  # at most, of any instruction set
     TABLE = 1024  # cells of the largest bounding box that is looked up in a table; larger ones are searched
 
@@ -160,43 +159,3 @@ cdef inline void spread_weight(
                         for i in range(lane, end):
                             to[i] += share * column[i]
                 lane = end
-
-
-cdef inline void copy_pixels(
-    const real* image, long pixels, long channels, const Layer* layer, bint to_output, long first, long last, long part,
-    real* to,
-) noexcept nogil:
-    """to[pixel, lane]: of the image's channels, the one that is `part` of the channel `first + lane`."""
-    cdef long channel, pixel, own = layer.outputs if to_output else layer.inputs
-    cdef long other = layer.inputs if to_output else layer.outputs
-    cdef const real* source = image + first
-    cdef real one = 1
-    if own == 1 and other == 1 and last - first == layer.lanes:
-        copy(pixels, source, channels, to)
-        return
-    if own == 1 and other == 1:
-        blend(1, pixels, last - first, &source, &one, channels, to, layer.lanes)
-        return
-    for channel in range(first, last):
-        source = image + channel // own * other + part
-        for pixel in range(pixels):
-            to[pixel * layer.lanes + channel - first] = source[pixel * channels]
-
-
-cdef inline void copy_band(
-    const real* image, long height, long width, long channels, long top, long left, long rows, long row,
-    const Layer* layer, bint to_output, long first, long last, long part, real* to,
-) noexcept nogil:
-    """Rows top to top + rows, pixels left to left + row of one image, with zeros where it has none."""
-    cdef long y, start = max(-left, 0), end = min(width - left, row)
-    for y in range(top, top + rows):
-        if y < 0 or y >= height or start >= end:
-            memset(to, 0, row * layer.lanes * sizeof(real))
-        else:
-            memset(to, 0, start * layer.lanes * sizeof(real))
-            copy_pixels(
-                image + (y * width + left + start) * channels, end - start, channels, layer, to_output, first, last,
-                part, to + start * layer.lanes,
-            )
-            memset(to + end * layer.lanes, 0, (row - end) * layer.lanes * sizeof(real))
-        to += row * layer.lanes

@@ -10,95 +10,14 @@ threads add to the same number: results do not depend on their number. Arguments
 from cython.parallel cimport prange, threadid
 from libc.string cimport memcpy, memset
 
-from ._cells cimport BAND, LANES, TABLE, Box, Cells, Layer, box_of, copy_band, find_cells, share_of, spread_weight
+from ._bands cimport (
+    Plan, Space, band_pixels, ceil_div, copy_band, copy_lines, plan_of, sort_by_class, space_in
+)
+from ._cells cimport LANES, Cells, Layer, find_cells, share_of, spread_weight
 from ._vectors cimport Buffer, correlate, correlate_kernel, lanes, real
 
 cdef enum:
     PARTS = 32  # ranges of images, at most, that the kernel's gradient is summed over separately: work for threads
-
-
-cdef struct Plan:  # what is the same for all blocks
-    Layer layer
-    Box box  # of the cells
-    Box reach  # what a result row reads of the other image, seen from `row * step`
-    long step
-    long blocks
-    long cells  # of a block, at most
-    long row  # pixels of a row of a band, with its rim
-    long rows  # result rows of a band
-    long line  # pixels of a result row
-    long longs  # numbers in a thread's buffers
-    long reals
-
-
-cdef inline long floor_div(long a, long b) noexcept nogil:
-    return a // b - (a % b < 0)  # cdivision truncates
-
-
-cdef inline long ceil_div(long a, long b) noexcept nogil:
-    return (a + b - 1) // b
-
-
-cdef Plan plan_of(
-    image_shape, weight_shape, out_shape, const long[:, :, ::1] cell, const double[:, :, ::1] fraction, long groups,
-    stride, long lanes, bint to_output, bint all_neighbours,
-):
-    """Sizes of bands and buffers; results are outputs, or (not to_output) input pixels."""
-    cdef Plan plan
-    cdef Layer* layer = &plan.layer
-    cdef Box* box = &plan.box
-    cdef long parts, positions, rows
-    layer.lanes = lanes
-    layer.outputs, layer.inputs, layer.taps = weight_shape[0] // groups, weight_shape[1], weight_shape[2]
-    layer.per_position = weight_shape[0] // cell.shape[0]
-    layer.stride_y, layer.stride_x = stride
-    plan.box = box_of(
-        cell, fraction, image_shape[1], image_shape[2], out_shape[1], out_shape[2], layer, all_neighbours
-    )
-    plan.reach = plan.box
-    if to_output:
-        parts, positions = layer.inputs, lanes // layer.per_position + 2
-        rows, plan.line, plan.step = out_shape[1], out_shape[2], layer.stride_y
-        plan.blocks = ceil_div(out_shape[3], lanes)
-        plan.row = (out_shape[2] - 1) * layer.stride_x + max(box.width, 1)
-    else:  # input row stride * i + r sees output row i - floor(cell / stride) through cells of remainder r
-        parts, positions = layer.outputs, (lanes // layer.inputs + 2) * layer.outputs // layer.per_position + 2
-        rows, plan.line, plan.step = ceil_div(image_shape[1], layer.stride_y), layer.stride_y * image_shape[2], 1
-        plan.blocks = ceil_div(image_shape[3], lanes)
-        plan.reach.top = -floor_div(box.top + box.height - 1, layer.stride_y)
-        plan.reach.left = -floor_div(box.left + box.width - 1, layer.stride_x)
-        plan.reach.height = -floor_div(box.top, layer.stride_y) - plan.reach.top + 1
-        plan.reach.width = -floor_div(box.left, layer.stride_x) - plan.reach.left + 1
-        plan.row = ceil_div(image_shape[2], layer.stride_x) - 1 + max(plan.reach.width, 1)
-    plan.cells = min(positions * layer.taps * 4, box.height * box.width)
-    plan.rows = (BAND // (plan.row * lanes) - plan.reach.height) // plan.step + 1
-    plan.rows = max(1, min(rows, plan.rows))
-    plan.longs = sizeof(Space) // sizeof(long) + 4 * plan.cells + TABLE + layer.stride_y * layer.stride_x + 1 + positions * layer.taps * 4
-    plan.reals = lanes * (1 + parts * plan.cells + band_pixels(&plan) + plan.rows * plan.line)
-    return plan
-
-
-cdef inline long band_pixels(const Plan* plan) noexcept nogil:
-    return ((plan.rows - 1) * plan.step + plan.reach.height) * plan.row
-
-
-cdef struct Space:  # a thread's buffers of whole numbers
-    Cells cells
-    long* place
-    long* order
-    long* starts
-
-
-cdef inline Space* space_in(const Plan* plan, long* buffer) noexcept nogil:
-    """The buffers, zeros at first; the cells of the last block stay."""
-    cdef Space* space = <Space*>buffer
-    buffer += sizeof(Space) // sizeof(long)
-    space.cells.row, space.cells.column = buffer, buffer + plan.cells
-    space.place, space.order = buffer + 2 * plan.cells, buffer + 3 * plan.cells
-    space.cells.table = buffer + 4 * plan.cells
-    space.starts = space.cells.table + TABLE
-    space.cells.index = space.starts + plan.layer.stride_y * plan.layer.stride_x + 1
-    return space
 
 
 cdef long image_ranges(long images, long blocks, int threads):
@@ -178,14 +97,6 @@ cdef void forward_block(
                 copy_lines(lines, (y_last - y_first) * width, size, last - first, &output[n, y_first, 0, first], c_out)
 
 
-cdef inline void copy_lines(
-    const real* lines, long pixels, long size, long channels, real* to, long step
-) noexcept nogil:
-    cdef long pixel
-    for pixel in range(pixels):
-        memcpy(to + pixel * step, lines + pixel * size, channels * sizeof(real))
-
-
 def backward_image(
     const real[:, :, :, ::1] gradient, const real[:, :, :] weight, const long[:, :, ::1] cell,
     const double[:, :, ::1] fraction, long groups, stride, real[:, :, :, ::1] grad_image, int threads,
@@ -202,25 +113,6 @@ def backward_image(
             images * (job % parts) // parts, images * (job % parts + 1) // parts, grad_image,
             <long*>longs.data + threadid() * plan.longs, <real*>reals.data + threadid() * plan.reals,
         )
-
-
-cdef void sort_by_class(const Plan* plan, Space* space) noexcept nogil:
-    """Cells whose rows and columns agree modulo the stride, one class of input pixels after the other.
-
-    order[i] is the new number of cell i; the cells of class c are starts[c] to starts[c + 1]; place[new number].
-    """
-    cdef long sy = plan.layer.stride_y, sx = plan.layer.stride_x, i, c, row, column, count = 0
-    for c in range(sy * sx):
-        space.starts[c] = count
-        for i in range(space.cells.count - 1, -1, -1):  # backwards: neighbours in the gradient follow each other
-            row, column = space.cells.row[i] + plan.box.top, space.cells.column[i] + plan.box.left
-            if (row - floor_div(row, sy) * sy) * sx + column - floor_div(column, sx) * sx == c:
-                space.order[i] = count
-                space.place[count] = plan.layer.lanes * (
-                    (-floor_div(row, sy) - plan.reach.top) * plan.row - floor_div(column, sx) - plan.reach.left
-                )
-                count += 1
-    space.starts[sy * sx] = count
 
 
 cdef void backward_image_block(

@@ -10,9 +10,9 @@ one position group; a *panel* is WIDTH = 2 * lanes columns of a packed matrix, t
 """
 
 from cython.parallel cimport prange, threadid
-from libc.math cimport floor
 from libc.string cimport memcpy, memset
 
+from ._packing cimport Piece, ceil_div, pack_input_panel, pack_output_panel, pack_transposed, piece_at
 from ._sampling cimport Grid, Tap, sample, spread
 from ._vectors cimport DEPTH, DEPTH_STRIDE, Buffer, lanes, multiply_rows, multiply_transposed, real, tile_rows
 
@@ -23,23 +23,6 @@ cdef enum:
     LONG_BLOCK = 240
     CHANNELS = 504
 
-cdef struct Piece:
-    long first  # output channels
-    long last
-    long group
-    long positions
-
-
-cdef inline Piece piece_at(long channel, long end, long per_group, long per_position) noexcept nogil:
-    """The piece that starts at output `channel`, at most to `end`."""
-    cdef Piece piece
-    piece.first = channel
-    piece.group = channel // per_group
-    piece.positions = channel // per_position
-    piece.last = min(min((piece.group + 1) * per_group, (piece.positions + 1) * per_position), end)
-    return piece
-
-
 cdef inline Grid grid_of(shape, out_shape, stride):
     return Grid(shape[1], shape[2], shape[3], out_shape[1], out_shape[2], stride[0], stride[1])
 
@@ -49,42 +32,6 @@ cdef inline Tap tap_at(const long[:, :, ::1] cell, const double[:, :, ::1] fract
     tap.row, tap.column = cell[p, k, 0], cell[p, k, 1]
     tap.fraction_y, tap.fraction_x = fraction[p, k, 0], fraction[p, k, 1]
     return tap
-
-
-cdef inline long ceil_div(long a, long b) noexcept nogil:
-    return (a + b - 1) // b
-
-
-def locate(
-    const double[:, :, ::1] offsets, long columns, long dilation_y, long dilation_x, long top, long left, double far,
-    long[:, :, ::1] cell, double[:, :, ::1] fraction,
-):
-    """offsets IN (P, K, 2) to cell OUT (P, K, 2), seen from input pixel `output * stride`, and fraction OUT in [0, 1).
-
-    Offsets beyond +-far count as far; NaN stays in the cell of the grid, with NaN for its fraction.
-    """
-    cdef long p, k, axis, grid
-    cdef double offset, whole
-    for p in range(offsets.shape[0]):
-        for k in range(offsets.shape[1]):
-            for axis in range(2):
-                grid = k % columns * dilation_x - left if axis else k // columns * dilation_y - top
-                offset = offsets[p, k, axis]
-                offset = far if offset > far else -far if offset < -far else offset
-                whole = floor(offset)
-                fraction[p, k, axis] = offset - whole
-                cell[p, k, axis] = grid + (<long>whole if whole == whole else 0)
-
-
-def any_fraction(const double[:, :, ::1] offsets):
-    """Whether any offset is not a whole number (NaN is none, infinity is)."""
-    cdef long p, k, axis
-    for p in range(offsets.shape[0]):
-        for k in range(offsets.shape[1]):
-            for axis in range(2):
-                if floor(offsets[p, k, axis]) != offsets[p, k, axis]:
-                    return True
-    return False
 
 
 cdef void pack_for_output(
@@ -104,39 +51,11 @@ cdef void pack_for_output(
         channel = piece.last
 
 
-cdef void pack_output_panel(
-    const real[:, :, :] weight, long first, long last, real* to, long width
-) noexcept nogil:
-    """Output channels first to last: to[k * C_in/groups + ci, co - first]. In blocks that fit the L1 cache."""
-    cdef long inputs = weight.shape[1], taps = weight.shape[2], ci, block, lane, k
-    if last - first < width:
-        memset(to, 0, inputs * taps * width * sizeof(real))
-    for block in range(0, inputs, 16):
-        for lane in range(last - first):
-            for k in range(taps):
-                for ci in range(block, min(block + 16, inputs)):
-                    to[(k * inputs + ci) * width + lane] = weight[first + lane, ci, k]
-
-
 cdef void pack_for_input(const real[:, :, :] weight, long groups, real* packed, int threads, int width):
     """weight (C_out, C_in/groups, K) to packed: for each group and panel of its inputs, (K, C_out/groups, WIDTH)."""
     cdef long panels = ceil_div(weight.shape[1], width), job
     for job in prange(groups * panels, nogil=True, num_threads=threads):
         pack_input_panel(weight, groups, job // panels, job % panels * width, packed, width)
-
-
-cdef void pack_input_panel(
-    const real[:, :, :] weight, long groups, long group, long first, real* packed, int width
-) noexcept nogil:
-    cdef long per_group = weight.shape[0] // groups, inputs = weight.shape[1], taps = weight.shape[2], co, k, ci
-    cdef long last = min(first + width, inputs)
-    cdef real* to = packed + (group * ceil_div(inputs, width) + first // width) * taps * per_group * width
-    if last - first < width:
-        memset(to, 0, taps * per_group * width * sizeof(real))
-    for co in range(per_group):
-        for k in range(taps):
-            for ci in range(first, last):
-                to[(k * per_group + co) * width + ci - first] = weight[group * per_group + co, ci, k]
 
 
 def forward(
@@ -373,16 +292,3 @@ cdef void backward_weight_units(
                     )
             start += taps * panels
             channel = piece.last
-
-
-cdef void pack_transposed(
-    const real* gradient, long c_out, long first, long last, Piece piece, real* to, long tile
-) noexcept nogil:
-    """Output channels of `piece` in tiles: to[tile][pixel - first][channel of the tile]."""
-    cdef long channel = piece.first, pixel, count
-    while channel < piece.last:
-        count = min(tile, piece.last - channel)
-        for pixel in range(first, last):
-            memcpy(to, gradient + pixel * c_out + channel, count * sizeof(real))
-            to += tile
-        channel += tile

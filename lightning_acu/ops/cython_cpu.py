@@ -19,7 +19,7 @@ from ..positions import FAR, nan_where_lost, plan_windows
 from .layout import images_per_block, is_native, memory_format, preserved_format
 
 try:
-    from . import _cpu_channelwise, _cpu_kernels  # type: ignore[attr-defined]
+    from . import _cpu_channelwise, _cpu_kernels, _positions  # type: ignore[attr-defined]
 
     MISSING: str | None = None
 except ImportError as error:
@@ -67,7 +67,7 @@ def prefers(
 
 def _is_plain(offsets: Tensor, geometry: ConvGeometry) -> bool:
     """Whether the taps form one ordinary convolution, of no more cells than taps."""
-    if _cpu_kernels.any_fraction(_array(offsets.double().contiguous())):
+    if _positions.any_fraction(_array(offsets.double().contiguous())):
         return False
     plan = plan_windows(offsets, geometry)
     return len(plan.windows) == 1 and plan.cells <= geometry.taps
@@ -203,7 +203,7 @@ def _taps(offsets: Tensor, geometry: ConvGeometry) -> tuple[Array, Array]:
     positions = _array(offsets.double().contiguous())
     cell, fraction = np.empty(positions.shape, dtype=np.int64), np.empty(positions.shape)
     top, left, _, _ = geometry.padding
-    _cpu_kernels.locate(positions, geometry.kernel_size[1], *geometry.dilation, top, left, FAR, cell, fraction)
+    _positions.locate(positions, geometry.kernel_size[1], *geometry.dilation, top, left, FAR, cell, fraction)
     return cell, fraction
 
 

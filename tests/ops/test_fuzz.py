@@ -8,7 +8,7 @@ from oracle import GEOMETRY, acu_conv2d_loops
 from torchvision.ops import deform_conv2d
 
 from lightning_acu import acu_conv2d
-from lightning_acu.ops import available_backends, cython_cpu
+from lightning_acu.ops import _vectors, available_backends, cython_cpu
 
 BACKENDS = [name for name in ("cython", "dense") if name in available_backends()]
 SEEDS = {"cython": [range(first, first + 500) for first in range(0, 10_000, 500)], "dense": [range(300)]}
@@ -59,6 +59,26 @@ def test_output_and_gradients_equal_the_closed_form(backend, seeds):
 @large
 def test_layers_larger_than_any_block_equal_the_closed_form(backend, fixed):
     _each(range(2), lambda seed, one: one.check(_run(one, backend)), **fixed)
+
+
+@pytest.fixture(params=_vectors.supported())
+def instruction_set(request):
+    before = _vectors.current()
+    _vectors.use(request.param)
+    yield
+    _vectors.use(before)
+
+
+@pytest.mark.usefixtures("instruction_set")
+def test_every_instruction_set_equals_the_closed_form():
+    _each(range(2_000_000, 2_000_200), lambda seed, one: one.check(_run(one, "cython")))
+    for fixed in LARGE:
+        _each(range(2, 3), lambda seed, one: one.check(_run(one, "cython")), **fixed)
+
+
+def test_an_instruction_set_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match=r"`name` \(='sse9'\) must be one of baseline"):
+        _vectors.use("sse9")
 
 
 @large

@@ -1,0 +1,66 @@
+"""Runs of channels that belong together, and matrices packed for the matrix product."""
+
+from libc.string cimport memcpy, memset
+
+from ._vectors cimport real
+
+cdef struct Piece:
+    long first  # output channels
+    long last
+    long group
+    long positions
+
+
+cdef inline Piece piece_at(long channel, long end, long per_group, long per_position) noexcept nogil:
+    """The piece that starts at output `channel`, at most to `end`."""
+    cdef Piece piece
+    piece.first = channel
+    piece.group = channel // per_group
+    piece.positions = channel // per_position
+    piece.last = min(min((piece.group + 1) * per_group, (piece.positions + 1) * per_position), end)
+    return piece
+
+
+cdef inline long ceil_div(long a, long b) noexcept nogil:
+    return (a + b - 1) // b
+
+
+cdef inline void pack_output_panel(
+    const real[:, :, :] weight, long first, long last, real* to, long width
+) noexcept nogil:
+    """Output channels first to last: to[k * C_in/groups + ci, co - first]. In blocks that fit the L1 cache."""
+    cdef long inputs = weight.shape[1], taps = weight.shape[2], ci, block, lane, k
+    if last - first < width:
+        memset(to, 0, inputs * taps * width * sizeof(real))
+    for block in range(0, inputs, 16):
+        for lane in range(last - first):
+            for k in range(taps):
+                for ci in range(block, min(block + 16, inputs)):
+                    to[(k * inputs + ci) * width + lane] = weight[first + lane, ci, k]
+
+
+cdef inline void pack_input_panel(
+    const real[:, :, :] weight, long groups, long group, long first, real* packed, int width
+) noexcept nogil:
+    cdef long per_group = weight.shape[0] // groups, inputs = weight.shape[1], taps = weight.shape[2], co, k, ci
+    cdef long last = min(first + width, inputs)
+    cdef real* to = packed + (group * ceil_div(inputs, width) + first // width) * taps * per_group * width
+    if last - first < width:
+        memset(to, 0, taps * per_group * width * sizeof(real))
+    for co in range(per_group):
+        for k in range(taps):
+            for ci in range(first, last):
+                to[(k * per_group + co) * width + ci - first] = weight[group * per_group + co, ci, k]
+
+
+cdef inline void pack_transposed(
+    const real* gradient, long c_out, long first, long last, Piece piece, real* to, long tile
+) noexcept nogil:
+    """Output channels of `piece` in tiles: to[tile][pixel - first][channel of the tile]."""
+    cdef long channel = piece.first, pixel, count
+    while channel < piece.last:
+        count = min(tile, piece.last - channel)
+        for pixel in range(first, last):
+            memcpy(to, gradient + pixel * c_out + channel, count * sizeof(real))
+            to += tile
+        channel += tile
