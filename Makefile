@@ -21,8 +21,10 @@ lint: setup
 
 setup: $(VENV)/.installed
 
-# torch and torchvision in one command, so that pip finds builds that fit each other.
-$(VENV)/.installed: pyproject.toml setup.py
+KERNELS := $(wildcard lightning_acu/ops/*.pyx lightning_acu/ops/*.pxd lightning_acu/ops/*.h)
+
+# torch and torchvision in one command, so that pip finds builds that fit each other. Changed kernels are compiled again.
+$(VENV)/.installed: pyproject.toml setup.py $(KERNELS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet torch torchvision -e ".[dev,demo]"

@@ -10,7 +10,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOM = "lightning_acu/ops/"
-HEADERS = [f"{ROOM}{name}" for name in ("_vectors.h", "_vector_isa.h", "_vector_routines.h")]
+HEADERS = [f"{ROOM}{name}.h" for name in ("_vectors", "_vector_isa", "_vector_routines")]
+SHARED = [f"{ROOM}{name}.pxd" for name in ("_vectors", "_sampling", "_packing", "_cells", "_bands")]
 
 # No -march: the instruction set is chosen at run time. Numbers stay IEEE's (NaN and infinities mean something).
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"]
@@ -62,10 +63,7 @@ def kernels() -> list[Extension]:
         Extension(
             f"lightning_acu.ops.{name}",
             [f"{ROOM}{name}.pyx"],
-            depends=[
-                *HEADERS,
-                *(f"{ROOM}{name}.pxd" for name in ("_vectors", "_sampling", "_packing", "_cells", "_bands")),
-            ],
+            depends=[*HEADERS, *SHARED],
             include_dirs=[ROOM],
             extra_compile_args=list(FLAGS),
         )

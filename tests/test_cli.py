@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -167,18 +166,3 @@ def test_configs_are_found_inside_an_installed_package(tmp_path, monkeypatch):
     shutil.copytree(CONFIGS, package / "configs")
     monkeypatch.setattr("lightning_acu.commands.__file__", str(package / "commands.py"))
     assert configs_directory() == package / "configs"
-
-
-def test_the_wheel_holds_the_configs_and_the_type_marker(tmp_path):
-    root = CONFIGS.parent
-    source = tmp_path / "source"
-    ignored = shutil.ignore_patterns(".git", ".venv", "build", "*.egg-info", "__pycache__", "runs", ".*_cache")
-    shutil.copytree(root, source, ignore=ignored)
-    code = "from setuptools import build_meta; import sys; build_meta.build_wheel(sys.argv[1])"
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=source, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    names = shutil.unpack_archive(wheel, tmp_path / "unpacked", "zip") or {
-        path.relative_to(tmp_path / "unpacked").as_posix() for path in (tmp_path / "unpacked").rglob("*")
-    }
-    assert {"lightning_acu/configs/quickstart.yaml", "lightning_acu/py.typed", "lightning_acu/ops/dense.py"} <= names
-    assert not any(name.startswith(("tests", "configs")) for name in names)

@@ -1,0 +1,128 @@
+"""What is shipped: the source distribution, the wheel built from it, and wheels built where there is no compiler."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_acu.ops import cython_cpu
+
+ROOT = Path(__file__).parents[1]
+OPS = "lightning_acu/ops/"
+KERNELS = {path.stem for path in (ROOT / OPS).glob("*.pyx")}
+SOURCES = (".pyx", ".pxd", ".h", ".c")
+
+USE = """
+import sys, torch, lightning_acu
+from lightning_acu.ops import available_backends, cython_cpu
+
+assert lightning_acu.__file__.startswith(sys.argv[1]), lightning_acu.__file__
+assert "cython" in available_backends()
+case = torch.randn(2, 4, 6, 5), torch.randn(6, 2, 3, 3), torch.randn(9, 2)
+expected = lightning_acu.acu_conv2d(*case, groups=2, backend="reference")
+reason = cython_cpu.why_not(case[0])
+for backend in ("auto", "dense", *(["cython"] if reason is None else [])):
+    torch.testing.assert_close(lightning_acu.acu_conv2d(*case, groups=2, backend=backend), expected)
+if reason is not None:
+    try:
+        lightning_acu.acu_conv2d(*case, groups=2, backend="cython")
+    except RuntimeError as error:
+        assert reason in str(error), error
+    else:
+        raise AssertionError("the missing backend ran")
+print(reason)
+"""
+
+
+def run(code, *arguments, cwd, **environment):
+    """What the program prints."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def build(kind, source, folder, before="", **environment):
+    """Build an "sdist" or a "wheel" of `source`, without network, and unpack it in `folder`; the unpacked folder."""
+    code = f"import sys\n{before}\nfrom setuptools import build_meta\nbuild_meta.build_{kind}(sys.argv[1])"
+    run(code, folder, cwd=source, **environment)
+    (archive,) = [path for path in folder.iterdir() if path.suffix in (".gz", ".whl")]
+    shutil.unpack_archive(archive, folder / "unpacked", "zip" if kind == "wheel" else None, filter=None)
+    return folder / "unpacked"
+
+
+def files(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def compiled(names):
+    return {name for name in names if name.endswith((".so", ".pyd"))}
+
+
+def use(wheel):
+    """Import and run the unpacked wheel, not the installation here; why the kernels are missing there, or "None"."""
+    return run(USE, wheel, cwd=wheel.parent, PYTHONPATH=str(wheel)).strip()
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    """The unpacked source distribution."""
+    source = tmp_path_factory.mktemp("source") / "source"
+    ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__", "runs", "*.so")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    (unpacked,) = build("sdist", source, tmp_path_factory.mktemp("sdist")).iterdir()
+    return unpacked
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory):
+    return build("wheel", sdist, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def pure_wheel(sdist, tmp_path_factory):
+    """The wheel where the compiler does not work."""
+    source = tmp_path_factory.mktemp("pure") / "source"
+    shutil.copytree(sdist, source, ignore=shutil.ignore_patterns("build"))
+    return build("wheel", source, tmp_path_factory.mktemp("pure_wheel"), CC="false")
+
+
+def test_the_kernels_are_built_here():
+    assert cython_cpu.why_not(torch.zeros(1, 1, 1, 1)) is None
+
+
+def test_the_sdist_holds_what_a_build_needs(sdist):
+    names = files(sdist)
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / OPS).iterdir() if path.suffix in SOURCES}
+    assert f"{OPS}_cpu_kernels.pyx" in sources
+    assert sources | {"LICENSE", "setup.py", "pyproject.toml", "configs/quickstart.yaml"} <= names
+    assert not compiled(names)
+
+
+def test_the_wheel_holds_the_kernels_and_the_configs_but_no_sources_or_tests(wheel):
+    names = files(wheel)
+    assert {Path(name).name.split(".")[0] for name in compiled(names)} == KERNELS
+    assert {"lightning_acu/configs/quickstart.yaml", "lightning_acu/py.typed", f"{OPS}dense.py"} <= names
+    assert not {name for name in names if name.endswith(SOURCES)}
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"lightning_acu"}  # no tests, no configs beside it
+    assert any(name.endswith("/LICENSE") for name in names)
+
+
+def test_the_wheel_runs_its_kernels(wheel):
+    assert use(wheel) == "None"
+
+
+def test_without_a_compiler_all_but_the_kernels_works(pure_wheel):
+    assert not compiled(files(pure_wheel))
+    assert "the compiled extension is missing" in use(pure_wheel)
+
+
+def test_without_cython_the_wheel_is_the_same(sdist, pure_wheel, tmp_path):
+    (tmp_path / "wheel").mkdir()
+    source = shutil.copytree(sdist, tmp_path / "source", ignore=shutil.ignore_patterns("build"))
+    names = files(build("wheel", source, tmp_path / "wheel", before="sys.modules['Cython'] = None"))
+    assert names == files(pure_wheel)
