@@ -83,8 +83,9 @@ def in_turns(
 def peak_memory(call: Callable[[], object], device: str) -> int:
     """Bytes in use at the height of ``call``, more than before it.
 
-    On the CPU this is resident memory of the process, which has to be a fresh one: what earlier calls freed but the
-    allocator kept would not be seen. Linux only.
+    Call it once before: a library's first use of a shape generates and loads code, which is megabytes but no data.
+    What a call keeps for the next one is therefore not seen. On the CPU this is the process's resident memory, best of
+    a fresh process, whose allocator keeps little. Linux only.
     """
     if device == "cuda":
         torch.cuda.synchronize()
@@ -94,7 +95,7 @@ def peak_memory(call: Callable[[], object], device: str) -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)  # so that what the warm-up freed is not reused unseen
+        ctypes.CDLL(None).malloc_trim(0)  # so that what was freed is not reused unseen
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = _status("VmRSS")
     call()

@@ -125,7 +125,10 @@ def arguments():
     parser.add_argument("--samples", type=int, default=9, help="of each arm")
     parser.add_argument("--warm-up", type=int, default=2, help="steps of each arm before")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the CSV file")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here")
+    return options
 
 
 def main():

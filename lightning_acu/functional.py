@@ -119,6 +119,8 @@ def _check_tensors(input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor 
     if weight.ndim != 4:
         raise ValueError(f"`weight` must be (C_out, C_in/groups, kh, kw), got shape {tuple(weight.shape)}")
     c_in, (c_out, c_per_group, kh, kw) = input.shape[-3], weight.shape
+    if min(c_out, kh, kw) < 1:
+        raise ValueError(f"`weight` must have output channels and a kernel of at least 1x1, got {tuple(weight.shape)}")
     if groups < 1 or c_in % groups:
         raise ValueError(f"`groups` (={groups}) must divide the `input` channels (={c_in})")
     if c_out % groups:

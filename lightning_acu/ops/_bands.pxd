@@ -3,6 +3,7 @@
 from libc.string cimport memcpy, memset
 
 from ._cells cimport TABLE, Box, Cells, Layer, box_of
+from ._packing cimport ceil_div
 from ._vectors cimport blend, copy, real
 
 cdef enum:
@@ -14,6 +15,8 @@ cdef struct Plan:  # what is the same for all blocks
     Box box  # of the cells
     Box reach  # what a result row reads of the other image, seen from `row * step`
     long step
+    long classes_y  # of input pixels, modulo the stride: those that the image has
+    long classes_x
     long blocks
     long cells  # of a block, at most
     long row  # pixels of a row of a band, with its rim
@@ -25,10 +28,6 @@ cdef struct Plan:  # what is the same for all blocks
 
 cdef inline long floor_div(long a, long b) noexcept nogil:
     return a // b - (a % b < 0)  # cdivision truncates
-
-
-cdef inline long ceil_div(long a, long b) noexcept nogil:
-    return (a + b - 1) // b
 
 
 cdef inline Plan plan_of(
@@ -48,6 +47,8 @@ cdef inline Plan plan_of(
         cell, fraction, image_shape[1], image_shape[2], out_shape[1], out_shape[2], layer, all_neighbours
     )
     plan.reach = plan.box
+    plan.classes_y = max(1, min(layer.stride_y, image_shape[1]))
+    plan.classes_x = max(1, min(layer.stride_x, image_shape[2]))
     if to_output:
         parts, positions = layer.inputs, lanes // layer.per_position + 2
         rows, plan.line, plan.step = out_shape[1], out_shape[2], layer.stride_y
@@ -55,7 +56,7 @@ cdef inline Plan plan_of(
         plan.row = (out_shape[2] - 1) * layer.stride_x + max(box.width, 1)
     else:  # input row stride * i + r sees output row i - floor(cell / stride) through cells of remainder r
         parts, positions = layer.outputs, (lanes // layer.inputs + 2) * layer.outputs // layer.per_position + 2
-        rows, plan.line, plan.step = ceil_div(image_shape[1], layer.stride_y), layer.stride_y * image_shape[2], 1
+        rows, plan.line, plan.step = ceil_div(image_shape[1], layer.stride_y), plan.classes_y * image_shape[2], 1
         plan.blocks = ceil_div(image_shape[3], lanes)
         plan.reach.top = -floor_div(box.top + box.height - 1, layer.stride_y)
         plan.reach.left = -floor_div(box.left + box.width - 1, layer.stride_x)
@@ -64,8 +65,10 @@ cdef inline Plan plan_of(
         plan.row = ceil_div(image_shape[2], layer.stride_x) - 1 + max(plan.reach.width, 1)
     plan.cells = min(positions * layer.taps * 4, box.height * box.width)
     plan.rows = (BAND // (plan.row * lanes) - plan.reach.height) // plan.step + 1
-    plan.rows = max(1, min(rows, plan.rows))
-    plan.longs = sizeof(Space) // sizeof(long) + 4 * plan.cells + TABLE + layer.stride_y * layer.stride_x + 1 + positions * layer.taps * 4
+    # A band's rim is copied again for the next one: bands of far taps (dilation) are at least as high as their rim.
+    plan.rows = max(1, min(rows, max(plan.rows, plan.reach.height // plan.step)))
+    plan.longs = sizeof(Space) // sizeof(long) + 4 * plan.cells + TABLE + plan.classes_y * plan.classes_x + 1
+    plan.longs += positions * layer.taps * 4
     plan.reals = lanes * (1 + parts * plan.cells + band_pixels(&plan) + plan.rows * plan.line)
     return plan
 
@@ -89,7 +92,7 @@ cdef inline Space* space_in(const Plan* plan, long* buffer) noexcept nogil:
     space.place, space.order = buffer + 2 * plan.cells, buffer + 3 * plan.cells
     space.cells.table = buffer + 4 * plan.cells
     space.starts = space.cells.table + TABLE
-    space.cells.index = space.starts + plan.layer.stride_y * plan.layer.stride_x + 1
+    space.cells.index = space.starts + plan.classes_y * plan.classes_x + 1
     return space
 
 
@@ -99,17 +102,22 @@ cdef inline void sort_by_class(const Plan* plan, Space* space) noexcept nogil:
     order[i] is the new number of cell i; the cells of class c are starts[c] to starts[c + 1]; place[new number].
     """
     cdef long sy = plan.layer.stride_y, sx = plan.layer.stride_x, i, c, row, column, count = 0
-    for c in range(sy * sx):
+    for i in range(space.cells.count):
+        space.order[i] = -1  # and so it stays where the image has no pixel of the class
+    for c in range(plan.classes_y * plan.classes_x):
         space.starts[c] = count
         for i in range(space.cells.count - 1, -1, -1):  # backwards: neighbours in the gradient follow each other
             row, column = space.cells.row[i] + plan.box.top, space.cells.column[i] + plan.box.left
-            if (row - floor_div(row, sy) * sy) * sx + column - floor_div(column, sx) * sx == c:
+            if (
+                row - floor_div(row, sy) * sy == c // plan.classes_x
+                and column - floor_div(column, sx) * sx == c % plan.classes_x
+            ):
                 space.order[i] = count
                 space.place[count] = plan.layer.lanes * (
                     (-floor_div(row, sy) - plan.reach.top) * plan.row - floor_div(column, sx) - plan.reach.left
                 )
                 count += 1
-    space.starts[sy * sx] = count
+    space.starts[plan.classes_y * plan.classes_x] = count
 
 
 cdef inline void copy_pixels(

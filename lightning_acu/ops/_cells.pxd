@@ -5,7 +5,7 @@ from libc.string cimport memset
 from ._vectors cimport real
 
 cdef enum:
-    LANES = 64  # at most, of any instruction set
+    MOST_LANES = 64  # at most, of any instruction set
     TABLE = 1024  # cells of the largest bounding box that is looked up in a table; larger ones are searched
 
 
@@ -126,10 +126,10 @@ cdef inline void spread_weight(
     The lane of an output channel reads `inputs` parts; the lane of an input channel is read by `outputs` parts.
     """
     cdef long parts = layer.inputs if to_output else layer.outputs, part, lane, end, k, i
-    cdef long output[LANES]
-    cdef long input[LANES]
-    cdef long position[LANES]
-    cdef real column[LANES]
+    cdef long output[MOST_LANES]
+    cdef long input[MOST_LANES]
+    cdef long position[MOST_LANES]
+    cdef real column[MOST_LANES]
     cdef const long* index
     cdef real* to
     cdef real share

@@ -11,18 +11,21 @@ from cython.parallel cimport prange, threadid
 from libc.string cimport memcpy, memset
 
 from ._bands cimport (
-    Plan, Space, band_pixels, ceil_div, copy_band, copy_lines, plan_of, sort_by_class, space_in
+    Plan, Space, band_pixels, copy_band, copy_lines, plan_of, sort_by_class, space_in
 )
-from ._cells cimport LANES, Cells, Layer, find_cells, share_of, spread_weight
+from ._cells cimport MOST_LANES, Cells, Layer, find_cells, share_of, spread_weight
+from ._packing cimport ceil_div
 from ._vectors cimport Buffer, correlate, correlate_kernel, lanes, real
 
 cdef enum:
+    NEAR = 4096  # pixels of a range of images: 64 bytes each, read and written
     PARTS = 32  # ranges of images, at most, that the kernel's gradient is summed over separately: work for threads
 
 
-cdef long image_ranges(long images, long blocks, int threads):
-    """So many that every thread finds work."""
-    return max(1, min(images, ceil_div(4 * threads, blocks)))
+cdef long image_ranges(const Plan* plan, long images, long pixels, int threads):
+    """So many that every thread finds work, and that a block of a range stays in a level-2 cache with the next one."""
+    cdef long most = max(1, NEAR // max(pixels, 1))
+    return max(1, min(images, max(ceil_div(images, most), ceil_div(4 * threads, plan.blocks))))
 
 
 cdef Buffer zeros(size_t count, size_t size):
@@ -40,12 +43,13 @@ def forward(
     cdef Plan plan = plan_of(
         image.shape, weight.shape, output.shape, cell, fraction, groups, stride, lanes(<real*>NULL), True, False
     )
-    cdef long images = output.shape[0], parts = image_ranges(output.shape[0], plan.blocks, threads), job
+    cdef long images = output.shape[0], job
+    cdef long parts = image_ranges(&plan, images, output.shape[1] * output.shape[2], threads)
     cdef Buffer longs = zeros(threads * plan.longs, sizeof(long)), reals = zeros(threads * plan.reals, sizeof(real))
     for job in prange(plan.blocks * parts, nogil=True, num_threads=threads, schedule="static"):
         forward_block(
-            &plan, image, weight, bias, cell, fraction, job // parts * plan.layer.lanes,
-            images * (job % parts) // parts, images * (job % parts + 1) // parts, output,
+            &plan, image, weight, bias, cell, fraction, job % plan.blocks * plan.layer.lanes,
+            images * (job // plan.blocks) // parts, images * (job // plan.blocks + 1) // parts, output,
             <long*>longs.data + threadid() * plan.longs, <real*>reals.data + threadid() * plan.reals,
         )
 
@@ -105,12 +109,13 @@ def backward_image(
     cdef Plan plan = plan_of(
         grad_image.shape, weight.shape, gradient.shape, cell, fraction, groups, stride, lanes(<real*>NULL), False, False
     )
-    cdef long images = gradient.shape[0], parts = image_ranges(images, plan.blocks, threads), job
+    cdef long images = gradient.shape[0], job
+    cdef long parts = image_ranges(&plan, images, grad_image.shape[1] * grad_image.shape[2], threads)
     cdef Buffer longs = zeros(threads * plan.longs, sizeof(long)), reals = zeros(threads * plan.reals, sizeof(real))
     for job in prange(plan.blocks * parts, nogil=True, num_threads=threads, schedule="static"):
         backward_image_block(
-            &plan, gradient, weight, cell, fraction, job // parts * plan.layer.lanes,
-            images * (job % parts) // parts, images * (job % parts + 1) // parts, grad_image,
+            &plan, gradient, weight, cell, fraction, job % plan.blocks * plan.layer.lanes,
+            images * (job // plan.blocks) // parts, images * (job // plan.blocks + 1) // parts, grad_image,
             <long*>longs.data + threadid() * plan.longs, <real*>reals.data + threadid() * plan.reals,
         )
 
@@ -126,7 +131,7 @@ cdef void backward_image_block(
     cdef long sy = layer.stride_y, sx = layer.stride_x, last = min(first + size, c_in), n, i, y, c, part, band
     cdef long position = first // layer.inputs * layer.outputs // layer.per_position
     cdef long end = (((last - 1) // layer.inputs + 1) * layer.outputs - 1) // layer.per_position + 1
-    cdef long y_first, y_last, row
+    cdef long y_first, y_last, row, column
     cdef Space* space = space_in(plan, longs)
     cdef Cells* cells = &space.cells
     cdef real* start = reals
@@ -152,16 +157,16 @@ cdef void backward_image_block(
                     layer, False, first, last, part, block,
                 )
                 for y in range(y_first, y_last):
-                    for c in range(sy * sx):
-                        row = y * sy + c // sx
-                        if row >= height or c % sx >= width:
+                    for c in range(plan.classes_y * plan.classes_x):
+                        row, column = y * sy + c // plan.classes_x, c % plan.classes_x
+                        if row >= height:
                             continue
                         correlate(
-                            ceil_div(width - c % sx, sx), space.starts[c + 1] - space.starts[c],
+                            ceil_div(width - column, sx), space.starts[c + 1] - space.starts[c],
                             space.place + space.starts[c], kernel + (part * cells.count + space.starts[c]) * size,
                             block + (y - y_first) * plan.row * size, size, <const real*>NULL if part else start,
-                            &grad_image[n, row, c % sx, first] if whole
-                            else lines + ((row - y_first * sy) * width + c % sx) * size,
+                            &grad_image[n, row, column, first] if whole
+                            else lines + ((row - y_first * sy) * width + column) * size,
                             sx * (c_in if whole else size),
                         )
             if not whole:
@@ -256,7 +261,7 @@ cdef void gather_shares(
     cdef long last = min(first + layer.lanes, weight.shape[0]), part, i, lane, k, p, channels = plan.blocks * layer.lanes
     cdef long position = first // layer.per_position, end = (last - 1) // layer.per_position + 1
     cdef int neighbour
-    cdef double total[LANES]
+    cdef double total[MOST_LANES]
     cdef double share
     cdef const double* value
     cdef Space* space = space_in(plan, longs)

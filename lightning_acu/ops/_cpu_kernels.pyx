@@ -22,6 +22,8 @@ cdef enum:
     #: Output pixels over which one product of the weight gradient sums, and output channels it covers.
     LONG_BLOCK = 240
     CHANNELS = 504
+    #: Ranges of images, at most, over which the gradient of positions is summed separately: work for threads.
+    RANGES = 32
 
 cdef inline Grid grid_of(shape, out_shape, stride):
     return Grid(shape[1], shape[2], shape[3], out_shape[1], out_shape[2], stride[0], stride[1])
@@ -69,7 +71,7 @@ def forward(
     """
     cdef Grid grid = grid_of(image.shape, output.shape, stride)
     cdef long pixels = output.shape[0] * output.shape[1] * output.shape[2], c_out = output.shape[3]
-    cdef long pieces = groups * cell.shape[0], blocks = ceil_div(pixels, BLOCK), slices = 1, job
+    cdef long pieces = groups + cell.shape[0], blocks = ceil_div(pixels, BLOCK), slices = 1, job
     cdef int width = 2 * lanes(<real*>NULL)
     cdef Buffer packed = Buffer(
         (c_out + pieces * width) * weight.shape[1] * weight.shape[2], sizeof(real)
@@ -140,47 +142,72 @@ def backward_image(
     cdef Grid grid = grid_of(image.shape, gradient.shape, stride)
     cdef int width = 2 * lanes(<real*>NULL)
     cdef long per_group = weight.shape[0] // groups, panels = groups * ceil_div(weight.shape[1], width)
-    cdef long images = image.shape[0], parts = 1, job, sums_size = cell.shape[0] * cell.shape[1] * 4
+    cdef long images = image.shape[0], ranges = min(images, RANGES), parts = 1, job
+    cdef long positions = cell.shape[0] // groups + 2, sums_size = positions * cell.shape[1] * 4
     cdef long size = width + BLOCK * (width + ceil_div(per_group, DEPTH) * DEPTH_STRIDE)
     cdef Buffer packed = Buffer(panels * weight.shape[2] * per_group * width, sizeof(real))
     cdef Buffer buffer = Buffer(threads * size, sizeof(real))
-    cdef Buffer sums = Buffer(images * panels * sums_size, sizeof(double))
-    memset(sums.data, 0, images * panels * sums_size * sizeof(double))
+    cdef Buffer sums = Buffer(0 if grad_cell is None else ranges * panels * sums_size, sizeof(double))
+    if grad_cell is not None:
+        memset(sums.data, 0, ranges * panels * sums_size * sizeof(double))
     pack_for_input(weight, groups, <real*>packed.data, threads, width)
-    if images < 4 * threads:
-        parts = min(panels, ceil_div(4 * threads, max(images, 1)))
-    for job in prange(images * parts, nogil=True, num_threads=threads, schedule="static"):
-        backward_image_block(
-            &grid, gradient, image, <const real*>packed.data, cell, fraction, groups, job // parts,
+    if ranges < 4 * threads:
+        parts = min(panels, ceil_div(4 * threads, max(ranges, 1)))
+    for job in prange(ranges * parts, nogil=True, num_threads=threads, schedule="static"):
+        backward_image_range(
+            &grid, gradient, image, <const real*>packed.data, cell, fraction, groups,
+            images * (job // parts) // ranges, images * (job // parts + 1) // ranges,
             panels * (job % parts) // parts, panels * (job % parts + 1) // parts, grad_image,
-            NULL if grad_cell is None else <double*>sums.data + job // parts * panels * sums_size,
+            NULL if grad_cell is None else <double*>sums.data + job // parts * panels * sums_size, sums_size,
             <real*>buffer.data + threadid() * size, width,
         )
     if grad_cell is not None:
-        positions_from_sums(<double*>sums.data, images * panels, fraction, grad_cell)
+        with nogil:
+            positions_from_sums(<double*>sums.data, ranges, panels, sums_size, groups, fraction, grad_cell)
+
+
+cdef inline long first_position(long group, long groups, long position_groups) noexcept nogil:
+    """The first position group that a convolution group touches."""
+    return group * position_groups // groups
 
 
 cdef void positions_from_sums(
-    double* sums, long count, const double[:, :, ::1] fraction, double[:, :, ::1] grad_cell
+    const double* sums, long ranges, long panels, long size, long groups, const double[:, :, ::1] fraction,
+    double[:, :, ::1] grad_cell,
 ) noexcept nogil:
-    """sums[count, P, K, row of the cell, (gradient of the row's share, gradient along the row)] to grad_cell."""
-    cdef long p, k, i, size = fraction.shape[0] * fraction.shape[1] * 4
-    cdef double* found
-    for i in range(size, count * size):
-        sums[i % size] += sums[i]
-    for p in range(fraction.shape[0]):
-        for k in range(fraction.shape[1]):
-            found = sums + (p * fraction.shape[1] + k) * 4
-            grad_cell[p, k, 0] = found[2] - found[0] if count else 0
-            grad_cell[p, k, 1] = (
-                (1 - fraction[p, k, 0]) * found[1] + fraction[p, k, 0] * found[3] if count else 0
-            )
+    """grad_cell (P, K, 2) from sums[range of images, panel, position of the panel's group, K, row of the cell,
+    (gradient of the row's share, gradient along the row)]."""
+    cdef long i, p, k, first, position_groups = fraction.shape[0], taps = fraction.shape[1]
+    cdef const double* found
+    cdef double fy
+    memset(&grad_cell[0, 0, 0], 0, position_groups * taps * 2 * sizeof(double))
+    for i in range(ranges * panels):
+        first = first_position(i % panels // (panels // groups), groups, position_groups)
+        for p in range(first, min(first + size // (taps * 4), position_groups)):
+            for k in range(taps):
+                found = sums + i * size + ((p - first) * taps + k) * 4
+                fy = fraction[p, k, 0]
+                grad_cell[p, k, 0] += found[2] - found[0]
+                grad_cell[p, k, 1] += (1 - fy) * found[1] + fy * found[3]
+
+
+cdef void backward_image_range(
+    const Grid* grid, const real[:, :, :, ::1] gradient, const real[:, :, :, ::1] image, const real* packed,
+    const long[:, :, ::1] cell, const double[:, :, ::1] fraction, long groups, long first, long last, long first_panel,
+    long last_panel, real[:, :, :, ::1] grad_image, double* sums, long sums_size, real* buffer, long width,
+) noexcept nogil:
+    cdef long number
+    for number in range(first, last):
+        backward_image_block(
+            grid, gradient, image, packed, cell, fraction, groups, number, first_panel, last_panel, grad_image, sums,
+            sums_size, buffer, width,
+        )
 
 
 cdef void backward_image_block(
     const Grid* grid, const real[:, :, :, ::1] gradient, const real[:, :, :, ::1] image, const real* packed,
     const long[:, :, ::1] cell, const double[:, :, ::1] fraction, long groups, long number, long first_panel,
-    long last_panel, real[:, :, :, ::1] grad_image, double* sums, real* buffer, long width,
+    long last_panel, real[:, :, :, ::1] grad_image, double* sums, long sums_size, real* buffer, long width,
 ) noexcept nogil:
     """One image, panels (counted through all groups) first to last."""
     cdef long c_out = gradient.shape[3], inputs = grid.channels // groups, outputs = c_out // groups
@@ -226,8 +253,9 @@ cdef void backward_image_block(
                         spread(
                             grid, &tap, target, source, group * inputs + start, columns, number * pixels + first,
                             number * pixels + last, samples, width, zeros,
-                            sums if sums == NULL else sums
-                            + ((panel * cell.shape[0] + piece.positions) * taps + k) * 4,
+                            NULL if sums == NULL else sums + panel * sums_size + (
+                                (piece.positions - first_position(group, groups, cell.shape[0])) * taps + k
+                            ) * 4,
                         )
                 channel = piece.last
 

@@ -8,7 +8,7 @@ def locate(
     const double[:, :, ::1] offsets, long columns, long dilation_y, long dilation_x, long top, long left, double far,
     long[:, :, ::1] cell, double[:, :, ::1] fraction,
 ):
-    """offsets IN (P, K, 2) to cell OUT (P, K, 2), seen from input pixel `output * stride`, and fraction OUT in [0, 1).
+    """offsets IN (P, K, 2) to cell OUT (P, K, 2), seen from input pixel `output * stride`, and fraction OUT in [0, 1].
 
     Offsets beyond +-far count as far; NaN stays in the cell of the grid, with NaN for its fraction.
     """

@@ -181,10 +181,12 @@ static void NAME(adjoint)(long pixels, long channels, REAL *gradient, const REAL
                          fraction, sums);
 }
 
-/* to[pixel] = from[pixel], one vector each. */
+/* to[pixel] = from[pixel], one vector each. The next block of channels, which comes next, is fetched meanwhile: pixels
+ * are too far apart for the processor to guess. */
 static void NAME(copy)(long pixels, const REAL *from, long step, REAL *to) {
     for (; pixels >= 4; pixels -= 4, from += 4 * step, to += 4 * LANES) {
         VEC value[4];
+        UNROLL for (int p = 0; p < 4; p++) __builtin_prefetch(from + p * step + LANES);
         UNROLL for (int p = 0; p < 4; p++) value[p] = READ(from + p * step);
         UNROLL for (int p = 0; p < 4; p++) AT(to + p * LANES) = value[p];
     }
@@ -198,6 +200,7 @@ static void NAME(copy)(long pixels, const REAL *from, long step, REAL *to) {
 ALWAYS_INLINE void NAME(correlate_pixels)(const int pixels, long cells, const long *place, const REAL *kernel,
                                           const REAL *from, long from_step, const REAL *start, REAL *to, long to_step) {
     VEC sum[RUN];
+    UNROLL for (int p = 0; p < pixels; p++) __builtin_prefetch(to + p * to_step + LANES, 1); /* as in copy */
     UNROLL for (int p = 0; p < pixels; p++) sum[p] = start ? READ(start) : READ(to + p * to_step);
     for (long cell = 0; cell < cells; cell++) {
         VEC weight = READ(kernel + cell * LANES);

@@ -2,10 +2,25 @@
 #ifndef LIGHTNING_ACU_VECTORS_H
 #define LIGHTNING_ACU_VECTORS_H
 
+#include <stddef.h>
+
 /* Depth of a block of the matrix product, and the distance of its rows: not a power of two, which would map all rows
  * to the same few cache sets. */
 #define DEPTH 256
 #define DEPTH_STRIDE (DEPTH + 16)
+
+#ifdef _OPENMP
+#define HAS_OPENMP 1
+#else
+#define HAS_OPENMP 0
+#endif
+
+/* Bytes of memory kept for the next calls; none where a sanitizer has to see every block. */
+#ifdef __SANITIZE_ADDRESS__
+#define KEPT ((size_t)0)
+#else
+#define KEPT ((size_t)32 << 20)
+#endif
 
 #define DECLARE_ROUTINES(REAL, type)                                                                                  \
     typedef struct {                                                                                                  \

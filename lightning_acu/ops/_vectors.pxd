@@ -38,16 +38,17 @@ cdef class Buffer:
     """`count` numbers of `size` bytes, aligned for vectors; freed with the object. MemoryError where there are none."""
 
     cdef void* data
+    cdef size_t size
 
 cdef const routines_f32* f32
 cdef const routines_f64* f64
 
 
-cdef inline int lanes(const real* any) noexcept nogil:
+cdef inline int lanes(const real* type) noexcept nogil:
     return f32.lanes if real is float else f64.lanes
 
 
-cdef inline int tile_rows(const real* any) noexcept nogil:
+cdef inline int tile_rows(const real* type) noexcept nogil:
     return f32.tile_rows if real is float else f64.tile_rows
 
 

@@ -1,13 +1,19 @@
 # distutils: language = c
 """The instruction set of the CPU kernels, chosen when this module is loaded."""
 
+from libc.stdint cimport SIZE_MAX
 from libc.stdlib cimport free
 from posix.stdlib cimport posix_memalign
 
 cdef extern from "_vector_isa.h" nogil:
+    const bint HAS_OPENMP
+    const size_t KEPT
     int best_isa()
     const routines_f32* routines_f32_for(int isa)
     const routines_f64* routines_f64_for(int isa)
+
+#: Whether the kernels were built with threads.
+OPENMP = bool(HAS_OPENMP)
 
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 
@@ -18,7 +24,10 @@ def supported():
 
 
 def use(name):
-    """Run on the instruction set ``name`` from now on, in all threads; a ValueError where it is not supported."""
+    """Run on the instruction set ``name`` from now on; a ValueError where it is not supported.
+
+    For tests and measurements, while no kernel runs in another thread: those would change in the middle.
+    """
     global f32, f64, _current
     if name not in supported():
         raise ValueError(f"`name` (={name!r}) must be one of {', '.join(supported())}")
@@ -32,13 +41,75 @@ def current():
     return _current
 
 
+cdef enum:
+    SLOTS = 16
+
+cdef struct Block:
+    void* data
+    size_t size
+
+#: Blocks of memory to use again, the oldest first to go. Asked for anew at every call, they would be mapped and filled
+#: with zeros by the system each time, and so would the outputs beside them. The GIL guards them.
+cdef Block[SLOTS] kept
+cdef size_t kept_size = 0
+cdef int oldest = 0
+
+
+cdef void discard(int slot) noexcept:
+    global kept_size
+    kept_size -= kept[slot].size
+    free(kept[slot].data)
+    kept[slot].data, kept[slot].size = NULL, 0
+
+
+cdef void keep(Block block) noexcept:
+    """In place of the oldest, and of as many others as it takes to stay within KEPT bytes in all."""
+    global kept_size, oldest
+    if block.size > KEPT:
+        free(block.data)
+        return
+    cdef int slot = oldest
+    discard(slot)
+    while kept_size + block.size > KEPT:
+        oldest = (oldest + 1) % SLOTS
+        discard(oldest)
+    kept[slot] = block
+    kept_size += block.size
+    oldest = (slot + 1) % SLOTS
+
+
+cdef Block take(size_t size) noexcept:
+    """The smallest kept block of at least this size and at most twice as much, or none."""
+    global kept_size
+    cdef int i, best = -1
+    cdef Block none = Block(NULL, 0), block
+    for i in range(SLOTS):
+        if kept[i].data != NULL and kept[i].size >= size and kept[i].size // 2 <= size:
+            if best < 0 or kept[i].size < kept[best].size:
+                best = i
+    if best < 0:
+        return none
+    block = kept[best]
+    kept[best] = none
+    kept_size -= block.size
+    return block
+
+
 cdef class Buffer:
     def __cinit__(self, size_t count, size_t size):
-        if posix_memalign(&self.data, 64, count * size):
-            raise MemoryError(f"no memory for a buffer of {count * size} bytes")
+        cdef Block block
+        self.data, self.size = NULL, 0
+        if count <= SIZE_MAX // size:
+            block = take(max(count * size, 64))
+            if block.data == NULL and posix_memalign(&block.data, 64, max(count * size, 64)) == 0:
+                block.size = max(count * size, 64)
+            self.data, self.size = block.data, block.size
+        if self.data == NULL:
+            raise MemoryError(f"no memory for a buffer of {count} numbers of {size} bytes")
 
     def __dealloc__(self):
-        free(self.data)
+        if self.data != NULL:
+            keep(Block(self.data, self.size))
 
 
 use(INSTRUCTION_SETS[best_isa()])

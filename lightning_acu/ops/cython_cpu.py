@@ -1,12 +1,13 @@
 """The Cython backend: taps interpolated into the cache and multiplied there, with a plain convolution's arithmetic.
 
-This module checks, allocates and chooses the route; the loops are in ``_cpu_kernels.pyx`` (a matrix product over
+This module allocates and chooses the route; the loops are in ``_cpu_kernels.pyx`` (a matrix product over
 interpolated taps) and ``_cpu_channelwise.pyx`` (depthwise layers: weights spread over integer cells). Both work on
-channels_last images; others are converted once.
+channels_last images; others are converted a few images at a time.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..positions import FAR, nan_where_lost, plan_windows
 from .layout import images_per_block, is_native, memory_format, preserved_format
 
 try:
-    from . import _cpu_channelwise, _cpu_kernels, _positions  # type: ignore[attr-defined]
+    from . import _cpu_channelwise, _cpu_kernels, _positions, _vectors  # type: ignore[attr-defined]
 
     MISSING: str | None = None
 except ImportError as error:
@@ -59,9 +60,14 @@ def prefers(
     Measured with ``benchmarks/auto_rule.py``. The taps are interpolated again for each run of output channels that
     share a convolution group and a position group; runs of fewer than 16 channels do not pay for that.
     """
+    if not weight.numel():
+        return True  # no input channels: there is nothing to compute
+    if not _vectors.OPENMP and torch.get_num_threads() > 2:
+        return False
     if needs is None and _is_plain(offsets, geometry):
-        return False  # exactly F.conv2d, bit for bit; backward, dense would pay for the neighbours' derivatives
-    runs = max(geometry.groups, len(offsets))
+        return False  # exactly F.conv2d, bit for bit
+    groups, position_groups = geometry.groups, len(offsets)
+    runs = groups + position_groups - math.gcd(groups, position_groups)
     return _channelwise(weight, geometry) or runs == 1 or len(weight) // runs >= 16
 
 
@@ -83,6 +89,8 @@ def forward(input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None,
     dtype = _computed_in(input)
     size = (len(input), len(weight), *geometry.output_size(input.shape[2:]))
     output = torch.empty(size, dtype=input.dtype, memory_format=memory_format(input, weight))
+    if not weight.numel():  # no input channels
+        return output.zero_() if bias is None else output.copy_(bias[:, None, None].expand_as(output))
     cell, fraction = _taps(offsets, geometry)
     weights = _array(weight.to(dtype).flatten(2))
     biases = None if bias is None else _array(bias.to(dtype).contiguous())
@@ -103,6 +111,8 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of input, weight and offsets; None for those that ``needs`` does not ask for."""
     dtype = _computed_in(input)
+    if not weight.numel():
+        return torch.zeros_like(input), torch.zeros_like(weight), torch.zeros_like(offsets)
     taps, threads = _taps(offsets, geometry), _threads(grad, weight)
     weights = _array(weight.to(dtype).flatten(2))
     grad_input = torch.empty_like(input, memory_format=preserved_format(input)) if needs[0] else None
@@ -118,11 +128,11 @@ def backward(
         if result is not None and target is not result:
             result.copy_(target)
         grad_cell += cell_part
-        if needs[1]:
+        if weight_part is not None:
             grad_weight = weight_part if grad_weight is None else grad_weight.add_(weight_part)
     return (
         grad_input,
-        None if grad_weight is None else grad_weight.view(weight.shape).to(weight.dtype),
+        None if grad_weight is None or not needs[1] else grad_weight.view(weight.shape).to(weight.dtype),
         torch.from_numpy(grad_cell).to(offsets.dtype) if needs[2] else None,
     )
 
@@ -136,7 +146,7 @@ def _backward_product(
     grad_image: Array | None,
     needs: Sequence[bool],
     threads: int,
-) -> tuple[Tensor, Array]:
+) -> tuple[Tensor | None, Array]:
     """Gradients of weight and positions; that of the image into ``grad_image``."""
     grad_cell = np.zeros(taps[0].shape)
     if grad_image is not None:
@@ -146,14 +156,15 @@ def _backward_product(
             grad, image, weight, *taps, geometry.groups, geometry.stride, grad_image,
             grad_cell if needs[2] else None, threads,
         )  # fmt: skip
+    if not needs[1]:
+        return None, grad_cell
     c_out, inputs, kernel = weight.shape
     grad_weight = torch.empty(c_out, kernel, inputs, dtype=_DTYPES[weight.dtype])
-    if needs[1]:
-        if not grad.size:  # no pixel, no product
-            grad_weight.zero_()
-        _cpu_kernels.backward_weight(
-            grad, image, *taps, geometry.groups, geometry.stride, _array(grad_weight), threads
-        )  # fmt: skip
+    if not grad.size:  # no pixel, no product
+        return grad_weight.zero_().transpose(1, 2), grad_cell
+    _cpu_kernels.backward_weight(
+        grad, image, *taps, geometry.groups, geometry.stride, _array(grad_weight), threads
+    )  # fmt: skip
     return grad_weight.transpose(1, 2), grad_cell
 
 
@@ -166,7 +177,7 @@ def _backward_channelwise(
     grad_image: Array | None,
     needs: Sequence[bool],
     threads: int,
-) -> tuple[Tensor, Array]:
+) -> tuple[Tensor | None, Array]:
     """The same, channel by channel."""
     common = (*taps, geometry.groups, geometry.stride)
     grad_cell, grad_weight = np.zeros(taps[0].shape), np.zeros(weight.shape, dtype=weight.dtype)

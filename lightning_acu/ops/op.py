@@ -122,6 +122,27 @@ def _geometry(
     )
 
 
+def _check_shapes(
+    input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, grad: Tensor | None, geometry: ConvGeometry
+) -> None:
+    """What compiled kernels rely on. :func:`lightning_acu.acu_conv2d` says it better; a graph calls the operator."""
+    c_out, per_group, kh, kw = weight.shape
+    fits = (
+        input.ndim == 4
+        and per_group * geometry.groups == input.shape[1]
+        and c_out % geometry.groups == 0
+        and offsets.shape == (len(offsets), kh * kw, 2)
+        and len(offsets) > 0
+        and c_out % len(offsets) == 0
+        and (bias is None or bias.shape == (c_out,))
+        and (grad is None or grad.shape == (len(input), c_out, *geometry.output_size(input.shape[2:])))
+    )
+    if not fits:
+        shapes = {"input": input, "weight": weight, "offsets": offsets, "bias": bias, "grad": grad}
+        given = ", ".join(f"`{name}` {tuple(t.shape)}" for name, t in shapes.items() if t is not None)
+        raise ValueError(f"these shapes do not fit each other: {given}, with {geometry}")
+
+
 @torch.library.custom_op("lightning_acu::acu_conv2d", mutates_args=())
 def acu_conv2d_op(
     input: Tensor,
@@ -136,6 +157,7 @@ def acu_conv2d_op(
 ) -> Tensor:
     """:func:`lightning_acu.acu_conv2d` after its checks: offsets (P, K, 2), padding (top, left, bottom, right)."""
     geometry = _geometry(weight, stride, padding, dilation, groups)
+    _check_shapes(input, weight, offsets, bias, None, geometry)
     # The caller has cast for autocast already; inside, it would take the float32 positions down too.
     with without_autocast(input.device.type):
         chosen = _select(backend, input, weight, offsets, geometry)
@@ -174,6 +196,7 @@ def acu_conv2d_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of input, weight and offsets; an empty tensor for each that ``needs`` does not ask for."""
     geometry = _geometry(weight, stride, padding, dilation, groups)
+    _check_shapes(input, weight, offsets, None, grad, geometry)
     with without_autocast(input.device.type):
         chosen = _select(backend, input, weight, offsets, geometry, needs)
         grads = chosen.backward(grad, input, weight, offsets, geometry, needs)
