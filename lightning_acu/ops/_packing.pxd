@@ -25,18 +25,32 @@ cdef inline long ceil_div(long a, long b) noexcept nogil:
     return (a + b - 1) // b
 
 
+cdef inline void pack_output_block(
+    const real[:, :, :] weight, long first, long last, long ci_first, long ci_last, long k_first, long k_last, real* to,
+    long width,
+) noexcept nogil:
+    cdef long lane, ci, k, inputs = weight.shape[1]
+    for lane in range(last - first):
+        for k in range(k_first, k_last):
+            for ci in range(ci_first, ci_last):
+                to[(k * inputs + ci) * width + lane] = weight[first + lane, ci, k]
+
+
 cdef inline void pack_output_panel(
     const real[:, :, :] weight, long first, long last, real* to, long width
 ) noexcept nogil:
     """Output channels first to last: to[k * C_in/groups + ci, co - first]. In blocks that fit the L1 cache."""
-    cdef long inputs = weight.shape[1], taps = weight.shape[2], ci, block, lane, k
+    cdef long inputs = weight.shape[1], taps = weight.shape[2]
+    cdef long apart = taps if weight.strides[2] > weight.strides[1] else 1  # channels_last weights: tap after tap
+    cdef long step, block, k_first, k_last
     if last - first < width:
         memset(to, 0, inputs * taps * width * sizeof(real))
-    for block in range(0, inputs, 16):
-        for lane in range(last - first):
-            for k in range(taps):
-                for ci in range(block, min(block + 16, inputs)):
-                    to[(k * inputs + ci) * width + lane] = weight[first + lane, ci, k]
+    for step in range(apart):
+        k_first, k_last = step, step + 1
+        if apart == 1:
+            k_last = taps
+        for block in range(0, inputs, 16):
+            pack_output_block(weight, first, last, block, min(block + 16, inputs), k_first, k_last, to, width)
 
 
 cdef inline void pack_input_panel(
@@ -47,6 +61,14 @@ cdef inline void pack_input_panel(
     cdef real* to = packed + (group * ceil_div(inputs, width) + first // width) * taps * per_group * width
     if last - first < width:
         memset(to, 0, taps * per_group * width * sizeof(real))
+    if weight.strides[1] == sizeof(real):  # channels_last weights: whole rows, written one after the other
+        for k in range(taps):
+            for co in range(per_group):
+                memcpy(
+                    to + (k * per_group + co) * width, &weight[group * per_group + co, first, k],
+                    (last - first) * sizeof(real),
+                )
+        return
     for co in range(per_group):
         for k in range(taps):
             for ci in range(first, last):
