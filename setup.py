@@ -10,7 +10,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOM = "lightning_acu/ops/"
-HEADERS = [f"{ROOM}{name}.h" for name in ("_vectors", "_vector_isa", "_vector_routines")]
+HEADERS = [f"{ROOM}{name}.h" for name in ("_vectors", "_vector_isa", "_vector_routines", "_transpose")]
 SHARED = [f"{ROOM}{name}.pxd" for name in ("_vectors", "_sampling", "_packing", "_cells", "_bands")]
 
 # No -march: the instruction set is chosen at run time. Numbers stay IEEE's (NaN and infinities mean something).

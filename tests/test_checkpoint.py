@@ -197,7 +197,7 @@ def layers():
 
 @pytest.mark.parametrize("arguments", [{}, {"position_groups": 2}, {"fixed_centre": False}, {"kernel_sizes": [3]}])
 def test_convert_like_makes_active_what_the_state_dict_has_positions_for(arguments):
-    source = move(convert_to_acu(layers(), **{"kernel_sizes": [3, (3, 5)]} | arguments))
+    source = move(convert_to_acu(layers(), **{"kernel_sizes": [3, (3, 5)], "backend": "dense"} | arguments))
     model = layers()
     kept = list(model.parameters())
     assert convert_like(model, source.state_dict(), backend="dense") is model

@@ -4,6 +4,9 @@ from libc.string cimport memcpy, memset
 
 from ._vectors cimport real
 
+cdef extern from "_transpose.h" nogil:
+    void transpose_f32(long rows, long columns, const float* source, long source_step, float* to, long to_step)
+
 cdef struct Piece:
     long first  # output channels
     long last
@@ -30,6 +33,13 @@ cdef inline void pack_output_block(
     long width,
 ) noexcept nogil:
     cdef long lane, ci, k, inputs = weight.shape[1]
+    if real is float and weight.strides[1] == sizeof(real):
+        for k in range(k_first, k_last):
+            transpose_f32(
+                last - first, ci_last - ci_first, &weight[first, ci_first, k], weight.strides[0] // <long>sizeof(real),
+                to + (k * inputs + ci_first) * width, width,
+            )
+        return
     for lane in range(last - first):
         for k in range(k_first, k_last):
             for ci in range(ci_first, ci_last):

@@ -223,8 +223,30 @@ def _pixels(image: Tensor, dtype: torch.dtype) -> Array:
     return _array(image.to(dtype).contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1))
 
 
+class _Memory:
+    """A tensor's memory as NumPy asks for it.
+
+    ``Tensor.numpy()`` would do, but from then on nobody may resize the storage, and FSDP2 does that to parameters.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor  # lives as long as the array
+        size = tensor.element_size()
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": f"<f{size}",
+            "shape": tuple(tensor.shape),
+            "strides": tuple(stride * size for stride in tensor.stride()),
+            "data": (tensor.data_ptr(), False),
+        }
+
+
 def _array(tensor: Tensor) -> Array:
-    return tensor.numpy(force=True)
+    """A view of a float32 or float64 tensor."""
+    tensor = tensor.resolve_neg()
+    if not tensor.numel():
+        return np.empty(tuple(tensor.shape), dtype=f"<f{tensor.element_size()}")
+    return np.asarray(_Memory(tensor))
 
 
 def _threads(output: Tensor, weight: Tensor) -> int:

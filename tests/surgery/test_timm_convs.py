@@ -282,4 +282,4 @@ def test_same_padding_is_exported_for_any_height_and_width():
     program = torch.export.export(model, (torch.randn(2, 3, 33, 40),), dynamic_shapes=({0: free, 2: free, 3: free},))
     for size in ((50, 61), (33, 44), (64, 31)):
         x = torch.randn(3, 3, *size)
-        assert torch.equal(program.module()(x), model(x))
+        assert_close(program.module()(x), model(x), 1e-6)  # padded in the graph, or by the layer: rounded differently
