@@ -58,7 +58,7 @@ def kernels() -> list[Extension]:
     except ImportError:
         print("lightning_acu: no Cython, so the CPU kernels are left out", file=sys.stderr)
         return []
-    names = ("_vectors", "_positions", "_cpu_kernels", "_cpu_channelwise")
+    names = ("_vectors", "_memory", "_positions", "_cpu_kernels", "_cpu_channelwise")
     extensions = [
         Extension(
             f"lightning_acu.ops.{name}",

@@ -179,7 +179,8 @@ def backward_kernel(
     const long[:, :, ::1] cell, const double[:, :, ::1] fraction, long groups, stride, real[:, :, ::1] grad_weight,
     double[:, :, ::1] grad_cell, int threads,
 ):
-    """grad_weight OUT (C_out, C_in/groups, K), grad_cell OUT (P, K, 2); gradient IN (N, H_out, W_out, C_out)."""
+    """grad_weight OUT (C_out, C_in/groups, K); grad_cell INOUT (P, K, 2), added to; gradient IN (N, H_out, W_out,
+    C_out)."""
     cdef Plan plan = plan_of(
         image.shape, weight.shape, gradient.shape, cell, fraction, groups, stride, lanes(<real*>NULL), True, True
     )
@@ -291,7 +292,7 @@ cdef void gather_shares(
 cdef void positions_from_shares(
     const Plan* plan, const double[:, :, ::1] fraction, const double* grad_shares, double[:, :, ::1] grad_cell
 ) noexcept nogil:
-    """grad_cell[p, k] from the gradients g of the 4 bilinear weights, summed over the output channels of p:
+    """grad_cell[p, k] += from the gradients g of the 4 bilinear weights, summed over the output channels of p:
 
     d/d row = (1 - fx) (g_10 - g_00) + fx (g_11 - g_01), d/d column = (1 - fy) (g_01 - g_00) + fy (g_11 - g_10).
     """
@@ -306,5 +307,5 @@ cdef void positions_from_shares(
                 for channel in range(p * size, (p + 1) * size):
                     g[neighbour] += grad_shares[(k * 4 + neighbour) * channels + channel]
             fy, fx = fraction[p, k, 0], fraction[p, k, 1]
-            grad_cell[p, k, 0] = (1 - fx) * (g[2] - g[0]) + fx * (g[3] - g[1])
-            grad_cell[p, k, 1] = (1 - fy) * (g[1] - g[0]) + fy * (g[3] - g[2])
+            grad_cell[p, k, 0] += (1 - fx) * (g[2] - g[0]) + fx * (g[3] - g[1])
+            grad_cell[p, k, 1] += (1 - fy) * (g[1] - g[0]) + fy * (g[3] - g[2])

@@ -136,7 +136,7 @@ def backward_image(
 ):
     """The gradients of image and positions, from that of the samples: the adjoint of interpolation.
 
-    gradient IN (N, H_out, W_out, C_out); grad_image INOUT (N, H, W, C_in), zeros before; grad_cell OUT (P, K, 2);
+    gradient IN (N, H_out, W_out, C_out); grad_image INOUT (N, H, W, C_in), zeros before; grad_cell INOUT (P, K, 2), added to;
     each of the two None where it is not wanted.
     """
     cdef Grid grid = grid_of(image.shape, gradient.shape, stride)
@@ -175,12 +175,11 @@ cdef void positions_from_sums(
     const double* sums, long ranges, long panels, long size, long groups, const double[:, :, ::1] fraction,
     double[:, :, ::1] grad_cell,
 ) noexcept nogil:
-    """grad_cell (P, K, 2) from sums[range of images, panel, position of the panel's group, K, row of the cell,
+    """grad_cell (P, K, 2) += from sums[range of images, panel, position of the panel's group, K, row of the cell,
     (gradient of the row's share, gradient along the row)]."""
     cdef long i, p, k, first, position_groups = fraction.shape[0], taps = fraction.shape[1]
     cdef const double* found
     cdef double fy
-    memset(&grad_cell[0, 0, 0], 0, position_groups * taps * 2 * sizeof(double))
     for i in range(ranges * panels):
         first = first_position(i % panels // (panels // groups), groups, position_groups)
         for p in range(first, min(first + size // (taps * 4), position_groups)):

@@ -1,19 +1,22 @@
 # distutils: language = c
 """Positions as cells and fractions: a few numbers a layer, but for every call."""
 
+from cython cimport floating
 from libc.math cimport floor
 
 
 def locate(
-    const double[:, :, ::1] offsets, long columns, long dilation_y, long dilation_x, long top, long left, double far,
+    const floating[:, :, :] offsets, long columns, long dilation_y, long dilation_x, long top, long left, double far,
     long[:, :, ::1] cell, double[:, :, ::1] fraction,
 ):
     """offsets IN (P, K, 2) to cell OUT (P, K, 2), seen from input pixel `output * stride`, and fraction OUT in [0, 1].
 
-    Offsets beyond +-far count as far; NaN stays in the cell of the grid, with NaN for its fraction.
+    Offsets beyond +-far count as far; NaN stays in the cell of the grid, with NaN for its fraction. Returns whether
+    there is any.
     """
     cdef long p, k, axis, grid
     cdef double offset, whole
+    cdef bint lost = False
     for p in range(offsets.shape[0]):
         for k in range(offsets.shape[1]):
             for axis in range(2):
@@ -23,14 +26,16 @@ def locate(
                 whole = floor(offset)
                 fraction[p, k, axis] = offset - whole
                 cell[p, k, axis] = grid + (<long>whole if whole == whole else 0)
+                lost |= whole != whole
+    return lost
 
 
-def any_fraction(const double[:, :, ::1] offsets):
+def any_fraction(const floating[:, :, :] offsets):
     """Whether any offset is not a whole number (NaN is none, infinity is)."""
     cdef long p, k, axis
     for p in range(offsets.shape[0]):
         for k in range(offsets.shape[1]):
             for axis in range(2):
-                if floor(offsets[p, k, axis]) != offsets[p, k, axis]:
+                if floor(<double>offsets[p, k, axis]) != offsets[p, k, axis]:
                     return True
     return False

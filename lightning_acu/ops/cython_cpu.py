@@ -21,6 +21,7 @@ from .layout import images_per_block, is_native, memory_format, preserved_format
 
 try:
     from . import _cpu_channelwise, _cpu_kernels, _positions, _vectors  # type: ignore[attr-defined]
+    from ._memory import Memory  # type: ignore[import-not-found]
 
     MISSING: str | None = None
 except ImportError as error:
@@ -34,7 +35,6 @@ __all__ = ["MISSING", "backward", "forward", "prefers", "why_not"]
 Array = np.ndarray[Any, Any]
 
 _NATIVE = (torch.float32, torch.float64)
-_DTYPES = {np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch.float64}
 _CONVERTED = (torch.bfloat16, torch.float16)  # computed in float32
 
 #: Below this many multiply-adds, a second thread costs more than it saves.
@@ -73,7 +73,7 @@ def prefers(
 
 def _is_plain(offsets: Tensor, geometry: ConvGeometry) -> bool:
     """Whether the taps form one ordinary convolution, of no more cells than taps."""
-    if _positions.any_fraction(_array(offsets.double().contiguous())):
+    if _positions.any_fraction(Memory(offsets)):
         return False
     plan = plan_windows(offsets, geometry)
     return len(plan.windows) == 1 and plan.cells <= geometry.taps
@@ -91,9 +91,9 @@ def forward(input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None,
     output = torch.empty(size, dtype=input.dtype, memory_format=memory_format(input, weight))
     if not weight.numel():  # no input channels
         return output.zero_() if bias is None else output.copy_(bias[:, None, None].expand_as(output))
-    cell, fraction = _taps(offsets, geometry)
-    weights = _array(weight.to(dtype).flatten(2))
-    biases = None if bias is None else _array(bias.to(dtype).contiguous())
+    cell, fraction, lost = _taps(offsets, geometry)
+    weights = Memory(weight.to(dtype).flatten(2))
+    biases = None if bias is None else Memory(bias.to(dtype).contiguous())
     kernels = _cpu_channelwise if _channelwise(weight, geometry) else _cpu_kernels
     for image, result in _blocks(dtype, input, output):
         target = result if is_native(result, dtype) else _empty(result, dtype)
@@ -103,7 +103,7 @@ def forward(input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None,
         )  # fmt: skip
         if target is not result:
             result.copy_(target)
-    return nan_where_lost(output, offsets) if np.isnan(fraction).any() else output
+    return nan_where_lost(output, offsets) if lost else output
 
 
 def backward(
@@ -111,81 +111,73 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of input, weight and offsets; None for those that ``needs`` does not ask for."""
     dtype = _computed_in(input)
-    if not weight.numel():
+    if not weight.numel() or not grad.numel():
         return torch.zeros_like(input), torch.zeros_like(weight), torch.zeros_like(offsets)
-    taps, threads = _taps(offsets, geometry), _threads(grad, weight)
-    weights = _array(weight.to(dtype).flatten(2))
+    cell, fraction, _ = _taps(offsets, geometry)
+    common = (cell, fraction, geometry.groups, geometry.stride)
+    weights, threads = weight.to(dtype).flatten(2), _threads(grad, weight)
+    route = _backward_channelwise if _channelwise(weight, geometry) else _backward_product
     grad_input = torch.empty_like(input, memory_format=preserved_format(input)) if needs[0] else None
     grad_weight: Tensor | None = None
     grad_cell = np.zeros(offsets.shape)
     for gradient, image, result in _blocks(dtype, grad, input, grad_input):
         target = None if result is None else result if is_native(result, dtype) else _empty(result, dtype)
-        route = _backward_channelwise if _channelwise(weight, geometry) else _backward_product
-        weight_part, cell_part = route(
-            _pixels(gradient, dtype), _pixels(image, dtype), weights, taps, geometry,
-            None if target is None else _pixels(target, dtype), needs, threads,
-        )  # fmt: skip
+        pixels = _pixels(gradient, dtype), _pixels(image, dtype)
+        weight_part = route(*pixels, weights, common, target, grad_cell, needs, threads)
         if result is not None and target is not result:
             result.copy_(target)
-        grad_cell += cell_part
         if weight_part is not None:
             grad_weight = weight_part if grad_weight is None else grad_weight.add_(weight_part)
     return (
         grad_input,
-        None if grad_weight is None or not needs[1] else grad_weight.view(weight.shape).to(weight.dtype),
+        None if grad_weight is None else grad_weight.view(weight.shape).to(weight.dtype),
         torch.from_numpy(grad_cell).to(offsets.dtype) if needs[2] else None,
     )
 
 
 def _backward_product(
-    grad: Array,
-    image: Array,
-    weight: Array,
-    taps: tuple[Array, Array],
-    geometry: ConvGeometry,
-    grad_image: Array | None,
+    grad: Memory,
+    image: Memory,
+    weight: Tensor,
+    common: tuple[Any, ...],
+    grad_image: Tensor | None,
+    grad_cell: Array,
     needs: Sequence[bool],
     threads: int,
-) -> tuple[Tensor | None, Array]:
-    """Gradients of weight and positions; that of the image into ``grad_image``."""
-    grad_cell = np.zeros(taps[0].shape)
-    if grad_image is not None:
-        grad_image.fill(0)
+) -> Tensor | None:
+    """The gradient of the weights (C_out, C_in/groups, K); that of the image into ``grad_image``, adds ``grad_cell``."""
     if grad_image is not None or needs[2]:
-        _cpu_kernels.backward_image(
-            grad, image, weight, *taps, geometry.groups, geometry.stride, grad_image,
-            grad_cell if needs[2] else None, threads,
-        )  # fmt: skip
+        target = None if grad_image is None else _pixels(grad_image.zero_(), weight.dtype)
+        sums = grad_cell if needs[2] else None
+        _cpu_kernels.backward_image(grad, image, Memory(weight), *common, target, sums, threads)
     if not needs[1]:
-        return None, grad_cell
-    c_out, inputs, kernel = weight.shape
-    grad_weight = torch.empty(c_out, kernel, inputs, dtype=_DTYPES[weight.dtype])
-    if not grad.size:  # no pixel, no product
-        return grad_weight.zero_().transpose(1, 2), grad_cell
-    _cpu_kernels.backward_weight(
-        grad, image, *taps, geometry.groups, geometry.stride, _array(grad_weight), threads
-    )  # fmt: skip
-    return grad_weight.transpose(1, 2), grad_cell
+        return None
+    grad_weight = weight.new_empty(weight.shape[0], weight.shape[2], weight.shape[1])
+    _cpu_kernels.backward_weight(grad, image, *common, Memory(grad_weight), threads)
+    return grad_weight.transpose(1, 2)
 
 
 def _backward_channelwise(
-    grad: Array,
-    image: Array,
-    weight: Array,
-    taps: tuple[Array, Array],
-    geometry: ConvGeometry,
-    grad_image: Array | None,
+    grad: Memory,
+    image: Memory,
+    weight: Tensor,
+    common: tuple[Any, ...],
+    grad_image: Tensor | None,
+    grad_cell: Array,
     needs: Sequence[bool],
     threads: int,
-) -> tuple[Tensor | None, Array]:
+) -> Tensor | None:
     """The same, channel by channel."""
-    common = (*taps, geometry.groups, geometry.stride)
-    grad_cell, grad_weight = np.zeros(taps[0].shape), np.zeros(weight.shape, dtype=weight.dtype)
     if grad_image is not None:
-        _cpu_channelwise.backward_image(grad, weight, *common, grad_image, threads)
-    if needs[1] or needs[2]:
-        _cpu_channelwise.backward_kernel(grad, image, weight, *common, grad_weight, grad_cell, threads)
-    return torch.from_numpy(grad_weight), grad_cell
+        target = _pixels(grad_image, weight.dtype)
+        _cpu_channelwise.backward_image(grad, Memory(weight), *common, target, threads)
+    if not needs[1] and not needs[2]:
+        return None
+    grad_weight = weight.new_zeros(weight.shape)
+    _cpu_channelwise.backward_kernel(
+        grad, image, Memory(weight), *common, Memory(grad_weight), grad_cell, threads
+    )  # fmt: skip
+    return grad_weight if needs[1] else None
 
 
 def _computed_in(input: Tensor) -> torch.dtype:
@@ -198,9 +190,9 @@ def _blocks(dtype: torch.dtype, *batches: Tensor | None) -> Iterator[tuple[Any, 
     Whole copies of large batches would double the memory and leave the caches.
     """
     given = [batch for batch in batches if batch is not None]
-    count = max(len(given[0]), 1)
-    if not all(is_native(batch, dtype) for batch in given):
-        count = images_per_block(*given)
+    if all(is_native(batch, dtype) for batch in given):
+        return iter([batches])
+    count = images_per_block(*given)
     parts = [[None] * -(-max(len(given[0]), 1) // count) if batch is None else batch.split(count) for batch in batches]
     return zip(*parts, strict=True)
 
@@ -209,44 +201,22 @@ def _empty(like: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(like.shape, dtype=dtype, memory_format=torch.channels_last)
 
 
-def _taps(offsets: Tensor, geometry: ConvGeometry) -> tuple[Array, Array]:
-    """(P, K, 2): the cell that each tap is in, seen from ``output * stride``, and the fractions above it in [0, 1)."""
-    positions = _array(offsets.double().contiguous())
-    cell, fraction = np.empty(positions.shape, dtype=np.int64), np.empty(positions.shape)
-    top, left, _, _ = geometry.padding
-    _positions.locate(positions, geometry.kernel_size[1], *geometry.dilation, top, left, FAR, cell, fraction)
-    return cell, fraction
+def _taps(offsets: Tensor, geometry: ConvGeometry) -> tuple[Array, Array, bool]:
+    """The cell that each tap is in, seen from ``output * stride``, and the fractions above it, each (P, K, 2).
 
-
-def _pixels(image: Tensor, dtype: torch.dtype) -> Array:
-    """(N, C, H, W) as a contiguous (N, H, W, C) array, shared with the tensor where it ``is_native``."""
-    return _array(image.to(dtype).contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1))
-
-
-class _Memory:
-    """A tensor's memory as NumPy asks for it.
-
-    ``Tensor.numpy()`` would do, but from then on nobody may resize the storage, and FSDP2 does that to parameters.
+    And whether any position is NaN.
     """
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor  # lives as long as the array
-        size = tensor.element_size()
-        self.__array_interface__ = {
-            "version": 3,
-            "typestr": f"<f{size}",
-            "shape": tuple(tensor.shape),
-            "strides": tuple(stride * size for stride in tensor.stride()),
-            "data": (tensor.data_ptr(), False),
-        }
+    cell, fraction = np.empty(offsets.shape, dtype=np.int64), np.empty(offsets.shape)
+    top, left, _, _ = geometry.padding
+    lost = _positions.locate(
+        Memory(offsets), geometry.kernel_size[1], *geometry.dilation, top, left, FAR, cell, fraction
+    )
+    return cell, fraction, lost
 
 
-def _array(tensor: Tensor) -> Array:
-    """A view of a float32 or float64 tensor."""
-    tensor = tensor.resolve_neg()
-    if not tensor.numel():
-        return np.empty(tuple(tensor.shape), dtype=f"<f{tensor.element_size()}")
-    return np.asarray(_Memory(tensor))
+def _pixels(image: Tensor, dtype: torch.dtype) -> Any:
+    """(N, C, H, W) as a contiguous (N, H, W, C) buffer, shared with the tensor where it ``is_native``."""
+    return Memory(image.to(dtype).contiguous(memory_format=torch.channels_last), pixels=True)
 
 
 def _threads(output: Tensor, weight: Tensor) -> int:
