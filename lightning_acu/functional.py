@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .geometry import ConvGeometry, Padding, integers, resolve_padding
-from .ops import acu_conv2d_op, check_backend, reference, without_autocast
+from .ops import check_backend, eager, reference, without_autocast
 
 __all__ = ["acu_conv2d"]
 
@@ -93,7 +93,7 @@ def acu_conv2d(
         with without_autocast(device):
             output = reference.acu_conv2d(batch, weight, offsets, bias, geometry)
     else:
-        output = acu_conv2d_op(batch, weight, offsets, bias, stride, geometry.padding, dilation, groups, backend)
+        output = eager.acu_conv2d(batch, weight, offsets, bias, geometry, backend)
     return output if input.ndim == 4 else output[0]
 
 

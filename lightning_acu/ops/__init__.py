@@ -4,6 +4,7 @@ A backend is a module with three functions: ``why_not(input)`` says why it canno
 ``forward`` and ``backward`` compute. To add one, write the module beside ``dense.py`` and name it in ``BACKENDS``.
 """
 
-from .op import BACKENDS, acu_conv2d_op, available_backends, check_backend, without_autocast
+from .backends import BACKENDS, available_backends, check_backend, without_autocast
+from .op import acu_conv2d_op
 
 __all__ = ["BACKENDS", "acu_conv2d_op", "available_backends", "check_backend", "without_autocast"]

@@ -1,29 +1,40 @@
-"""Bands of images, a block of channels wide, and the sizes of everything that works on them."""
+"""Bands of images, some blocks of channels wide, and the sizes of everything that works on them."""
 
 from libc.string cimport memcpy, memset
 
-from ._cells cimport TABLE, Box, Cells, Layer, box_of
+from ._cells cimport TABLE, Box, Cells, Layer, box_of, find_cells
 from ._packing cimport ceil_div
 from ._vectors cimport blend, copy, real
 
 cdef enum:
-    BAND = 32768  # elements of a band: with its output it stays in a level-2 cache
+    BAND = 32768  # elements of a band of one block: with its output it stays in a level-2 cache
+    BANDS = 65536  # elements of the bands of all blocks that are worked on together
 
 
 cdef struct Plan:  # what is the same for all blocks
     Layer layer
+    bint to_output  # whether results are outputs, or input pixels
+    long channels  # of the results
     Box box  # of the cells
     Box reach  # what a result row reads of the other image, seen from `row * step`
     long step
     long classes_y  # of input pixels, modulo the stride: those that the image has
     long classes_x
     long blocks
+    long together  # blocks of a job: they share lines of the image, which comes from far away
+    long neighbours  # of a block's taps, at most
     long cells  # of a block, at most
     long row  # pixels of a row of a band, with its rim
     long rows  # result rows of a band
-    long line  # pixels of a result row
-    long longs  # numbers in a thread's buffers
-    long reals
+    long strips  # bands of an image
+    long space  # whole numbers of a block
+    long longs  # of a thread; the first says whether its other numbers have been cleared
+    long kernel  # numbers of a block: its cells, of all parts
+    long band
+    long kernels  # where they begin in a thread's buffer, after the blocks' start values
+    long bands
+    long lines  # of a block with fewer channels than lanes, which cannot be written in place
+    long reals  # numbers of a thread
 
 
 cdef inline long floor_div(long a, long b) noexcept nogil:
@@ -32,14 +43,17 @@ cdef inline long floor_div(long a, long b) noexcept nogil:
 
 cdef inline Plan plan_of(
     image_shape, weight_shape, out_shape, const long[:, :, ::1] cell, const double[:, :, ::1] fraction, long groups,
-    stride, long lanes, bint to_output, bint all_neighbours,
+    stride, long lanes, bint to_output, bint all_neighbours, int threads,
 ):
-    """Sizes of bands and buffers; results are outputs, or (not to_output) input pixels."""
+    """Sizes of bands and buffers; results are outputs, or (not to_output) input pixels.
+
+    Threads have a say in `together` alone, which is the order of work and not of sums.
+    """
     cdef Plan plan
     cdef Layer* layer = &plan.layer
     cdef Box* box = &plan.box
-    cdef long parts, positions, rows
-    layer.lanes = lanes
+    cdef long parts, positions, rows, line
+    plan.to_output, layer.lanes = to_output, lanes
     layer.outputs, layer.inputs, layer.taps = weight_shape[0] // groups, weight_shape[1], weight_shape[2]
     layer.per_position = weight_shape[0] // cell.shape[0]
     layer.stride_y, layer.stride_x = stride
@@ -51,49 +65,92 @@ cdef inline Plan plan_of(
     plan.classes_x = max(1, min(layer.stride_x, image_shape[2]))
     if to_output:
         parts, positions = layer.inputs, lanes // layer.per_position + 2
-        rows, plan.line, plan.step = out_shape[1], out_shape[2], layer.stride_y
-        plan.blocks = ceil_div(out_shape[3], lanes)
+        rows, line, plan.step = out_shape[1], out_shape[2], layer.stride_y
+        plan.channels = out_shape[3]
         plan.row = (out_shape[2] - 1) * layer.stride_x + max(box.width, 1)
     else:  # input row stride * i + r sees output row i - floor(cell / stride) through cells of remainder r
         parts, positions = layer.outputs, (lanes // layer.inputs + 2) * layer.outputs // layer.per_position + 2
-        rows, plan.line, plan.step = ceil_div(image_shape[1], layer.stride_y), plan.classes_y * image_shape[2], 1
-        plan.blocks = ceil_div(image_shape[3], lanes)
+        rows, line, plan.step = ceil_div(image_shape[1], layer.stride_y), plan.classes_y * image_shape[2], 1
+        plan.channels = image_shape[3]
         plan.reach.top = -floor_div(box.top + box.height - 1, layer.stride_y)
         plan.reach.left = -floor_div(box.left + box.width - 1, layer.stride_x)
         plan.reach.height = -floor_div(box.top, layer.stride_y) - plan.reach.top + 1
         plan.reach.width = -floor_div(box.left, layer.stride_x) - plan.reach.left + 1
         plan.row = ceil_div(image_shape[2], layer.stride_x) - 1 + max(plan.reach.width, 1)
-    plan.cells = min(positions * layer.taps * 4, box.height * box.width)
+    plan.blocks = ceil_div(plan.channels, lanes)
+    plan.neighbours = positions * layer.taps * 4
+    plan.cells = min(plan.neighbours, box.height * box.width)
     plan.rows = (BAND // (plan.row * lanes) - plan.reach.height) // plan.step + 1
     # A band's rim is copied again for the next one: bands of far taps (dilation) are at least as high as their rim.
     plan.rows = max(1, min(rows, max(plan.rows, plan.reach.height // plan.step)))
-    plan.longs = sizeof(Space) // sizeof(long) + 4 * plan.cells + TABLE + plan.classes_y * plan.classes_x + 1
-    plan.longs += positions * layer.taps * 4
-    plan.reals = lanes * (1 + parts * plan.cells + band_pixels(&plan) + plan.rows * plan.line)
+    plan.strips = ceil_div(rows, plan.rows)
+    plan.kernel, plan.band = parts * plan.cells * lanes, band_rows(&plan, plan.rows) * plan.row * lanes
+    plan.together = min(BANDS // (plan.band + plan.kernel + 1), plan.blocks * plan.strips * image_shape[0] // (4 * threads))
+    plan.together = max(1, min(plan.together, plan.blocks))
+    plan.space = sizeof(Space) // sizeof(long) + 4 * plan.cells + TABLE + plan.classes_y * plan.classes_x + 1
+    plan.space += 2 * plan.neighbours  # a double needs no more than a long
+    plan.longs = 1 + plan.together * plan.space
+    plan.kernels = plan.together * lanes
+    plan.bands = plan.kernels + plan.together * plan.kernel
+    plan.lines = plan.bands + plan.together * plan.band
+    plan.reals = plan.lines + plan.rows * line * lanes
     return plan
 
 
-cdef inline long band_pixels(const Plan* plan) noexcept nogil:
-    return ((plan.rows - 1) * plan.step + plan.reach.height) * plan.row
+cdef inline long band_rows(const Plan* plan, long rows) noexcept nogil:
+    """Rows of the other image that so many result rows read."""
+    return (rows - 1) * plan.step + plan.reach.height
 
 
-cdef struct Space:  # a thread's buffers of whole numbers
+cdef struct Space:  # whole numbers of a block
     Cells cells
     long* place
     long* order
     long* starts
 
 
-cdef inline Space* space_in(const Plan* plan, long* buffer) noexcept nogil:
-    """The buffers, zeros at first; the cells of the last block stay."""
-    cdef Space* space = <Space*>buffer
-    buffer += sizeof(Space) // sizeof(long)
+cdef inline Space* space_in(const Plan* plan, long* buffer, long block) noexcept nogil:
+    """That of a job's block, zeros at first; the cells of the last job stay."""
+    cdef Space* space = <Space*>(buffer + 1 + block * plan.space)
+    buffer = <long*>(space + 1)
     space.cells.row, space.cells.column = buffer, buffer + plan.cells
     space.place, space.order = buffer + 2 * plan.cells, buffer + 3 * plan.cells
     space.cells.table = buffer + 4 * plan.cells
     space.starts = space.cells.table + TABLE
-    space.cells.index = space.starts + plan.classes_y * plan.classes_x + 1
+    space.cells.share = <double*>(space.starts + plan.classes_y * plan.classes_x + 1)
+    space.cells.index = <long*>(space.cells.share + plan.neighbours)
     return space
+
+
+cdef inline void find_block(
+    const Plan* plan, const long[:, :, ::1] cell, const double[:, :, ::1] fraction, long first, long last,
+    bint all_neighbours, Space* space,
+) noexcept nogil:
+    """The cells of output channels first to last, and their places in a band."""
+    cdef Cells* cells = &space.cells
+    cdef long position = first // plan.layer.per_position, end = (last - 1) // plan.layer.per_position + 1, i
+    if cells.first == position and cells.last == end:
+        return
+    find_cells(&plan.box, cell, fraction, position, end, all_neighbours, cells)
+    for i in range(cells.count):
+        space.place[i] = (cells.row[i] * plan.row + cells.column[i]) * plan.layer.lanes
+
+
+cdef inline void find_block_of_inputs(
+    const Plan* plan, const long[:, :, ::1] cell, const double[:, :, ::1] fraction, long first, long last, Space* space
+) noexcept nogil:
+    """The same for input channels first to last, sorted by class."""
+    cdef const Layer* layer = &plan.layer
+    cdef Cells* cells = &space.cells
+    cdef long position = first // layer.inputs * layer.outputs // layer.per_position
+    cdef long end = (((last - 1) // layer.inputs + 1) * layer.outputs - 1) // layer.per_position + 1, i
+    if cells.first == position and cells.last == end:
+        return
+    find_cells(&plan.box, cell, fraction, position, end, False, cells)
+    sort_by_class(plan, space)
+    for i in range((end - position) * layer.taps * 4):
+        if cells.index[i] >= 0:
+            cells.index[i] = space.order[cells.index[i]]
 
 
 cdef inline void sort_by_class(const Plan* plan, Space* space) noexcept nogil:
@@ -121,12 +178,12 @@ cdef inline void sort_by_class(const Plan* plan, Space* space) noexcept nogil:
 
 
 cdef inline void copy_pixels(
-    const real* image, long pixels, long channels, const Layer* layer, bint to_output, long first, long last, long part,
-    real* to,
+    const Plan* plan, const real* image, long pixels, long channels, long first, long last, long part, real* to
 ) noexcept nogil:
     """to[pixel, lane]: of the image's channels, the one that is `part` of the channel `first + lane`."""
-    cdef long channel, pixel, own = layer.outputs if to_output else layer.inputs
-    cdef long other = layer.inputs if to_output else layer.outputs
+    cdef const Layer* layer = &plan.layer
+    cdef long channel, pixel, own = layer.outputs if plan.to_output else layer.inputs
+    cdef long other = layer.inputs if plan.to_output else layer.outputs
     cdef const real* source = image + first
     cdef real one = 1
     if own == 1 and other == 1 and last - first == layer.lanes:
@@ -141,23 +198,27 @@ cdef inline void copy_pixels(
             to[pixel * layer.lanes + channel - first] = source[pixel * channels]
 
 
-cdef inline void copy_band(
-    const real* image, long height, long width, long channels, long top, long left, long rows, long row,
-    const Layer* layer, bint to_output, long first, long last, long part, real* to,
+cdef inline void copy_bands(
+    const Plan* plan, const real* image, long height, long width, long channels, long top, long rows, long first_block,
+    long last_block, long part, real* to,
 ) noexcept nogil:
-    """Rows top to top + rows, pixels left to left + row of one image, with zeros where it has none."""
-    cdef long y, start = max(-left, 0), end = min(width - left, row)
+    """Rows top to top + rows of one image, a band for each block, into bands that have zeros where no image was yet."""
+    cdef long size = plan.layer.lanes, left = plan.reach.left, y, block, first
+    cdef long start = max(-left, 0), pixels = min(width - left, plan.row) - start
+    if pixels <= 0:
+        return
+    to += start * size
     for y in range(top, top + rows):
-        if y < 0 or y >= height or start >= end:
-            memset(to, 0, row * layer.lanes * sizeof(real))
-        else:
-            memset(to, 0, start * layer.lanes * sizeof(real))
-            copy_pixels(
-                image + (y * width + left + start) * channels, end - start, channels, layer, to_output, first, last,
-                part, to + start * layer.lanes,
-            )
-            memset(to + end * layer.lanes, 0, (row - end) * layer.lanes * sizeof(real))
-        to += row * layer.lanes
+        for block in range(last_block - first_block):
+            first = (first_block + block) * size
+            if 0 <= y < height:
+                copy_pixels(
+                    plan, image + (y * width + left + start) * channels, pixels, channels, first,
+                    min(first + size, plan.channels), part, to + block * plan.band,
+                )
+            elif plan.strips > 1:  # otherwise nothing was ever written there
+                memset(to + block * plan.band, 0, pixels * size * sizeof(real))
+        to += plan.row * size
 
 
 cdef inline void copy_lines(

@@ -2,7 +2,7 @@
 
 from libc.string cimport memset
 
-from ._vectors cimport real
+from ._vectors cimport real, spread_taps
 
 cdef enum:
     MOST_LANES = 64  # at most, of any instruction set
@@ -33,6 +33,7 @@ cdef struct Cells:  # of one block of channels; arrays of the caller
     long* row  # within the box
     long* column
     long* index  # [position group of the block, tap, neighbour]; -1: outside, or without weight
+    double* share  # beside each index: the bilinear weight of the tap's neighbour
     long* table
 
 
@@ -80,6 +81,7 @@ cdef inline void find_cells(
     """The distinct cells of position groups first to last (exclusive)."""
     cdef long p, k, y, x, found, area = box.height * box.width
     cdef long* index = cells.index
+    cdef double* share = cells.share
     cdef int neighbour
     cells.first, cells.last, cells.count = first, last, 0
     if area <= TABLE:
@@ -88,10 +90,8 @@ cdef inline void find_cells(
         for k in range(cell.shape[1]):
             for neighbour in range(4):
                 y, x = cell[p, k, 0] + (neighbour >> 1) - box.top, cell[p, k, 1] + (neighbour & 1) - box.left
-                index[0] = -1
-                if y >= 0 and y < box.height and x >= 0 and x < box.width and (
-                    all_neighbours or share_of(fraction, p, k, neighbour) != 0
-                ):
+                index[0], share[0] = -1, share_of(fraction, p, k, neighbour)
+                if y >= 0 and y < box.height and x >= 0 and x < box.width and (all_neighbours or share[0] != 0):
                     if area <= TABLE:
                         index[0] = y * box.width + x
                         cells.table[index[0]] = 0
@@ -105,6 +105,7 @@ cdef inline void find_cells(
                             cells.count += 1
                         index[0] = found
                 index += 1
+                share += 1
     if area > TABLE:
         return
     for found in range(area):  # numbers in raster order, so that neighbours follow each other
@@ -118,44 +119,30 @@ cdef inline void find_cells(
 
 
 cdef inline void spread_weight(
-    const Layer* layer, const real[:, :, :] weight, const double[:, :, ::1] fraction, const Cells* cells, bint to_output,
-    long first, long last, real* kernel,
+    const Layer* layer, const real[:, :, :] weight, const Cells* cells, bint to_output, long first, long last, real* kernel,
 ) noexcept nogil:
     """kernel[part, cell, lane]: the weight of channels first to last (outputs, or inputs) spread over the cells.
 
     The lane of an output channel reads `inputs` parts; the lane of an input channel is read by `outputs` parts.
     """
-    cdef long parts = layer.inputs if to_output else layer.outputs, part, lane, end, k, i
-    cdef long output[MOST_LANES]
-    cdef long input[MOST_LANES]
+    cdef long part, lane, end, tap, output, input, count = last - first, step = weight.strides[2] // sizeof(real)
+    cdef const real* source[MOST_LANES]
     cdef long position[MOST_LANES]
-    cdef real column[MOST_LANES]
-    cdef const long* index
-    cdef real* to
-    cdef real share
-    cdef int neighbour
-    memset(kernel, 0, parts * cells.count * layer.lanes * sizeof(real))
-    for part in range(parts):
-        for lane in range(last - first):
+    memset(kernel, 0, (layer.inputs if to_output else layer.outputs) * cells.count * layer.lanes * sizeof(real))
+    for part in range(layer.inputs if to_output else layer.outputs):
+        for lane in range(count):
             if to_output:
-                output[lane], input[lane] = first + lane, part
+                output, input = first + lane, part
             else:
-                output[lane] = (first + lane) // layer.inputs * layer.outputs + part
-                input[lane] = (first + lane) % layer.inputs
-            position[lane] = output[lane] // layer.per_position
-        for k in range(layer.taps):
-            for lane in range(last - first):
-                column[lane] = weight[output[lane], input[lane], k]
-            lane = 0
-            while lane < last - first:  # a run of lanes that share their positions
-                end = lane + 1
-                while end < last - first and position[end] == position[lane]:
-                    end += 1
-                index = cells.index + ((position[lane] - cells.first) * layer.taps + k) * 4
-                for neighbour in range(4):
-                    if index[neighbour] >= 0:
-                        share = <real>share_of(fraction, position[lane], k, neighbour)
-                        to = kernel + (part * cells.count + index[neighbour]) * layer.lanes
-                        for i in range(lane, end):
-                            to[i] += share * column[i]
-                lane = end
+                output, input = (first + lane) // layer.inputs * layer.outputs + part, (first + lane) % layer.inputs
+            position[lane] = output // layer.per_position
+            source[lane] = &weight[output, input, 0]
+        lane = 0
+        while lane < count:  # a run of lanes that share their positions
+            end = lane + 1
+            while end < count and position[end] == position[lane]:
+                end += 1
+            tap = (position[lane] - cells.first) * layer.taps * 4
+            spread_taps(layer.taps, cells.index + tap, cells.share + tap, lane, end, source, step, kernel)
+            lane = end
+        kernel += cells.count * layer.lanes

@@ -11,27 +11,50 @@ from cython.parallel cimport prange, threadid
 from libc.string cimport memcpy, memset
 
 from ._bands cimport (
-    Plan, Space, band_pixels, copy_band, copy_lines, plan_of, sort_by_class, space_in
+    Plan, Space, band_rows, copy_bands, copy_lines, find_block, find_block_of_inputs, plan_of, space_in
 )
-from ._cells cimport MOST_LANES, Cells, Layer, find_cells, share_of, spread_weight
+from ._cells cimport MOST_LANES, Cells, Layer, spread_weight
 from ._packing cimport ceil_div
 from ._vectors cimport Buffer, correlate, correlate_kernel, lanes, real
 
 cdef enum:
-    NEAR = 4096  # pixels of a range of images: 64 bytes each, read and written
-    PARTS = 32  # ranges of images, at most, that the kernel's gradient is summed over separately: work for threads
+    NEAR = 4096  # pixels of a range of strips, 64 bytes each, that stay in a level-2 cache until the next group comes
+    PARTS = 32  # ranges of strips, at most, that the kernel's gradient is summed over separately: work for threads
+
+cdef struct Job:  # some blocks of channels, and some strips of all images
+    long first_block
+    long last_block
+    long first_strip
+    long last_strip
 
 
-cdef long image_ranges(const Plan* plan, long images, long pixels, int threads):
-    """So many that every thread finds work, and that a block of a range stays in a level-2 cache with the next one."""
-    cdef long most = max(1, NEAR // max(pixels, 1))
-    return max(1, min(images, max(ceil_div(images, most), ceil_div(4 * threads, plan.blocks))))
+cdef inline Job job_at(const Plan* plan, long groups, long ranges, long strips, long index) noexcept nogil:
+    """Blocks in `groups`, strips in `ranges`; the next job has the same strips and the blocks beside these."""
+    cdef long group = index % groups, place = index // groups
+    cdef Job job = Job(
+        group * plan.together, min((group + 1) * plan.together, plan.blocks), strips * place // ranges,
+        strips * (place + 1) // ranges,
+    )
+    return job
+
+
+cdef long ranges_of(const Plan* plan, long groups, long strips, long pixels, int threads):
+    """So many ranges of strips that every thread finds work and that strips are still near when the next group comes."""
+    cdef long most = max(1, NEAR // max(pixels // max(plan.strips, 1), 1))
+    return max(1, min(strips, max(ceil_div(strips, most), ceil_div(4 * threads, groups))))
 
 
 cdef Buffer zeros(size_t count, size_t size):
     cdef Buffer buffer = Buffer(count, size)
     memset(buffer.data, 0, count * size)
     return buffer
+
+
+cdef inline void clear_once(const Plan* plan, long* longs, real* reals) noexcept nogil:
+    """A thread's numbers, by itself and before its first job: rims of bands are never written."""
+    if longs[0] == 0:
+        memset(reals, 0, plan.reals * sizeof(real))
+        longs[0] = 1
 
 
 def forward(
@@ -41,64 +64,66 @@ def forward(
     """output OUT (N, H_out, W_out, C_out); image IN (N, H, W, C_in); weight IN (C_out, C_in/groups, K), any strides;
     bias IN (C_out,) or None; cell and fraction IN (P, K, 2)."""
     cdef Plan plan = plan_of(
-        image.shape, weight.shape, output.shape, cell, fraction, groups, stride, lanes(<real*>NULL), True, False
+        image.shape, weight.shape, output.shape, cell, fraction, groups, stride, lanes(<real*>NULL), True, False, threads
     )
-    cdef long images = output.shape[0], job
-    cdef long parts = image_ranges(&plan, images, output.shape[1] * output.shape[2], threads)
-    cdef Buffer longs = zeros(threads * plan.longs, sizeof(long)), reals = zeros(threads * plan.reals, sizeof(real))
-    for job in prange(plan.blocks * parts, nogil=True, num_threads=threads, schedule="static"):
-        forward_block(
-            &plan, image, weight, bias, cell, fraction, job % plan.blocks * plan.layer.lanes,
-            images * (job // plan.blocks) // parts, images * (job // plan.blocks + 1) // parts, output,
+    cdef long strips = output.shape[0] * plan.strips, jobs = ceil_div(plan.blocks, plan.together), i
+    cdef long ranges = ranges_of(&plan, jobs, strips, output.shape[1] * output.shape[2], threads)
+    cdef Buffer longs = zeros(threads * plan.longs, sizeof(long)), reals = Buffer(threads * plan.reals, sizeof(real))
+    for i in prange(jobs * ranges, nogil=True, num_threads=threads, schedule="static"):
+        forward_job(
+            &plan, job_at(&plan, jobs, ranges, strips, i), image, weight, bias, cell, fraction, output,
             <long*>longs.data + threadid() * plan.longs, <real*>reals.data + threadid() * plan.reals,
         )
 
 
-cdef void forward_block(
-    const Plan* plan, const real[:, :, :, ::1] image, const real[:, :, :] weight, const real[::1] bias,
-    const long[:, :, ::1] cell, const double[:, :, ::1] fraction, long first, long first_image, long last_image,
-    real[:, :, :, ::1] output, long* longs, real* reals,
+cdef void forward_job(
+    const Plan* plan, Job job, const real[:, :, :, ::1] image, const real[:, :, :] weight, const real[::1] bias,
+    const long[:, :, ::1] cell, const double[:, :, ::1] fraction, real[:, :, :, ::1] output, long* longs, real* reals,
 ) noexcept nogil:
-    """The output channels from `first` on, of some images."""
     cdef const Layer* layer = &plan.layer
     cdef long out_height = output.shape[1], width = output.shape[2], c_out = output.shape[3], size = layer.lanes
-    cdef long last = min(first + size, c_out), n, y, y_first, y_last, part, i
-    cdef long position = first // layer.per_position, end = (last - 1) // layer.per_position + 1
-    cdef Space* space = space_in(plan, longs)
-    cdef Cells* cells = &space.cells
-    cdef real* start = reals
-    cdef real* kernel = start + size
-    cdef real* block = kernel + layer.inputs * plan.cells * size
-    cdef real* lines = block + band_pixels(plan) * size
-    cdef bint whole = last - first == size  # otherwise vectors would run into the next pixel
-    if cells.first != position or cells.last != end:
-        find_cells(&plan.box, cell, fraction, position, end, False, cells)
-        for i in range(cells.count):
-            space.place[i] = (cells.row[i] * plan.row + cells.column[i]) * size
-    spread_weight(layer, weight, fraction, cells, True, first, last, kernel)
-    if bias is not None:
-        memcpy(start, &bias[first], (last - first) * sizeof(real))
-    for n in range(first_image, last_image):
-        for i in range(ceil_div(out_height, plan.rows)):
-            y_first = i * plan.rows
-            y_last = min(out_height, y_first + plan.rows)
-            for part in range(layer.inputs):
-                copy_band(
-                    &image[n, 0, 0, 0], image.shape[1], image.shape[2], image.shape[3],
-                    y_first * layer.stride_y + plan.box.top, plan.box.left,
-                    (y_last - y_first - 1) * layer.stride_y + plan.box.height, plan.row, layer, True, first, last, part,
-                    block,
-                )
+    cdef long strip, n, y, y_first, y_last, part, block, first, last
+    cdef Space* space
+    cdef real* kernel
+    cdef real* band
+    cdef bint whole
+    clear_once(plan, longs, reals)
+    for block in range(job.last_block - job.first_block):
+        first = (job.first_block + block) * size
+        last = min(first + size, c_out)
+        space = space_in(plan, longs, block)
+        find_block(plan, cell, fraction, first, last, False, space)
+        spread_weight(layer, weight, &space.cells, True, first, last, reals + plan.kernels + block * plan.kernel)
+        if bias is not None:
+            memcpy(reals + block * size, &bias[first], (last - first) * sizeof(real))
+    for strip in range(job.first_strip, job.last_strip):
+        n, y_first = strip // plan.strips, strip % plan.strips * plan.rows
+        y_last = min(out_height, y_first + plan.rows)
+        for part in range(layer.inputs):
+            copy_bands(
+                plan, &image[n, 0, 0, 0], image.shape[1], image.shape[2], image.shape[3],
+                y_first * layer.stride_y + plan.reach.top, band_rows(plan, y_last - y_first), job.first_block,
+                job.last_block, part, reals + plan.bands,
+            )
+            for block in range(job.last_block - job.first_block):
+                first = (job.first_block + block) * size
+                whole = first + size <= c_out  # otherwise vectors would run into the next pixel
+                space = space_in(plan, longs, block)
+                kernel = reals + plan.kernels + block * plan.kernel + part * space.cells.count * size
+                band = reals + plan.bands + block * plan.band
                 for y in range(y_first, y_last):
                     correlate(
-                        width, cells.count, space.place, kernel + part * cells.count * size,
-                        block + (y - y_first) * layer.stride_y * plan.row * size, layer.stride_x * size,
-                        <const real*>NULL if part else start,
-                        &output[n, y, 0, first] if whole else lines + (y - y_first) * width * size,
+                        width, space.cells.count, space.place, kernel,
+                        band + (y - y_first) * layer.stride_y * plan.row * size, layer.stride_x * size,
+                        <const real*>NULL if part else reals + block * size,
+                        &output[n, y, 0, first] if whole else reals + plan.lines + (y - y_first) * width * size,
                         c_out if whole else size,
                     )
-            if not whole:
-                copy_lines(lines, (y_last - y_first) * width, size, last - first, &output[n, y_first, 0, first], c_out)
+        if job.last_block == plan.blocks and c_out % size:
+            copy_lines(
+                reals + plan.lines, (y_last - y_first) * width, size, c_out % size,
+                &output[n, y_first, 0, c_out - c_out % size], c_out,
+            )
 
 
 def backward_image(
@@ -107,55 +132,54 @@ def backward_image(
 ):
     """grad_image OUT (N, H, W, C_in); gradient IN (N, H_out, W_out, C_out)."""
     cdef Plan plan = plan_of(
-        grad_image.shape, weight.shape, gradient.shape, cell, fraction, groups, stride, lanes(<real*>NULL), False, False
+        grad_image.shape, weight.shape, gradient.shape, cell, fraction, groups, stride, lanes(<real*>NULL), False,
+        False, threads,
     )
-    cdef long images = gradient.shape[0], job
-    cdef long parts = image_ranges(&plan, images, grad_image.shape[1] * grad_image.shape[2], threads)
-    cdef Buffer longs = zeros(threads * plan.longs, sizeof(long)), reals = zeros(threads * plan.reals, sizeof(real))
-    for job in prange(plan.blocks * parts, nogil=True, num_threads=threads, schedule="static"):
-        backward_image_block(
-            &plan, gradient, weight, cell, fraction, job % plan.blocks * plan.layer.lanes,
-            images * (job // plan.blocks) // parts, images * (job // plan.blocks + 1) // parts, grad_image,
+    cdef long strips = gradient.shape[0] * plan.strips, jobs = ceil_div(plan.blocks, plan.together), i
+    cdef long ranges = ranges_of(&plan, jobs, strips, grad_image.shape[1] * grad_image.shape[2], threads)
+    cdef Buffer longs = zeros(threads * plan.longs, sizeof(long)), reals = Buffer(threads * plan.reals, sizeof(real))
+    for i in prange(jobs * ranges, nogil=True, num_threads=threads, schedule="static"):
+        backward_image_job(
+            &plan, job_at(&plan, jobs, ranges, strips, i), gradient, weight, cell, fraction, grad_image,
             <long*>longs.data + threadid() * plan.longs, <real*>reals.data + threadid() * plan.reals,
         )
 
 
-cdef void backward_image_block(
-    const Plan* plan, const real[:, :, :, ::1] gradient, const real[:, :, :] weight, const long[:, :, ::1] cell,
-    const double[:, :, ::1] fraction, long first, long first_image, long last_image, real[:, :, :, ::1] grad_image,
-    long* longs, real* reals,
+cdef void backward_image_job(
+    const Plan* plan, Job job, const real[:, :, :, ::1] gradient, const real[:, :, :] weight,
+    const long[:, :, ::1] cell, const double[:, :, ::1] fraction, real[:, :, :, ::1] grad_image, long* longs,
+    real* reals,
 ) noexcept nogil:
-    """The input channels from `first` on, of some images."""
     cdef const Layer* layer = &plan.layer
     cdef long height = grad_image.shape[1], width = grad_image.shape[2], c_in = grad_image.shape[3], size = layer.lanes
-    cdef long sy = layer.stride_y, sx = layer.stride_x, last = min(first + size, c_in), n, i, y, c, part, band
-    cdef long position = first // layer.inputs * layer.outputs // layer.per_position
-    cdef long end = (((last - 1) // layer.inputs + 1) * layer.outputs - 1) // layer.per_position + 1
-    cdef long y_first, y_last, row, column
-    cdef Space* space = space_in(plan, longs)
-    cdef Cells* cells = &space.cells
-    cdef real* start = reals
-    cdef real* kernel = start + size
-    cdef real* block = kernel + layer.outputs * plan.cells * size
-    cdef real* lines = block + band_pixels(plan) * size
-    cdef bint whole = last - first == size
-    if cells.first != position or cells.last != end:
-        find_cells(&plan.box, cell, fraction, position, end, False, cells)
-        sort_by_class(plan, space)
-        for i in range((end - position) * layer.taps * 4):
-            if cells.index[i] >= 0:
-                cells.index[i] = space.order[cells.index[i]]
-    spread_weight(layer, weight, fraction, cells, False, first, last, kernel)
-    for n in range(first_image, last_image):
-        for band in range(ceil_div(ceil_div(height, sy), plan.rows)):
-            y_first = band * plan.rows  # counted in steps of the stride
-            y_last = min(ceil_div(height, sy), y_first + plan.rows)
-            for part in range(layer.outputs):
-                copy_band(
-                    &gradient[n, 0, 0, 0], gradient.shape[1], gradient.shape[2], gradient.shape[3],
-                    y_first + plan.reach.top, plan.reach.left, y_last - y_first - 1 + plan.reach.height, plan.row,
-                    layer, False, first, last, part, block,
-                )
+    cdef long sy = layer.stride_y, sx = layer.stride_x, steps = ceil_div(height, sy)
+    cdef long strip, n, y, y_first, y_last, part, block, first, last, c, row, column
+    cdef Space* space
+    cdef real* kernel
+    cdef real* band
+    cdef bint whole
+    clear_once(plan, longs, reals)
+    for block in range(job.last_block - job.first_block):
+        first = (job.first_block + block) * size
+        last = min(first + size, c_in)
+        space = space_in(plan, longs, block)
+        find_block_of_inputs(plan, cell, fraction, first, last, space)
+        spread_weight(layer, weight, &space.cells, False, first, last, reals + plan.kernels + block * plan.kernel)
+    for strip in range(job.first_strip, job.last_strip):
+        n, y_first = strip // plan.strips, strip % plan.strips * plan.rows  # counted in steps of the stride
+        y_last = min(steps, y_first + plan.rows)
+        for part in range(layer.outputs):
+            copy_bands(
+                plan, &gradient[n, 0, 0, 0], gradient.shape[1], gradient.shape[2], gradient.shape[3],
+                y_first + plan.reach.top, band_rows(plan, y_last - y_first), job.first_block, job.last_block, part,
+                reals + plan.bands,
+            )
+            for block in range(job.last_block - job.first_block):
+                first = (job.first_block + block) * size
+                whole = first + size <= c_in
+                space = space_in(plan, longs, block)
+                kernel = reals + plan.kernels + block * plan.kernel + part * space.cells.count * size
+                band = reals + plan.bands + block * plan.band
                 for y in range(y_first, y_last):
                     for c in range(plan.classes_y * plan.classes_x):
                         row, column = y * sy + c // plan.classes_x, c % plan.classes_x
@@ -163,15 +187,18 @@ cdef void backward_image_block(
                             continue
                         correlate(
                             ceil_div(width - column, sx), space.starts[c + 1] - space.starts[c],
-                            space.place + space.starts[c], kernel + (part * cells.count + space.starts[c]) * size,
-                            block + (y - y_first) * plan.row * size, size, <const real*>NULL if part else start,
+                            space.place + space.starts[c], kernel + space.starts[c] * size,
+                            band + (y - y_first) * plan.row * size, size, <const real*>NULL if part else reals,
                             &grad_image[n, row, column, first] if whole
-                            else lines + ((row - y_first * sy) * width + column) * size,
+                            else reals + plan.lines + ((row - y_first * sy) * width + column) * size,
                             sx * (c_in if whole else size),
                         )
-            if not whole:
-                row = min(y_last * sy, height) - y_first * sy
-                copy_lines(lines, row * width, size, last - first, &grad_image[n, y_first * sy, 0, first], c_in)
+        if job.last_block == plan.blocks and c_in % size:
+            row = min(y_last * sy, height) - y_first * sy
+            copy_lines(
+                reals + plan.lines, row * width, size, c_in % size, &grad_image[n, y_first * sy, 0, c_in - c_in % size],
+                c_in,
+            )
 
 
 def backward_kernel(
@@ -182,107 +209,110 @@ def backward_kernel(
     """grad_weight OUT (C_out, C_in/groups, K); grad_cell INOUT (P, K, 2), added to; gradient IN (N, H_out, W_out,
     C_out)."""
     cdef Plan plan = plan_of(
-        image.shape, weight.shape, gradient.shape, cell, fraction, groups, stride, lanes(<real*>NULL), True, True
+        image.shape, weight.shape, gradient.shape, cell, fraction, groups, stride, lanes(<real*>NULL), True, True,
+        threads,
     )
-    cdef long images = gradient.shape[0], parts = max(1, min(images, PARTS // plan.blocks)), job
-    cdef long size = plan.layer.inputs * plan.cells * plan.layer.lanes
-    cdef Buffer longs = zeros(threads * plan.longs, sizeof(long)), reals = zeros(threads * plan.reals, sizeof(real))
-    cdef Buffer sums = zeros(plan.blocks * parts * size, sizeof(double))
+    cdef long strips = gradient.shape[0] * plan.strips, jobs = ceil_div(plan.blocks, plan.together), i
+    cdef long ranges = max(1, min(strips, PARTS // plan.blocks))  # of sums, so it must not depend on threads
+    cdef Buffer longs = zeros(threads * plan.longs, sizeof(long)), reals = Buffer(threads * plan.reals, sizeof(real))
+    cdef Buffer sums = zeros(ranges * plan.blocks * plan.kernel, sizeof(double))
     cdef Buffer shares = zeros(plan.layer.taps * 4 * plan.blocks * plan.layer.lanes, sizeof(double))
-    for job in prange(plan.blocks * parts, nogil=True, num_threads=threads, schedule="static"):
-        backward_kernel_block(
-            &plan, gradient, image, cell, fraction, job // parts * plan.layer.lanes,
-            images * (job % parts) // parts, images * (job % parts + 1) // parts, <double*>sums.data + job * size,
+    for i in prange(jobs * ranges, nogil=True, num_threads=threads, schedule="static"):
+        backward_kernel_job(
+            &plan, job_at(&plan, jobs, ranges, strips, i), gradient, image, cell, fraction,
+            <double*>sums.data + i // jobs * plan.blocks * plan.kernel,
             <long*>longs.data + threadid() * plan.longs, <real*>reals.data + threadid() * plan.reals,
         )
-    for job in prange(plan.blocks, nogil=True, num_threads=threads, schedule="static"):
+    for i in prange(plan.blocks, nogil=True, num_threads=threads, schedule="static"):
         gather_shares(
-            &plan, weight, cell, fraction, job * plan.layer.lanes, <double*>sums.data + job * parts * size, parts,
-            size, grad_weight, <double*>shares.data, <long*>longs.data + threadid() * plan.longs,
+            &plan, weight, cell, fraction, i, <double*>sums.data, ranges, grad_weight, <double*>shares.data,
+            <long*>longs.data + threadid() * plan.longs,
         )
     positions_from_shares(&plan, fraction, <double*>shares.data, grad_cell)
 
 
-cdef void backward_kernel_block(
-    const Plan* plan, const real[:, :, :, ::1] gradient, const real[:, :, :, ::1] image, const long[:, :, ::1] cell,
-    const double[:, :, ::1] fraction, long first, long first_image, long last_image, double* sums, long* longs,
-    real* reals,
+cdef void backward_kernel_job(
+    const Plan* plan, Job job, const real[:, :, :, ::1] gradient, const real[:, :, :, ::1] image,
+    const long[:, :, ::1] cell, const double[:, :, ::1] fraction, double* sums, long* longs, real* reals,
 ) noexcept nogil:
-    """sums[part, cell, lane] += the gradient of the kernel of output channels from `first` on, over some images."""
+    """sums[block, part, cell, lane] += the gradient of the kernel."""
     cdef const Layer* layer = &plan.layer
     cdef long out_height = gradient.shape[1], width = gradient.shape[2], c_out = gradient.shape[3], size = layer.lanes
-    cdef long last = min(first + size, c_out), n, y, y_first, y_last, part, i
-    cdef long position = first // layer.per_position, end = (last - 1) // layer.per_position + 1
-    cdef Space* space = space_in(plan, longs)
-    cdef Cells* cells = &space.cells
-    cdef real* kernel = reals + size
-    cdef real* block = kernel + layer.inputs * plan.cells * size
-    cdef real* lines = block + band_pixels(plan) * size
-    cdef bint whole = last - first == size
-    if cells.first != position or cells.last != end:
-        find_cells(&plan.box, cell, fraction, position, end, True, cells)
-        for i in range(cells.count):
-            space.place[i] = (cells.row[i] * plan.row + cells.column[i]) * size
-    for n in range(first_image, last_image):
-        for i in range(ceil_div(out_height, plan.rows)):
-            y_first = i * plan.rows
-            y_last = min(out_height, y_first + plan.rows)
-            if not whole:
-                for y in range(y_first * width, y_last * width):
-                    memcpy(
-                        lines + (y - y_first * width) * size, &gradient[n, 0, 0, first] + y * c_out,
-                        (last - first) * sizeof(real),
-                    )
-            for part in range(layer.inputs):
-                copy_band(
-                    &image[n, 0, 0, 0], image.shape[1], image.shape[2], image.shape[3],
-                    y_first * layer.stride_y + plan.box.top, plan.box.left,
-                    (y_last - y_first - 1) * layer.stride_y + plan.box.height, plan.row, layer, True, first, last, part,
-                    block,
+    cdef long strip, n, y, y_first, y_last, part, block, first, i, rest = c_out % size
+    cdef Space* space
+    cdef real* kernel = reals + plan.kernels
+    cdef real* band
+    cdef double* sum
+    cdef bint whole
+    clear_once(plan, longs, reals)
+    for block in range(job.last_block - job.first_block):
+        first = (job.first_block + block) * size
+        find_block(plan, cell, fraction, first, min(first + size, c_out), True, space_in(plan, longs, block))
+    for strip in range(job.first_strip, job.last_strip):
+        n, y_first = strip // plan.strips, strip % plan.strips * plan.rows
+        y_last = min(out_height, y_first + plan.rows)
+        if job.last_block == plan.blocks and rest:
+            for i in range((y_last - y_first) * width):
+                memcpy(
+                    reals + plan.lines + i * size, &gradient[n, y_first, 0, c_out - rest] + i * c_out,
+                    rest * sizeof(real),
                 )
-                memset(kernel, 0, cells.count * size * sizeof(real))
+        for part in range(layer.inputs):
+            copy_bands(
+                plan, &image[n, 0, 0, 0], image.shape[1], image.shape[2], image.shape[3],
+                y_first * layer.stride_y + plan.reach.top, band_rows(plan, y_last - y_first), job.first_block,
+                job.last_block, part, reals + plan.bands,
+            )
+            for block in range(job.last_block - job.first_block):
+                first = (job.first_block + block) * size
+                whole = first + size <= c_out
+                space = space_in(plan, longs, block)
+                band = reals + plan.bands + block * plan.band
+                memset(kernel, 0, space.cells.count * size * sizeof(real))
                 for y in range(y_first, y_last):
                     correlate_kernel(
-                        width, cells.count, space.place, kernel,
-                        block + (y - y_first) * layer.stride_y * plan.row * size, layer.stride_x * size,
-                        &gradient[n, y, 0, first] if whole else lines + (y - y_first) * width * size,
+                        width, space.cells.count, space.place, kernel,
+                        band + (y - y_first) * layer.stride_y * plan.row * size, layer.stride_x * size,
+                        &gradient[n, y, 0, first] if whole else reals + plan.lines + (y - y_first) * width * size,
                         c_out if whole else size,
                     )
-                for y in range(cells.count * size):
-                    sums[part * cells.count * size + y] += kernel[y]
+                sum = sums + (job.first_block + block) * plan.kernel + part * space.cells.count * size
+                for i in range(space.cells.count * size):
+                    sum[i] += kernel[i]
 
 
 cdef void gather_shares(
     const Plan* plan, const real[:, :, :] weight, const long[:, :, ::1] cell, const double[:, :, ::1] fraction,
-    long first, double* sums, long parts, long size, real[:, :, ::1] grad_weight, double* grad_shares, long* longs,
+    long block, double* sums, long ranges, real[:, :, ::1] grad_weight, double* grad_shares, long* longs,
 ) noexcept nogil:
-    """From the gradient of the kernel's cells to those of the taps' weights and of their bilinear weights, which go to
-    grad_shares[k, neighbour, output channel] (zeros before)."""
+    """From the gradient of the kernel's cells, sums[range, block, part, cell, lane], to those of the taps' weights and of
+    their bilinear weights, which go to grad_shares[k, neighbour, output channel] (zeros before)."""
     cdef const Layer* layer = &plan.layer
-    cdef long last = min(first + layer.lanes, weight.shape[0]), part, i, lane, k, p, channels = plan.blocks * layer.lanes
-    cdef long position = first // layer.per_position, end = (last - 1) // layer.per_position + 1
+    cdef long first = block * layer.lanes, last = min(first + layer.lanes, weight.shape[0]), part, i, lane, k, p
+    cdef long position = first // layer.per_position, channels = plan.blocks * layer.lanes
     cdef int neighbour
     cdef double total[MOST_LANES]
-    cdef double share
     cdef const double* value
-    cdef Space* space = space_in(plan, longs)
+    cdef const double* share
+    cdef Space* space = space_in(plan, longs, 0)
     cdef Cells* cells = &space.cells
     cdef const long* index
-    if cells.first != position or cells.last != end:
-        find_cells(&plan.box, cell, fraction, position, end, True, cells)
-    for part in range(1, parts):
-        for i in range(size):
-            sums[i] += sums[part * size + i]
+    find_block(plan, cell, fraction, first, last, True, space)
+    sums += block * plan.kernel
+    for part in range(1, ranges):
+        for i in range(plan.kernel):
+            sums[i] += sums[part * plan.blocks * plan.kernel + i]
     for k in range(layer.taps):
         for part in range(layer.inputs):
             memset(&total[0], 0, sizeof(total))
             for lane in range(last - first):
-                p = position if end == position + 1 else (first + lane) // layer.per_position
+                p = (first + lane) // layer.per_position
                 index = cells.index + ((p - position) * layer.taps + k) * 4
+                share = cells.share + ((p - position) * layer.taps + k) * 4
                 for neighbour in range(4):
                     if index[neighbour] >= 0:
                         value = sums + (part * cells.count + index[neighbour]) * layer.lanes
-                        total[lane] += share_of(fraction, p, k, neighbour) * value[lane]
+                        total[lane] += share[neighbour] * value[lane]
                         grad_shares[(k * 4 + neighbour) * channels + first + lane] += (
                             value[lane] * weight[first + lane, part, k]
                         )

@@ -221,6 +221,24 @@ ALWAYS_INLINE void NAME(correlate_pixels)(const int pixels, long cells, const lo
     UNROLL for (int p = 0; p < pixels; p++) AT(to + p * to_step) = sum[p];
 }
 
+/* kernel[index] += share * weight for each of 4 neighbours of each tap (index -1: none), lanes first to last; the weight
+ * of a lane's tap is source[lane][tap * step]. */
+static void NAME(spread_taps)(long taps, const long *index, const double *share, long first, long last,
+                              const REAL *const *source, long step, REAL *kernel) {
+    REAL weight[LANES] __attribute__((aligned(BYTES)));
+    for (long tap = 0; tap < taps; tap++, index += 4, share += 4) {
+        for (long lane = first; lane < last; lane++) weight[lane] = source[lane][tap * step];
+        for (int n = 0; n < 4; n++) {
+            REAL *to = kernel + index[n] * LANES, part = (REAL)share[n];
+            if (index[n] < 0) continue;
+            if (last - first == LANES)
+                AT(to) += part * READ(weight);
+            else
+                for (long lane = first; lane < last; lane++) to[lane] += part * weight[lane];
+        }
+    }
+}
+
 static void NAME(correlate)(long pixels, long cells, const long *place, const REAL *kernel, const REAL *from,
                             long from_step, const REAL *start, REAL *to, long to_step) {
     for (; pixels >= RUN; pixels -= RUN, from += RUN * from_step, to += RUN * to_step)
@@ -261,8 +279,8 @@ static void NAME(correlate_kernel)(long pixels, long cells, const long *place, R
 }
 
 static const NAMED(routines) NAME(table) = {
-    LANES, TILE_ROWS, NAME(multiply_rows), NAME(multiply_transposed), NAME(blend), NAME(adjoint), NAME(copy), NAME(correlate),
-    NAME(correlate_kernel),
+    LANES, TILE_ROWS, NAME(multiply_rows), NAME(multiply_transposed), NAME(blend), NAME(adjoint), NAME(copy),
+    NAME(spread_taps), NAME(correlate), NAME(correlate_kernel),
 };
 
 #undef LANES

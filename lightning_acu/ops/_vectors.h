@@ -31,6 +31,7 @@
         void (*adjoint)(long, long, REAL *, const REAL *, long, const REAL *, long, const REAL *, long, REAL, REAL,   \
                         double *);                                                                                    \
         void (*copy)(long, const REAL *, long, REAL *);                                                               \
+        void (*spread_taps)(long, const long *, const double *, long, long, const REAL *const *, long, REAL *);       \
         void (*correlate)(long, long, const long *, const REAL *, const REAL *, long, const REAL *, REAL *, long);    \
         void (*correlate_kernel)(long, long, const long *, REAL *, const REAL *, long, const REAL *, long);           \
     } type;

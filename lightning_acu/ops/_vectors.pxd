@@ -18,6 +18,7 @@ cdef extern from "_vectors.h" nogil:
             long, long, float*, const float*, long, const float*, long, const float*, long, float, float, double*
         ) noexcept nogil
         void (*copy)(long, const float*, long, float*) noexcept nogil
+        void (*spread_taps)(long, const long*, const double*, long, long, const float**, long, float*) noexcept nogil
         void (*correlate)(long, long, const long*, const float*, const float*, long, const float*, float*, long) noexcept nogil
         void (*correlate_kernel)(long, long, const long*, float*, const float*, long, const float*, long) noexcept nogil
 
@@ -31,6 +32,7 @@ cdef extern from "_vectors.h" nogil:
             long, long, double*, const double*, long, const double*, long, const double*, long, double, double, double*
         ) noexcept nogil
         void (*copy)(long, const double*, long, double*) noexcept nogil
+        void (*spread_taps)(long, const long*, const double*, long, long, const double**, long, double*) noexcept nogil
         void (*correlate)(long, long, const long*, const double*, const double*, long, const double*, double*, long) noexcept nogil
         void (*correlate_kernel)(long, long, const long*, double*, const double*, long, const double*, long) noexcept nogil
 
@@ -99,6 +101,15 @@ cdef inline void copy(long pixels, const real* source, long step, real* to) noex
         f32.copy(pixels, source, step, to)
     else:
         f64.copy(pixels, source, step, to)
+
+
+cdef inline void spread_taps(
+    long taps, const long* index, const double* share, long first, long last, const real** source, long step, real* kernel
+) noexcept nogil:
+    if real is float:
+        f32.spread_taps(taps, index, share, first, last, source, step, kernel)
+    else:
+        f64.spread_taps(taps, index, share, first, last, source, step, kernel)
 
 
 cdef inline void correlate(

@@ -1,4 +1,4 @@
-"""``lightning_acu::acu_conv2d``, the one registered operator, and the choice of the backend that runs it.
+"""``lightning_acu::acu_conv2d``, the one registered operator.
 
 One operator for every device and backend: a graph that was compiled or exported names it, not the kernel that happened
 to run where it was traced. torch.compile and torch.export see through its shape rules, autograd through its backward
@@ -7,106 +7,19 @@ operator, torch's FLOP counter through its formula.
 
 from __future__ import annotations
 
-import functools
 import math
-import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..geometry import ConvGeometry
-from . import cython_cpu, dense
+from . import backends
 from .layout import memory_format, preserved_format
 
-__all__ = ["BACKENDS", "Backend", "acu_conv2d_op", "available_backends", "check_backend", "without_autocast"]
-
-
-def without_autocast(device: str) -> AbstractContextManager[Any]:
-    """Autocast off on ``device``; "meta" has none, and where it is off already nothing needs to be done."""
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)
-
-
-class Backend(Protocol):
-    """What a backend module offers. Shapes as in :mod:`lightning_acu.ops.reference`."""
-
-    def why_not(self, input: Tensor) -> str | None:
-        """Why this backend cannot serve ``input``, or None."""
-
-    def prefers(
-        self,
-        input: Tensor,
-        weight: Tensor,
-        offsets: Tensor,
-        geometry: ConvGeometry,
-        needs: Sequence[bool] | None = None,
-    ) -> bool:
-        """Whether "auto" should take it where it can run: it is faster than those after it in ``BACKENDS``.
-
-        ``needs``: None for the forward pass, otherwise which gradients the backward pass is asked for.
-        """
-
-    def forward(
-        self, input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, geometry: ConvGeometry
-    ) -> Tensor:
-        """The output, without autograd."""
-
-    def backward(
-        self,
-        grad: Tensor,
-        input: Tensor,
-        weight: Tensor,
-        offsets: Tensor,
-        geometry: ConvGeometry,
-        needs: Sequence[bool],
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of input, weight and offsets, each where ``needs`` asks for it."""
-
-
-#: "auto" takes the first that can run and prefers to. ("reference" is no entry: autograd runs through it directly.)
-BACKENDS: dict[str, Backend] = {"cython": cast(Backend, cython_cpu), "dense": cast(Backend, dense)}
-
-
-def available_backends() -> tuple[str, ...]:
-    """Every value that ``backend`` may take."""
-    return ("auto", "reference", *BACKENDS)
-
-
-def check_backend(backend: str) -> str:
-    """``backend`` itself, or a ValueError that lists the known ones."""
-    if backend not in available_backends():
-        raise ValueError(f"`backend` (={backend!r}) is unknown; choose one of {', '.join(available_backends())}")
-    return backend
-
-
-def _select(
-    backend: str,
-    input: Tensor,
-    weight: Tensor,
-    offsets: Tensor,
-    geometry: ConvGeometry,
-    needs: Sequence[bool] | None = None,
-) -> Backend:
-    """The backend to run: the one named, which has to be able to, or for "auto" the first that can and prefers to."""
-    if backend != "auto":
-        reason = BACKENDS[check_backend(backend)].why_not(input)
-        if reason is not None:
-            raise RuntimeError(f"`backend` (={backend!r}) cannot run here: {reason}")
-        return BACKENDS[backend]
-    if input.device.type == "cpu" and cython_cpu.MISSING is not None:
-        _say_once(f"backend='auto' uses 'dense', about twice as slow as 'cython' would be: {cython_cpu.MISSING}")
-    able = (candidate for candidate in BACKENDS.values() if candidate.why_not(input) is None)
-    return next(candidate for candidate in able if candidate.prefers(input, weight, offsets, geometry, needs))
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    warnings.warn(message, stacklevel=2)
+__all__ = ["acu_conv2d_backward_op", "acu_conv2d_op"]
 
 
 def _geometry(
@@ -158,11 +71,7 @@ def acu_conv2d_op(
     """:func:`lightning_acu.acu_conv2d` after its checks: offsets (P, K, 2), padding (top, left, bottom, right)."""
     geometry = _geometry(weight, stride, padding, dilation, groups)
     _check_shapes(input, weight, offsets, bias, None, geometry)
-    # The caller has cast for autocast already; inside, it would take the float32 positions down too.
-    with without_autocast(input.device.type):
-        chosen = _select(backend, input, weight, offsets, geometry)
-        output = chosen.forward(input, weight, offsets, bias, geometry)
-    return output.contiguous(memory_format=memory_format(input, weight))
+    return backends.forward(input, weight, offsets, bias, geometry, backend)
 
 
 @acu_conv2d_op.register_fake
@@ -197,12 +106,9 @@ def acu_conv2d_backward_op(
     """Gradients of input, weight and offsets; an empty tensor for each that ``needs`` does not ask for."""
     geometry = _geometry(weight, stride, padding, dilation, groups)
     _check_shapes(input, weight, offsets, None, grad, geometry)
-    with without_autocast(input.device.type):
-        chosen = _select(backend, input, weight, offsets, geometry, needs)
-        grads = chosen.backward(grad, input, weight, offsets, geometry, needs)
+    grads = backends.backward(grad, input, weight, offsets, geometry, backend, needs)
     grad_input, grad_weight, grad_offsets = (
-        like.new_empty(0) if found is None else found.contiguous(memory_format=preserved_format(like))
-        for found, like in zip(grads, (input, weight, offsets), strict=True)
+        like.new_empty(0) if found is None else found for found, like in zip(grads, (input, weight, offsets), strict=True)
     )
     return grad_input, grad_weight, grad_offsets
 

@@ -1,0 +1,132 @@
+"""The backends, and the choice among them for each call."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from ..geometry import ConvGeometry
+from . import cython_cpu, dense
+from .layout import memory_format, preserved_format
+
+__all__ = ["BACKENDS", "Backend", "available_backends", "backward", "check_backend", "forward", "without_autocast"]
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Autocast off on ``device``; "meta" has none, and where it is off already nothing needs to be done."""
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
+
+
+class Backend(Protocol):
+    """What a backend module offers. Shapes as in :mod:`lightning_acu.ops.reference`."""
+
+    def why_not(self, input: Tensor) -> str | None:
+        """Why this backend cannot serve ``input``, or None."""
+
+    def prefers(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        offsets: Tensor,
+        geometry: ConvGeometry,
+        needs: Sequence[bool] | None = None,
+    ) -> bool:
+        """Whether "auto" should take it where it can run: it is faster than those after it in ``BACKENDS``.
+
+        ``needs``: None for the forward pass, otherwise which gradients the backward pass is asked for.
+        """
+
+    def forward(
+        self, input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, geometry: ConvGeometry
+    ) -> Tensor:
+        """The output, without autograd."""
+
+    def backward(
+        self,
+        grad: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        offsets: Tensor,
+        geometry: ConvGeometry,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of input, weight and offsets, each where ``needs`` asks for it."""
+
+
+#: "auto" takes the first that can run and prefers to. ("reference" is no entry: autograd runs through it directly.)
+BACKENDS: dict[str, Backend] = {"cython": cast(Backend, cython_cpu), "dense": cast(Backend, dense)}
+
+
+def available_backends() -> tuple[str, ...]:
+    """Every value that ``backend`` may take."""
+    return ("auto", "reference", *BACKENDS)
+
+
+def check_backend(backend: str) -> str:
+    """``backend`` itself, or a ValueError that lists the known ones."""
+    if backend not in available_backends():
+        raise ValueError(f"`backend` (={backend!r}) is unknown; choose one of {', '.join(available_backends())}")
+    return backend
+
+
+def _select(
+    backend: str,
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    geometry: ConvGeometry,
+    needs: Sequence[bool] | None = None,
+) -> Backend:
+    """The backend to run: the one named, which has to be able to, or for "auto" the first that can and prefers to."""
+    if backend != "auto":
+        reason = BACKENDS[check_backend(backend)].why_not(input)
+        if reason is not None:
+            raise RuntimeError(f"`backend` (={backend!r}) cannot run here: {reason}")
+        return BACKENDS[backend]
+    if input.device.type == "cpu" and cython_cpu.MISSING is not None:
+        _say_once(f"backend='auto' uses 'dense', about twice as slow as 'cython' would be: {cython_cpu.MISSING}")
+    able = (candidate for candidate in BACKENDS.values() if candidate.why_not(input) is None)
+    return next(candidate for candidate in able if candidate.prefers(input, weight, offsets, geometry, needs))
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
+
+
+def forward(
+    input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, geometry: ConvGeometry, backend: str
+) -> Tensor:
+    """The output, by ``backend``; not recorded by autograd. Shapes have been checked."""
+    # The caller has cast for autocast already; inside, it would take the float32 positions down too.
+    with without_autocast(input.device.type):
+        chosen = _select(backend, input, weight, offsets, geometry)
+        output = chosen.forward(input, weight, offsets, bias, geometry)
+    return output.contiguous(memory_format=memory_format(input, weight))
+
+
+def backward(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    geometry: ConvGeometry,
+    backend: str,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of input, weight and offsets, each where ``needs`` asks for it; not recorded by autograd."""
+    with without_autocast(input.device.type):
+        chosen = _select(backend, input, weight, offsets, geometry, needs)
+        grads = chosen.backward(grad, input, weight, offsets, geometry, needs)
+    return [
+        None if found is None or not need else found.contiguous(memory_format=preserved_format(like))
+        for found, like, need in zip(grads, (input, weight, offsets), needs, strict=True)
+    ]
