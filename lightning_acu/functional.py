@@ -136,7 +136,7 @@ def _check_tensors(input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor 
             f"`offsets` must be (K, 2) or (P, K, 2) with K = {kh} * {kw} = {taps} taps, "
             f"got shape {tuple(offsets.shape)}"
         )
-    if offsets.ndim == 3 and (len(offsets) < 1 or c_out % len(offsets)):
+    if offsets.ndim == 3 and (offsets.shape[0] < 1 or c_out % offsets.shape[0]):
         raise ValueError(
             f"`offsets` has {len(offsets)} position groups, which must divide the output channels (={c_out})"
         )

@@ -39,9 +39,8 @@ class ConvGeometry:
 
     def output_size(self, size: Sequence[int]) -> tuple[int, int]:
         """Output (height, width) for an input of ``size`` (height, width); below 1 where the kernel does not fit."""
-        lost = self.shrinkage
-        height, width = ((size[axis] - lost[axis] - 1) // self.stride[axis] + 1 for axis in (0, 1))
-        return height, width
+        (height, width), (lost_y, lost_x), (sy, sx) = size, self.shrinkage, self.stride
+        return (height - lost_y - 1) // sy + 1, (width - lost_x - 1) // sx + 1
 
     def grid(self) -> list[tuple[int, int]]:
         """The K regular tap positions in raster order: (row, column) in pixels from input pixel ``output * stride``."""
@@ -51,6 +50,8 @@ class ConvGeometry:
 
 def integers(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
     """One int or several, as a tuple; a TypeError that names the argument for anything else."""
+    if type(value) is int:
+        return (value,)
     try:
         return tuple(map(operator.index, value)) if isinstance(value, Sequence) else (operator.index(value),)
     except TypeError as error:

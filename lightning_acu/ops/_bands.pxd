@@ -28,7 +28,7 @@ cdef struct Plan:  # what is the same for all blocks
     long rows  # result rows of a band
     long strips  # bands of an image
     long space  # whole numbers of a block
-    long longs  # of a thread; the first says whether its other numbers have been cleared
+    long longs  # of a thread: whether it has begun, a table, the blocks
     long kernel  # numbers of a block: its cells, of all parts
     long band
     long kernels  # where they begin in a thread's buffer, after the blocks' start values
@@ -87,9 +87,9 @@ cdef inline Plan plan_of(
     plan.kernel, plan.band = parts * plan.cells * lanes, band_rows(&plan, plan.rows) * plan.row * lanes
     plan.together = min(BANDS // (plan.band + plan.kernel + 1), plan.blocks * plan.strips * image_shape[0] // (4 * threads))
     plan.together = max(1, min(plan.together, plan.blocks))
-    plan.space = sizeof(Space) // sizeof(long) + 4 * plan.cells + TABLE + plan.classes_y * plan.classes_x + 1
+    plan.space = sizeof(Space) // sizeof(long) + 4 * plan.cells + plan.classes_y * plan.classes_x + 1
     plan.space += 2 * plan.neighbours  # a double needs no more than a long
-    plan.longs = 1 + plan.together * plan.space
+    plan.longs = 1 + TABLE + plan.together * plan.space
     plan.kernels = plan.together * lanes
     plan.bands = plan.kernels + plan.together * plan.kernel
     plan.lines = plan.bands + plan.together * plan.band
@@ -110,13 +110,12 @@ cdef struct Space:  # whole numbers of a block
 
 
 cdef inline Space* space_in(const Plan* plan, long* buffer, long block) noexcept nogil:
-    """That of a job's block, zeros at first; the cells of the last job stay."""
-    cdef Space* space = <Space*>(buffer + 1 + block * plan.space)
-    buffer = <long*>(space + 1)
-    space.cells.row, space.cells.column = buffer, buffer + plan.cells
-    space.place, space.order = buffer + 2 * plan.cells, buffer + 3 * plan.cells
-    space.cells.table = buffer + 4 * plan.cells
-    space.starts = space.cells.table + TABLE
+    """That of a job's block; the cells of the last job stay."""
+    cdef Space* space = <Space*>(buffer + 1 + TABLE + block * plan.space)
+    cdef long* free = <long*>(space + 1)
+    space.cells.table = buffer + 1
+    space.cells.row, space.cells.column = free, free + plan.cells
+    space.place, space.order, space.starts = free + 2 * plan.cells, free + 3 * plan.cells, free + 4 * plan.cells
     space.cells.share = <double*>(space.starts + plan.classes_y * plan.classes_x + 1)
     space.cells.index = <long*>(space.cells.share + plan.neighbours)
     return space

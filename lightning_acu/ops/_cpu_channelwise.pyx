@@ -50,11 +50,26 @@ cdef Buffer zeros(size_t count, size_t size):
     return buffer
 
 
-cdef inline void clear_once(const Plan* plan, long* longs, real* reals) noexcept nogil:
-    """A thread's numbers, by itself and before its first job: rims of bands are never written."""
+cdef Buffer longs_of(const Plan* plan, int threads):
+    """For whole numbers: no thread has begun, and no cells are found."""
+    cdef Buffer buffer = Buffer(threads * plan.longs, sizeof(long))
+    cdef long* longs = <long*>buffer.data
+    cdef long block
+    cdef int thread
+    for thread in range(threads):
+        longs[0] = 0
+        for block in range(plan.together):
+            space_in(plan, longs, block).cells.last = 0
+        longs += plan.longs
+    return buffer
+
+
+cdef inline void begin(const Plan* plan, long* longs, real* reals) noexcept nogil:
+    """Before a thread's first job: zeros for the start values, and where rims of bands are never written."""
     if longs[0] == 0:
-        memset(reals, 0, plan.reals * sizeof(real))
         longs[0] = 1
+        memset(reals, 0, plan.kernels * sizeof(real))
+        memset(reals + plan.bands, 0, (plan.lines - plan.bands) * sizeof(real))
 
 
 def forward(
@@ -68,7 +83,7 @@ def forward(
     )
     cdef long strips = output.shape[0] * plan.strips, jobs = ceil_div(plan.blocks, plan.together), i
     cdef long ranges = ranges_of(&plan, jobs, strips, output.shape[1] * output.shape[2], threads)
-    cdef Buffer longs = zeros(threads * plan.longs, sizeof(long)), reals = Buffer(threads * plan.reals, sizeof(real))
+    cdef Buffer longs = longs_of(&plan, threads), reals = Buffer(threads * plan.reals, sizeof(real))
     for i in prange(jobs * ranges, nogil=True, num_threads=threads, schedule="static"):
         forward_job(
             &plan, job_at(&plan, jobs, ranges, strips, i), image, weight, bias, cell, fraction, output,
@@ -87,7 +102,7 @@ cdef void forward_job(
     cdef real* kernel
     cdef real* band
     cdef bint whole
-    clear_once(plan, longs, reals)
+    begin(plan, longs, reals)
     for block in range(job.last_block - job.first_block):
         first = (job.first_block + block) * size
         last = min(first + size, c_out)
@@ -137,7 +152,7 @@ def backward_image(
     )
     cdef long strips = gradient.shape[0] * plan.strips, jobs = ceil_div(plan.blocks, plan.together), i
     cdef long ranges = ranges_of(&plan, jobs, strips, grad_image.shape[1] * grad_image.shape[2], threads)
-    cdef Buffer longs = zeros(threads * plan.longs, sizeof(long)), reals = Buffer(threads * plan.reals, sizeof(real))
+    cdef Buffer longs = longs_of(&plan, threads), reals = Buffer(threads * plan.reals, sizeof(real))
     for i in prange(jobs * ranges, nogil=True, num_threads=threads, schedule="static"):
         backward_image_job(
             &plan, job_at(&plan, jobs, ranges, strips, i), gradient, weight, cell, fraction, grad_image,
@@ -158,7 +173,7 @@ cdef void backward_image_job(
     cdef real* kernel
     cdef real* band
     cdef bint whole
-    clear_once(plan, longs, reals)
+    begin(plan, longs, reals)
     for block in range(job.last_block - job.first_block):
         first = (job.first_block + block) * size
         last = min(first + size, c_in)
@@ -214,7 +229,7 @@ def backward_kernel(
     )
     cdef long strips = gradient.shape[0] * plan.strips, jobs = ceil_div(plan.blocks, plan.together), i
     cdef long ranges = max(1, min(strips, PARTS // plan.blocks))  # of sums, so it must not depend on threads
-    cdef Buffer longs = zeros(threads * plan.longs, sizeof(long)), reals = Buffer(threads * plan.reals, sizeof(real))
+    cdef Buffer longs = longs_of(&plan, threads), reals = Buffer(threads * plan.reals, sizeof(real))
     cdef Buffer sums = zeros(ranges * plan.blocks * plan.kernel, sizeof(double))
     cdef Buffer shares = zeros(plan.layer.taps * 4 * plan.blocks * plan.layer.lanes, sizeof(double))
     for i in prange(jobs * ranges, nogil=True, num_threads=threads, schedule="static"):
@@ -244,7 +259,7 @@ cdef void backward_kernel_job(
     cdef real* band
     cdef double* sum
     cdef bint whole
-    clear_once(plan, longs, reals)
+    begin(plan, longs, reals)
     for block in range(job.last_block - job.first_block):
         first = (job.first_block + block) * size
         find_block(plan, cell, fraction, first, min(first + size, c_out), True, space_in(plan, longs, block))

@@ -93,8 +93,10 @@ def _select(
         return BACKENDS[backend]
     if input.device.type == "cpu" and cython_cpu.MISSING is not None:
         _say_once(f"backend='auto' uses 'dense', about twice as slow as 'cython' would be: {cython_cpu.MISSING}")
-    able = (candidate for candidate in BACKENDS.values() if candidate.why_not(input) is None)
-    return next(candidate for candidate in able if candidate.prefers(input, weight, offsets, geometry, needs))
+    for candidate in BACKENDS.values():
+        if candidate.why_not(input) is None and candidate.prefers(input, weight, offsets, geometry, needs):
+            break
+    return candidate  # the last one always runs
 
 
 @functools.cache

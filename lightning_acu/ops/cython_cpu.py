@@ -66,9 +66,9 @@ def prefers(
         return False
     if needs is None and _is_plain(offsets, geometry):
         return False  # exactly F.conv2d, bit for bit
-    groups, position_groups = geometry.groups, len(offsets)
+    groups, position_groups = geometry.groups, offsets.shape[0]
     runs = groups + position_groups - math.gcd(groups, position_groups)
-    return _channelwise(weight, geometry) or runs == 1 or len(weight) // runs >= 16
+    return _channelwise(weight, geometry) or runs == 1 or weight.shape[0] // runs >= 16
 
 
 def _is_plain(offsets: Tensor, geometry: ConvGeometry) -> bool:
@@ -87,7 +87,7 @@ def _channelwise(weight: Tensor, geometry: ConvGeometry) -> bool:
 def forward(input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, geometry: ConvGeometry) -> Tensor:
     """(N, C_in, H, W) to (N, C_out, H_out, W_out); shapes as in the reference, memory format as F.conv2d's."""
     dtype = _computed_in(input)
-    size = (len(input), len(weight), *geometry.output_size(input.shape[2:]))
+    size = (input.shape[0], weight.shape[0], *geometry.output_size(input.shape[2:]))
     output = torch.empty(size, dtype=input.dtype, memory_format=memory_format(input, weight))
     if not weight.numel():  # no input channels
         return output.zero_() if bias is None else output.copy_(bias[:, None, None].expand_as(output))
@@ -216,9 +216,11 @@ def _taps(offsets: Tensor, geometry: ConvGeometry) -> tuple[Array, Array, bool]:
 
 def _pixels(image: Tensor, dtype: torch.dtype) -> Any:
     """(N, C, H, W) as a contiguous (N, H, W, C) buffer, shared with the tensor where it ``is_native``."""
-    return Memory(image.to(dtype).contiguous(memory_format=torch.channels_last), pixels=True)
+    if not is_native(image, dtype):
+        image = image.to(dtype).contiguous(memory_format=torch.channels_last)
+    return Memory(image, pixels=True)
 
 
 def _threads(output: Tensor, weight: Tensor) -> int:
     """As many as torch uses; one where there is little to do. The result does not depend on it."""
-    return torch.get_num_threads() if output.numel() * weight[0].numel() > _THREAD_WORK else 1
+    return torch.get_num_threads() if output.numel() * math.prod(weight.shape[1:]) > _THREAD_WORK else 1
