@@ -10,8 +10,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOM = "lightning_acu/ops/"
-HEADERS = [f"{ROOM}{name}.h" for name in ("_vectors", "_vector_isa", "_vector_routines", "_transpose")]
-SHARED = [f"{ROOM}{name}.pxd" for name in ("_vectors", "_sampling", "_packing", "_cells", "_bands")]
+HEADERS = [f"{ROOM}{name}.h" for name in ("_vectors", "_vector_isa", "_vector_types", "_vector_routines", "_transpose")]
+SHARED = [f"{ROOM}{name}.pxd" for name in ("_vectors", "_sampling", "_packing", "_cells", "_bands", "_jobs")]
 
 # No -march: the instruction set is chosen at run time. Numbers stay IEEE's (NaN and infinities mean something).
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"]
@@ -58,7 +58,8 @@ def kernels() -> list[Extension]:
     except ImportError:
         print("lightning_acu: no Cython, so the CPU kernels are left out", file=sys.stderr)
         return []
-    names = ("_vectors", "_memory", "_positions", "_cpu_kernels", "_cpu_channelwise")
+    names = ["_vectors", "_memory", "_positions"]
+    names += ["_cpu_kernels", "_cpu_kernels_weight", "_cpu_channelwise", "_cpu_channelwise_weight"]
     extensions = [
         Extension(
             f"lightning_acu.ops.{name}",

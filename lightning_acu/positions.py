@@ -29,6 +29,7 @@ __all__ = [
     "expand_kernel_backward",
     "nan_where_lost",
     "plan_windows",
+    "regular_window",
     "split_offsets",
 ]
 
@@ -165,6 +166,12 @@ def plan_windows(
         window[taps] = torch.tensor([origins[cell] for cell in cells])
         index = window[..., None] * area + (steps * torch.tensor((box_width, 1))).sum(-1)
     return Plan(windows, index.masked_fill(~used, sum(window.area for window in windows)))
+
+
+def regular_window(geometry: ConvGeometry) -> Window:
+    """That of the kernel itself, all of its offsets 0. Without dilation (0) there is none."""
+    top, left, _, _ = geometry.padding
+    return Window(-top, -left, *geometry.kernel_size, geometry.dilation)
 
 
 @functools.lru_cache

@@ -39,3 +39,14 @@ def any_fraction(const floating[:, :, :] offsets):
                 if floor(<double>offsets[p, k, axis]) != offsets[p, k, axis]:
                     return True
     return False
+
+
+def any_shift(const floating[:, :, :] offsets):
+    """Whether any offset is not zero."""
+    cdef long p, k, axis
+    for p in range(offsets.shape[0]):
+        for k in range(offsets.shape[1]):
+            for axis in range(2):
+                if offsets[p, k, axis] != 0:
+                    return True
+    return False

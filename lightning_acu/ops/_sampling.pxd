@@ -19,6 +19,17 @@ cdef struct Tap:  # seen from input pixel (oy * stride_y, ox * stride_x): its ce
     double fraction_x
 
 
+cdef inline Grid grid_of(shape, out_shape, stride):
+    return Grid(shape[1], shape[2], shape[3], out_shape[1], out_shape[2], stride[0], stride[1])
+
+
+cdef inline Tap tap_at(const long[:, :, ::1] cell, const double[:, :, ::1] fraction, long p, long k) noexcept nogil:
+    cdef Tap tap
+    tap.row, tap.column = cell[p, k, 0], cell[p, k, 1]
+    tap.fraction_y, tap.fraction_x = fraction[p, k, 0], fraction[p, k, 1]
+    return tap
+
+
 cdef inline long first_output(long position, long start, long stride) noexcept nogil:
     """The first output pixel whose `start + output * stride` is at least `position`."""
     cdef long distance = position - start

@@ -18,22 +18,8 @@
 #define TILE_ROWS 4 /* 16 registers */
 #endif
 #define BYTES 16
-#define REAL float
-#define NAMED(x) JOIN(x, f32)
-#define NAME(x) JOIN(x, f32_base)
-#include "_vector_routines.h"
-#undef REAL
-#undef NAMED
-#undef NAME
-#define REAL double
-#define NAMED(x) JOIN(x, f64)
-#define NAME(x) JOIN(x, f64_base)
-#include "_vector_routines.h"
-#undef REAL
-#undef NAMED
-#undef NAME
-#undef BYTES
-#undef TILE_ROWS
+#define ISA base
+#include "_vector_types.h"
 
 #if defined(__x86_64__)
 /* --- AVX2 and FMA: 16 registers of 32 bytes */
@@ -45,22 +31,8 @@
 #endif
 #define TILE_ROWS 6
 #define BYTES 32
-#define REAL float
-#define NAMED(x) JOIN(x, f32)
-#define NAME(x) JOIN(x, f32_avx2)
-#include "_vector_routines.h"
-#undef REAL
-#undef NAMED
-#undef NAME
-#define REAL double
-#define NAMED(x) JOIN(x, f64)
-#define NAME(x) JOIN(x, f64_avx2)
-#include "_vector_routines.h"
-#undef REAL
-#undef NAMED
-#undef NAME
-#undef BYTES
-#undef TILE_ROWS
+#define ISA avx2
+#include "_vector_types.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
@@ -76,22 +48,8 @@
 #endif
 #define TILE_ROWS 12
 #define BYTES 64
-#define REAL float
-#define NAMED(x) JOIN(x, f32)
-#define NAME(x) JOIN(x, f32_avx512)
-#include "_vector_routines.h"
-#undef REAL
-#undef NAMED
-#undef NAME
-#define REAL double
-#define NAMED(x) JOIN(x, f64)
-#define NAME(x) JOIN(x, f64_avx512)
-#include "_vector_routines.h"
-#undef REAL
-#undef NAMED
-#undef NAME
-#undef BYTES
-#undef TILE_ROWS
+#define ISA avx512
+#include "_vector_types.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #else

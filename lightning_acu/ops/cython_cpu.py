@@ -1,8 +1,8 @@
 """The Cython backend: taps interpolated into the cache and multiplied there, with a plain convolution's arithmetic.
 
-This module allocates and chooses the route; the loops are in ``_cpu_kernels.pyx`` (a matrix product over
-interpolated taps) and ``_cpu_channelwise.pyx`` (depthwise layers: weights spread over integer cells). Both work on
-channels_last images; others are converted a few images at a time.
+This module allocates and chooses the route; the loops are in ``_cpu_kernels*.pyx`` (a matrix product over interpolated
+taps) and ``_cpu_channelwise*.pyx`` (depthwise layers: weights spread over integer cells). Both work on channels_last
+images; others are converted a few images at a time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ from ..positions import FAR, nan_where_lost, plan_windows
 from .layout import images_per_block, is_native, memory_format, preserved_format
 
 try:
-    from . import _cpu_channelwise, _cpu_kernels, _positions, _vectors  # type: ignore[attr-defined]
+    from . import (  # type: ignore[attr-defined]
+        _cpu_channelwise,
+        _cpu_channelwise_weight,
+        _cpu_kernels,
+        _cpu_kernels_weight,
+        _positions,
+        _vectors,
+    )
     from ._memory import Memory  # type: ignore[import-not-found]
 
     MISSING: str | None = None
@@ -73,8 +80,11 @@ def prefers(
 
 def _is_plain(offsets: Tensor, geometry: ConvGeometry) -> bool:
     """Whether the taps form one ordinary convolution, of no more cells than taps."""
-    if _positions.any_fraction(Memory(offsets)):
+    positions = Memory(offsets)
+    if _positions.any_fraction(positions):
         return False
+    if min(geometry.dilation) > 0 and not _positions.any_shift(positions):
+        return True
     plan = plan_windows(offsets, geometry)
     return len(plan.windows) == 1 and plan.cells <= geometry.taps
 
@@ -145,7 +155,7 @@ def _backward_product(
     needs: Sequence[bool],
     threads: int,
 ) -> Tensor | None:
-    """The gradient of the weights (C_out, C_in/groups, K); that of the image into ``grad_image``, adds ``grad_cell``."""
+    """The gradient of the weights (C_out, C_in/groups, K); writes that of the image, adds to that of the cells."""
     if grad_image is not None or needs[2]:
         target = None if grad_image is None else _pixels(grad_image.zero_(), weight.dtype)
         sums = grad_cell if needs[2] else None
@@ -153,7 +163,7 @@ def _backward_product(
     if not needs[1]:
         return None
     grad_weight = weight.new_empty(weight.shape[0], weight.shape[2], weight.shape[1])
-    _cpu_kernels.backward_weight(grad, image, *common, Memory(grad_weight), threads)
+    _cpu_kernels_weight.backward_weight(grad, image, *common, Memory(grad_weight), threads)
     return grad_weight.transpose(1, 2)
 
 
@@ -174,7 +184,7 @@ def _backward_channelwise(
     if not needs[1] and not needs[2]:
         return None
     grad_weight = weight.new_zeros(weight.shape)
-    _cpu_channelwise.backward_kernel(
+    _cpu_channelwise_weight.backward_kernel(
         grad, image, Memory(weight), *common, Memory(grad_weight), grad_cell, threads
     )  # fmt: skip
     return grad_weight if needs[1] else None

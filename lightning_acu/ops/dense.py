@@ -14,7 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..geometry import ConvGeometry
-from ..positions import Plan, Window, expand_kernel, expand_kernel_backward, nan_where_lost, plan_windows
+from ..positions import (
+    Plan,
+    Window,
+    expand_kernel,
+    expand_kernel_backward,
+    nan_where_lost,
+    plan_windows,
+    regular_window,
+)
 
 __all__ = ["backward", "forward", "pad_or_crop", "prefers", "why_not"]
 
@@ -33,6 +41,8 @@ def prefers(
 
 def forward(input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, geometry: ConvGeometry) -> Tensor:
     """(N, C_in, H, W) to (N, C_out, H_out, W_out); shapes as in the reference."""
+    if min(geometry.dilation) > 0 and not offsets.any():  # no tap has moved yet: the kernel as it is
+        return _conv(input, regular_window(geometry), weight, bias, geometry)
     output = _forward(input, weight, offsets, bias, geometry)
     return nan_where_lost(output, offsets) if offsets.isnan().any() else output
 

@@ -31,6 +31,7 @@ def acu_conv2d(
     """``acu_conv2d_op``, which is called where anybody could tell the difference. Shapes have been checked."""
     tensors = (input, weight, offsets) if bias is None else (input, weight, offsets, bias)
     if _watched(*tensors):
+        _refuse_tangents(*tensors)
         stride, padding, dilation, groups = geometry.stride, geometry.padding, geometry.dilation, geometry.groups
         return acu_conv2d_op(input, weight, offsets, bias, stride, padding, dilation, groups, backend)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
@@ -55,6 +56,15 @@ def _watched(*tensors: Tensor) -> bool:
     )
 
 
+def _refuse_tangents(*tensors: Tensor) -> None:
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):  # the operator would drop them
+        raise RuntimeError(
+            "acu_conv2d has no forward-mode derivatives in its fast backends; use backend='reference' for jvp"
+        )
+
+
 class _ActiveConvolution(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -73,12 +83,14 @@ class _ActiveConvolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *needs, needs_bias, _, _ = ctx.needs_input_grad
-        tensors, geometry = (grad, *ctx.saved_tensors), ctx.geometry
+        input, weight, offsets = ctx.saved_tensors
+        geometry, backend = ctx.geometry, ctx.backend
         grads: list[Tensor | None] = [None, None, None]
-        if any(needs) and (torch.is_grad_enabled() or _watched(*tensors)):  # enabled: it says what it cannot do
-            configuration = geometry.stride, geometry.padding, geometry.dilation, geometry.groups, ctx.backend
-            found = acu_conv2d_backward_op(*tensors, *configuration, needs)
+        if any(needs) and (torch.is_grad_enabled() or _watched(grad, input, weight, offsets)):
+            # (enabled: there will be second derivatives, which the operator refuses)
+            configuration = geometry.stride, geometry.padding, geometry.dilation, geometry.groups, backend
+            found = acu_conv2d_backward_op(grad, input, weight, offsets, *configuration, needs)
             grads = [one if need else None for one, need in zip(found, needs, strict=True)]
         elif any(needs):
-            grads = backends.backward(*tensors, geometry, ctx.backend, needs)
+            grads = backends.backward(grad, input, weight, offsets, geometry, backend, needs)
         return *grads, grad.sum((0, 2, 3)) if needs_bias else None, None, None

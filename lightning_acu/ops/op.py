@@ -108,7 +108,8 @@ def acu_conv2d_backward_op(
     _check_shapes(input, weight, offsets, None, grad, geometry)
     grads = backends.backward(grad, input, weight, offsets, geometry, backend, needs)
     grad_input, grad_weight, grad_offsets = (
-        like.new_empty(0) if found is None else found for found, like in zip(grads, (input, weight, offsets), strict=True)
+        like.new_empty(0) if found is None else found
+        for found, like in zip(grads, (input, weight, offsets), strict=True)
     )
     return grad_input, grad_weight, grad_offsets
 

@@ -1,0 +1,60 @@
+"""How the work on blocks of channels and strips of images is cut, by geometry alone, and its buffers."""
+
+from libc.string cimport memset
+
+from ._bands cimport Plan, space_in
+from ._packing cimport ceil_div
+from ._vectors cimport Buffer, real
+
+cdef enum:
+    NEAR = 4096  # pixels of a range of strips, 64 bytes each, that stay in a level-2 cache until the next group comes
+
+cdef struct Job:  # some blocks of channels, and some strips of all images
+    long first_block
+    long last_block
+    long first_strip
+    long last_strip
+
+
+cdef inline Job job_at(const Plan* plan, long groups, long ranges, long strips, long index) noexcept nogil:
+    """Blocks in `groups`, strips in `ranges`; the next job has the same strips and the blocks beside these."""
+    cdef long group = index % groups, place = index // groups
+    cdef Job job = Job(
+        group * plan.together, min((group + 1) * plan.together, plan.blocks), strips * place // ranges,
+        strips * (place + 1) // ranges,
+    )
+    return job
+
+
+cdef inline long ranges_of(const Plan* plan, long groups, long strips, long pixels, int threads):
+    """So many ranges of strips that every thread finds work and that strips are still near when the next group comes."""
+    cdef long most = max(1, NEAR // max(pixels // max(plan.strips, 1), 1))
+    return max(1, min(strips, max(ceil_div(strips, most), ceil_div(4 * threads, groups))))
+
+
+cdef inline Buffer zeros(size_t count, size_t size):
+    cdef Buffer buffer = Buffer(count, size)
+    memset(buffer.data, 0, count * size)
+    return buffer
+
+
+cdef inline Buffer longs_of(const Plan* plan, int threads):
+    """For whole numbers: no thread has begun, and no cells are found."""
+    cdef Buffer buffer = Buffer(threads * plan.longs, sizeof(long))
+    cdef long* longs = <long*>buffer.data
+    cdef long block
+    cdef int thread
+    for thread in range(threads):
+        longs[0] = 0
+        for block in range(plan.together):
+            space_in(plan, longs, block).cells.last = 0
+        longs += plan.longs
+    return buffer
+
+
+cdef inline void begin(const Plan* plan, long* longs, real* reals) noexcept nogil:
+    """Before a thread's first job: zeros for the start values, and where rims of bands are never written."""
+    if longs[0] == 0:
+        longs[0] = 1
+        memset(reals, 0, plan.kernels * sizeof(real))
+        memset(reals + plan.bands, 0, (plan.lines - plan.bands) * sizeof(real))
