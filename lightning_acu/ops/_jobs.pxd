@@ -2,7 +2,7 @@
 
 from libc.string cimport memset
 
-from ._bands cimport Plan, space_in
+from ._bands cimport Plan, Space, space_in
 from ._packing cimport ceil_div
 from ._vectors cimport Buffer, real
 
@@ -42,12 +42,14 @@ cdef inline Buffer longs_of(const Plan* plan, int threads):
     """For whole numbers: no thread has begun, and no cells are found."""
     cdef Buffer buffer = Buffer(threads * plan.longs, sizeof(long))
     cdef long* longs = <long*>buffer.data
+    cdef Space* space
     cdef long block
     cdef int thread
     for thread in range(threads):
         longs[0] = 0
         for block in range(plan.together):
-            space_in(plan, longs, block).cells.last = 0
+            space = space_in(plan, longs, block)
+            space.cells.first = space.cells.last = 0
         longs += plan.longs
     return buffer
 
