@@ -49,8 +49,9 @@ def acu_conv2d(
             (left, right, top, bottom) as in ``F.pad``. A ``dilation`` of 0 puts all taps of that axis on one grid
             point, so that their offsets alone make the shape.
         backend: "auto" (the fastest that can run, as measured), "cython" (CPU: taps are interpolated into the cache;
-            results do not depend on the number of threads), "dense" (expanded kernel and ``F.conv2d``; any device) or
-            "reference" (the formula in plain torch; slow; has second derivatives).
+            results do not depend on the number of threads), "triton" (GPU: taps are interpolated in registers; new, and
+            not yet run on a GPU, so that "auto" does not take it), "dense" (expanded kernel and ``F.conv2d``; any
+            device) or "reference" (the formula in plain torch; slow; has second derivatives).
 
     Returns:
         (N, C_out, H_out, W_out), or (C_out, H_out, W_out) for a 3-D input, of the input's dtype (of autocast's dtype

@@ -5,6 +5,10 @@ import os
 import pytest
 import torch
 
+# Triton's kernels run in its interpreter where there is no GPU. Read when they are defined, so it is set for all tests.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # LightningCLI 2.6 calls what jsonargparse 4.49 deprecates; as errors, these would end up in its own error messages.
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 

@@ -12,12 +12,23 @@ import random
 import numpy as np
 import torch
 
+from lightning_acu import acu_conv2d
+
 #: The order of all results.
 NAMES = ("output", "input", "weight", "offsets", "bias")
 
-SMALL, LARGE = (1, 2, 3, 5, 7, 8, 12), (16, 17, 31, 33, 40, 48, 64, 65)  # channels
+SMALL, MANY = (1, 2, 3, 5, 7, 8, 12), (16, 17, 31, 33, 40, 48, 64, 65)  # channels
 KERNELS = ((1, 1), (3, 3), (3, 3), (5, 5), (2, 3), (1, 4), (3, 2), (2, 2), (5, 1), (4, 3))
 WORK = 600_000  # multiply-adds of a case; images shrink, as far as they can, where it would be more
+#: More pixels, columns, output channels and depth than any block of a kernel holds.
+LARGE = [
+    {"channels": (64, 64, 1), "size": (20, 17), "batch": 3, "positions": 1},
+    {"channels": (96, 96, 96), "size": (15, 14), "batch": 2, "positions": 6},
+    {"channels": (32, 48, 4), "size": (14, 17), "batch": 2, "positions": 3},
+    {"channels": (40, 40, 1), "size": (17, 20), "batch": 2, "positions": 2, "stride": (2, 2)},
+    {"channels": (3, 520, 1), "size": (13, 14), "batch": 1, "positions": 2},
+    {"channels": (290, 5, 1), "size": (13, 14), "batch": 1, "positions": 1},
+]
 NEAR = ("zero", "whole", "partly whole", "small", "wide")
 KINDS = (*NEAR, "partly whole", "hairline", "far", "far")  # of offsets
 LAYOUTS = ("plain", "plain", "plain", "channels_last", "channels_last", "strided", "cropped", "transposed", "expanded")
@@ -157,7 +168,9 @@ class Case:
 
 
 def case(seed, kinds=KINDS, **fixed):
-    """The random case of this seed; `fixed` channels (in, out, groups), positions, stride, size or batch stay.
+    """The random case of this seed.
+
+    `fixed` channels (in, out, groups), positions, stride, size, batch or dtype stay; `small`: few channels and taps.
 
     Valid by construction: the image is drawn last, at least as large as the kernel needs for one output pixel.
     """
@@ -166,7 +179,9 @@ def case(seed, kinds=KINDS, **fixed):
     dilation = tuple(dice.choice((0, 1, 1, 1, 2, 3)) for _ in "yx")
 
     large = 0.7 if dice.random() < 0.15 else 0.05
-    a, b = (dice.choice(LARGE if dice.random() < large else SMALL) for _ in "io")
+    if fixed.get("small"):
+        large, kernel = 0, min(kernel, (4, 3))
+    a, b = (dice.choice(MANY if dice.random() < large else SMALL) for _ in "io")
     split = dice.choice((2, 3, 4)) if max(a, b) < 16 else 2
     kinds_of_groups = ((a, b, 1), (a, b, 1), (a * split, b * split, split), (a, a, a), (a, 2 * a, a))
     c_in, c_out, groups = fixed.get("channels", dice.choice(kinds_of_groups))
@@ -194,6 +209,8 @@ def case(seed, kinds=KINDS, **fixed):
             break
 
     dtype, other = dice.choice(((torch.float32, torch.float64), (torch.float64, torch.float32)))
+    if "dtype" in fixed:
+        dtype = other = fixed["dtype"]
     offsets = _offsets(dice, values, (positions, kernel[0] * kernel[1], 2), dice.choice(kinds))
     tensors = [
         _lay_out(dice, values.standard_normal((batch, c_in, *size)), dtype),
@@ -241,3 +258,24 @@ def _lay_out(dice, array, dtype):
     if layout == "expanded" and tensor.numel():
         return tensor.narrow(dice.randrange(4), 0, 1).expand_as(tensor)
     return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def run(one, backend, device="cpu"):
+    """{name: output or gradient} of a case, without the gradients that it does not ask for."""
+    given = [tensor if tensor is None else tensor.detach().to(device) for tensor in one.tensors]
+    leaves = [t if t is None else t.requires_grad_(n) for t, n in zip(given, one.needs, strict=True)]
+    output = acu_conv2d(*leaves, **one.arguments, backend=backend)
+    wanted = {name: t for name, t in zip(NAMES[1:], leaves, strict=True) if t is not None and t.requires_grad}
+    grads = torch.autograd.grad(output, list(wanted.values()), one.direction.to(device)) if wanted else ()
+    return {"output": output.detach().cpu(), **dict(zip(wanted, (grad.cpu() for grad in grads), strict=True))}
+
+
+def each(seeds, body, **how):
+    """Run `body(seed, case(seed, **how))` for each seed; a failure says how to get the case."""
+    for seed in seeds:
+        one = case(seed, **how)
+        try:
+            body(seed, one)
+        except Exception as error:
+            call = ", ".join([str(seed), *(f"{name}={value}" for name, value in how.items())])
+            raise AssertionError(f"{error}\ncase({call}) is\n  {one}") from error

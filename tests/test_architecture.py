@@ -37,6 +37,7 @@ ALLOWED = {
     "torchvision": {"models", "data", "commands"},
     "torchmetrics": {"classifier", "metrics", "callbacks"},
     "scipy": {"lattice"},
+    "triton": {"ops"},
     "matplotlib": {"figures"},
     "rich": {"surgery", "commands", "cli"},
     "onnxruntime": {"export"},

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..geometry import ConvGeometry
-from . import cython_cpu, dense
+from . import cython_cpu, dense, triton_gpu
 from .layout import memory_format, preserved_format
 
 __all__ = ["BACKENDS", "Backend", "available_backends", "backward", "check_backend", "forward", "without_autocast"]
@@ -62,7 +62,14 @@ class Backend(Protocol):
 
 
 #: "auto" takes the first that can run and prefers to. ("reference" is no entry: autograd runs through it directly.)
-BACKENDS: dict[str, Backend] = {"cython": cast(Backend, cython_cpu), "dense": cast(Backend, dense)}
+BACKENDS: dict[str, Backend] = {
+    "cython": cast(Backend, cython_cpu),
+    "triton": cast(Backend, triton_gpu),
+    "dense": cast(Backend, dense),
+}
+
+#: What a device should have; "auto" says once why it goes without.
+_FASTEST = {"cpu": "cython"}
 
 
 def available_backends() -> tuple[str, ...]:
@@ -91,11 +98,12 @@ def _select(
         if reason is not None:
             raise RuntimeError(f"`backend` (={backend!r}) cannot run here: {reason}")
         return BACKENDS[backend]
-    if input.device.type == "cpu" and cython_cpu.MISSING is not None:
-        _say_once(f"backend='auto' uses 'dense', about twice as slow as 'cython' would be: {cython_cpu.MISSING}")
-    for candidate in BACKENDS.values():
-        if candidate.why_not(input) is None and candidate.prefers(input, weight, offsets, geometry, needs):
+    for name, candidate in BACKENDS.items():
+        reason = candidate.why_not(input)
+        if reason is None and candidate.prefers(input, weight, offsets, geometry, needs):
             break
+        if reason is not None and name == _FASTEST.get(input.device.type):
+            _say_once(f"backend='auto' uses 'dense', about twice as slow as {name!r} would be: {reason}")
     return candidate  # the last one always runs
 
 

@@ -3,25 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from fast_oracle import NAMES, NEAR, acu_conv2d_closed_form, case
+from fast_oracle import LARGE, NAMES, NEAR, acu_conv2d_closed_form, case, each, run
 from oracle import GEOMETRY, acu_conv2d_loops
 from torchvision.ops import deform_conv2d
 
-from lightning_acu import acu_conv2d
 from lightning_acu.ops import _vectors, cython_cpu
 
 BACKENDS = ["cython", "dense"]
 SEEDS = {"cython": [range(first, first + 500) for first in range(0, 10_000, 500)], "dense": [range(300)]}
 OTHER_SEEDS = range(1_000_000, 1_000_100)
-#: More pixels, columns, output channels and depth than any block of a kernel holds.
-LARGE = [
-    {"channels": (64, 64, 1), "size": (20, 17), "batch": 3, "positions": 1},
-    {"channels": (96, 96, 96), "size": (15, 14), "batch": 2, "positions": 6},
-    {"channels": (32, 48, 4), "size": (14, 17), "batch": 2, "positions": 3},
-    {"channels": (40, 40, 1), "size": (17, 20), "batch": 2, "positions": 2, "stride": (2, 2)},
-    {"channels": (3, 520, 1), "size": (13, 14), "batch": 1, "positions": 2},
-    {"channels": (290, 5, 1), "size": (13, 14), "batch": 1, "positions": 1},
-]
 backends = pytest.mark.parametrize("backend", BACKENDS)
 chunks = pytest.mark.parametrize(
     ("backend", "seeds"),
@@ -30,35 +20,15 @@ chunks = pytest.mark.parametrize(
 large = pytest.mark.parametrize("fixed", LARGE, ids=lambda fixed: "x".join(map(str, fixed["channels"])))
 
 
-def _run(one, backend):
-    """{name: output or gradient} of a case, without the gradients that it does not ask for."""
-    leaves = [t if t is None else t.detach().requires_grad_(n) for t, n in zip(one.tensors, one.needs, strict=True)]
-    output = acu_conv2d(*leaves, **one.arguments, backend=backend)
-    wanted = {name: t for name, t in zip(NAMES[1:], leaves, strict=True) if t is not None and t.requires_grad}
-    grads = torch.autograd.grad(output, list(wanted.values()), one.direction) if wanted else ()
-    return {"output": output.detach(), **dict(zip(wanted, grads, strict=True))}
-
-
-def _each(seeds, body, **how):
-    """Run `body(seed, case(seed, **how))` for each seed; a failure says how to get the case."""
-    for seed in seeds:
-        one = case(seed, **how)
-        try:
-            body(seed, one)
-        except Exception as error:
-            call = ", ".join([str(seed), *(f"{name}={value}" for name, value in how.items())])
-            raise AssertionError(f"{error}\ncase({call}) is\n  {one}") from error
-
-
 @chunks
 def test_output_and_gradients_equal_the_closed_form(backend, seeds):
-    _each(seeds, lambda seed, one: one.check(_run(one, backend)))
+    each(seeds, lambda seed, one: one.check(run(one, backend)))
 
 
 @backends
 @large
 def test_layers_larger_than_any_block_equal_the_closed_form(backend, fixed):
-    _each(range(2), lambda seed, one: one.check(_run(one, backend)), **fixed)
+    each(range(2), lambda seed, one: one.check(run(one, backend)), **fixed)
 
 
 @pytest.fixture(params=_vectors.supported())
@@ -71,9 +41,9 @@ def instruction_set(request):
 
 @pytest.mark.usefixtures("instruction_set")
 def test_every_instruction_set_equals_the_closed_form():
-    _each(range(2_000_000, 2_000_200), lambda seed, one: one.check(_run(one, "cython")))
+    each(range(2_000_000, 2_000_200), lambda seed, one: one.check(run(one, "cython")))
     for fixed in LARGE:
-        _each(range(2, 3), lambda seed, one: one.check(_run(one, "cython")), **fixed)
+        each(range(2, 3), lambda seed, one: one.check(run(one, "cython")), **fixed)
 
 
 def test_an_instruction_set_that_is_not_there_is_refused():
@@ -83,12 +53,12 @@ def test_an_instruction_set_that_is_not_there_is_refused():
 
 @large
 def test_one_thread_equals_many_threads_bit_for_bit(fixed):
-    _each(range(3), _check_threads, **fixed)
+    each(range(3), _check_threads, **fixed)
 
 
 def test_one_thread_equals_many_threads_bit_for_bit_in_small_cases(monkeypatch):
     monkeypatch.setattr(cython_cpu, "_THREAD_WORK", 0)  # below it, one thread does it all
-    _each(range(60), _check_threads)
+    each(range(60), _check_threads)
 
 
 def _check_threads(seed, one):
@@ -96,7 +66,7 @@ def _check_threads(seed, one):
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            results.append(_run(one, "cython"))
+            results.append(run(one, "cython"))
     finally:
         torch.set_num_threads(before)
     for name, alone in results[0].items():
@@ -117,12 +87,12 @@ def test_non_finite_pixels_reach_the_outputs_that_read_them_and_no_others(backen
             touched = one.oracle(**count | _box(one, symmetric=backend == "dense"))[0] > 0
 
         one.tensors[0] = input.masked_fill(spoilt, (torch.nan, torch.inf, -torch.inf)[seed % 3])
-        output = _run(one, backend)["output"]
+        output = run(one, backend)["output"]
         assert not output[torch.from_numpy(read)].isfinite().any()
         one.tensors[0] = input.masked_fill(spoilt, 0)
         one.check({"output": output}, where=~touched)
 
-    _each(OTHER_SEEDS, body, kinds=NEAR, batch=2)
+    each(OTHER_SEEDS, body, kinds=NEAR, batch=2)
 
 
 def _box(one, symmetric):
@@ -153,21 +123,21 @@ def _spoil_one_offset(one, seed, value):
 def test_a_nan_offset_makes_all_outputs_of_its_position_group_nan(backend):
     def body(seed, one):
         group, _, exact = _spoil_one_offset(one, seed, torch.nan)
-        assert _run(one, backend)["output"].unflatten(1, (len(exact), -1))[:, group].isnan().all()
+        assert run(one, backend)["output"].unflatten(1, (len(exact), -1))[:, group].isnan().all()
 
-    _each(OTHER_SEEDS, body, batch=2)
+    each(OTHER_SEEDS, body, batch=2)
 
 
 @backends
 def test_a_nan_offset_leaves_other_position_groups_alone(backend):
     def body(seed, one):
         group, _, exact = _spoil_one_offset(one, seed, torch.nan)
-        output = _run(one, backend)["output"]
+        output = run(one, backend)["output"]
         one.tensors[2] = exact
         others = np.arange(output.shape[1]) * len(exact) // output.shape[1] != group
         one.check({"output": output}, where=others[:, None, None])
 
-    _each(OTHER_SEEDS, body, batch=2)
+    each(OTHER_SEEDS, body, batch=2)
 
 
 @backends
@@ -175,12 +145,12 @@ def test_an_infinite_offset_contributes_nothing_and_gets_no_gradient(backend):
     def body(seed, one):
         group, tap, exact = _spoil_one_offset(one, seed, (torch.inf, -torch.inf)[seed // 4 % 2])
         one.needs = [True] * 4
-        actual = _run(one, backend)
+        actual = run(one, backend)
         one.check(actual)
         assert not actual["weight"].flatten(2).unflatten(0, (len(exact), -1))[group, ..., tap].any()
         assert not actual["offsets"][group, tap].any()
 
-    _each(OTHER_SEEDS, body, kinds=NEAR, batch=2)
+    each(OTHER_SEEDS, body, kinds=NEAR, batch=2)
 
 
 @backends
@@ -190,9 +160,9 @@ def test_huge_float32_numbers_do_no_harm_where_the_result_is_representable(backe
         one.tensors = [t if t is None else t.float() for t in one.tensors]
         one.tensors[:2] = one.tensors[0] * input_scale, one.tensors[1] * weight_scale
         one.direction = one.direction.float()
-        one.check(_run(one, backend))
+        one.check(run(one, backend))
 
-    _each(OTHER_SEEDS[:50], body)
+    each(OTHER_SEEDS[:50], body)
 
 
 def test_the_closed_form_equals_explicit_loops():

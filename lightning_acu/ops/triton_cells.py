@@ -1,0 +1,196 @@
+"""Products over integer cells in the Triton backend: the gradients that interpolation does not fit.
+
+An active convolution is a plain one over the distinct cells of its taps. The gradient of the weights on those cells
+holds the gradients of weights and positions in closed form; and with a stride, an input pixel meets only the cells
+that agree with it modulo the stride, which a product over cells can skip and interpolation cannot.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..geometry import ConvGeometry
+from ..positions import FAR
+from .triton_product import blocks_for, precision, tables_of
+from .triton_taps import Cells, find_cells, spread_weight
+
+__all__ = ["input_gradient", "weight_gradient"]
+
+
+@triton.jit
+def _input_kernel(
+    grad, spread, rows, columns, counts, runs, segments, target, pixels, height, width, in_height, in_width,
+    class_rows, class_columns, CELLS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, INPUTS: tl.constexpr,
+    STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The target (N, in_height, in_width, IN) from grad (N, height, width, OUT) and spread (CELLS, OUT, INPUTS).
+
+    A program's pixels agree modulo the stride.
+    """
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    class_y, class_x = tl.program_id(2) // STRIDE_X, tl.program_id(2) % STRIDE_X
+    step_x, step_y, n = m % class_columns, m // class_columns % class_rows, m // (class_columns * class_rows)
+    y, x = step_y * STRIDE_Y + class_y, step_x * STRIDE_X + class_x
+    inside = (m < pixels) & (y < in_height) & (x < in_width)
+    run = runs + tl.program_id(1) * 4
+    channel = tl.load(run)
+    column = channel % INPUTS + tl.arange(0, BLOCK_N)  # within the group
+    wanted = channel + tl.arange(0, BLOCK_N) < tl.load(run + 1)
+    image = grad + n.to(tl.int64) * (height * width * OUT)
+    depth = tl.arange(0, BLOCK_K)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for number in range(tl.load(run + 2), tl.load(run + 3)):
+        segment = segments + number * 4
+        first, last, position = tl.load(segment), tl.load(segment + 1), tl.load(segment + 2)
+        for cell in range(tl.load(counts + position)):
+            down = class_y - tl.load(rows + position * CELLS + cell)
+            right = class_x - tl.load(columns + position * CELLS + cell)
+            if (down % STRIDE_Y == 0) & (right % STRIDE_X == 0):
+                oy, ox = step_y + down // STRIDE_Y, step_x + right // STRIDE_X
+                known = inside & (oy >= 0) & (oy < height) & (ox >= 0) & (ox < width)
+                place = image + (oy * width + ox) * OUT
+                matrix = spread + cell * (OUT * INPUTS)
+                for c in range(first, last, BLOCK_K):
+                    row = c + depth
+                    some = tl.full((BLOCK_K,), 1, tl.int1) if EVEN else row < last
+                    values = tl.load(place[:, None] + row[None, :], mask=known[:, None] & some[None, :], other=0.0)
+                    weights = tl.load(
+                        matrix + row[:, None] * INPUTS + column[None, :],
+                        mask=some[:, None] & wanted[None, :],
+                        other=0.0,
+                    )
+                    total = tl.dot(values, weights, total, input_precision=PRECISION)
+    place = (
+        target
+        + ((n * in_height + y) * in_width + x).to(tl.int64)[:, None] * IN
+        + (channel + tl.arange(0, BLOCK_N))[None, :]
+    )
+    tl.store(place, total.to(target.dtype.element_ty), mask=inside[:, None] & wanted[None, :])
+
+
+def input_gradient(grad: Tensor, weight: Tensor, offsets: Tensor, geometry: ConvGeometry, grad_input: Tensor) -> None:
+    """Writes ``grad_input``, for any stride; images channels_last."""
+    cells = find_cells(offsets, geometry, all_neighbours=False)
+    spread = spread_weight(weight, cells, grad.dtype)
+    count, c_in, height, width = grad_input.shape
+    c_out, groups, (sy, sx) = grad.shape[1], geometry.groups, geometry.stride
+    depth = min(c_out // groups, c_out // cells.positions)
+    blocks = blocks_for(grad.dtype, depth, c_in // groups)
+    tables = tables_of((c_in, c_out), groups, cells.positions, blocks["BLOCK_N"], grad.device, True)
+    class_rows, class_columns = triton.cdiv(height, sy), triton.cdiv(width, sx)
+    pixels = count * class_rows * class_columns
+    _input_kernel[(triton.cdiv(pixels, blocks["BLOCK_M"]), len(tables.runs), sy * sx)](
+        grad, spread, cells.rows, cells.columns, cells.counts, tables.runs, tables.segments, grad_input, pixels,
+        *grad.shape[2:], height, width, class_rows, class_columns, CELLS=cells.size, IN=c_in, OUT=c_out,
+        INPUTS=c_in // groups, STRIDE_Y=sy, STRIDE_X=sx, EVEN=tables.common % blocks["BLOCK_K"] == 0,
+        PRECISION=precision(grad.dtype), **blocks,
+    )  # fmt: skip
+
+
+@triton.jit
+def _weight_kernel(
+    grad, image, rows, columns, counts, runs, segments, partial, pixels, share, height, width, out_height, out_width,
+    CELLS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, INPUTS: tl.constexpr, STRIDE_Y: tl.constexpr,
+    STRIDE_X: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """partial[split, cell, co, ci] = sum over ``share`` pixels of grad[pixel, co] * image[pixel at the cell, ci]."""
+    run = runs + tl.program_id(1) * 4
+    out = tl.load(run) + tl.arange(0, BLOCK_M)
+    wanted = out < tl.load(run + 1)
+    segment = segments + tl.load(run + 2) * 4
+    position = tl.load(segment + 2)
+    cell, split = tl.program_id(2) % CELLS, tl.program_id(2) // CELLS
+    if cell >= tl.load(counts + position):
+        return
+    row, column = tl.load(rows + position * CELLS + cell), tl.load(columns + position * CELLS + cell)
+    place = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    known = place < INPUTS
+    channel = tl.load(segment) + place
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    last = tl.minimum((split + 1) * share, pixels)
+    for start in range(split * share, last, BLOCK_K):
+        m = start + tl.arange(0, BLOCK_K)
+        inside = m < last
+        ox, oy, n = m % out_width, m // out_width % out_height, m // (out_width * out_height)
+        y, x = oy * STRIDE_Y + row, ox * STRIDE_X + column
+        seen = inside & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+        gradient = tl.load(
+            grad + m.to(tl.int64)[None, :] * OUT + out[:, None], mask=inside[None, :] & wanted[:, None], other=0.0
+        )
+        at = ((n * height + y) * width + x).to(tl.int64) * IN
+        values = tl.load(image + at[:, None] + channel[None, :], mask=seen[:, None] & known[None, :], other=0.0)
+        total = tl.dot(gradient, values, total, input_precision=PRECISION)
+    row_of = (split * CELLS + cell).to(tl.int64) * OUT + out
+    tl.store(partial + row_of[:, None] * INPUTS + place[None, :], total, mask=wanted[:, None] & known[None, :])
+
+
+@triton.jit
+def _gather_kernel(
+    partial, weight, shares, index, grad_weight, sums, elements, splits, stride, TAPS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """grad_weight[p, e, k] = sum of share * gradient of the cell; sums[block, p, k, 4] = sums of weight * gradient."""
+    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    k, position, positions = tl.program_id(1), tl.program_id(2), tl.num_programs(2)
+    here = (position.to(tl.int64) * elements + e) * TAPS + k
+    mask = e < elements
+    value = tl.load(weight + here, mask=mask, other=0.0).to(tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for neighbour in range(4):
+        j = (position * TAPS + k) * 4 + neighbour
+        cell, share = tl.load(index + j), tl.load(shares + j)
+        at = (cell.to(tl.int64) * positions + position) * elements + e
+        found = tl.zeros((BLOCK,), tl.float32)
+        for split in range(splits):
+            found += tl.load(partial + split * stride + at, mask=mask, other=0.0)
+        total += share * found
+        place = ((tl.program_id(0) * positions + position) * TAPS + k) * 4 + neighbour
+        tl.store(sums + place, tl.sum(value * found, axis=0))
+    tl.store(grad_weight + here, total.to(grad_weight.dtype.element_ty), mask=mask)
+
+
+def weight_gradient(
+    grad: Tensor, input: Tensor, weight: Tensor, offsets: Tensor, geometry: ConvGeometry
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``weight`` (contiguous) and of the positions (P, K, 2), float32. No atomics: the same every time."""
+    cells = find_cells(offsets, geometry, all_neighbours=True)
+    count, c_out, out_height, out_width = grad.shape
+    inputs, groups = weight.shape[1], geometry.groups
+    pixels = count * out_height * out_width
+    tile = blocks_for(grad.dtype, inputs, min(c_out // groups, c_out // cells.positions))
+    m, n, k = min(tile["BLOCK_N"], 64), min(tile["BLOCK_K"] * 2, 128), 32
+    runs, segments, _ = tables_of((input.shape[1], c_out), groups, cells.positions, m, grad.device)
+    programs = triton.cdiv(inputs, n) * len(runs) * cells.size // 2
+    splits = max(1, min(triton.cdiv(pixels, 8 * k), triton.cdiv(512, programs)))
+    share = triton.cdiv(triton.cdiv(pixels, splits), k) * k
+    splits = triton.cdiv(pixels, share)
+    partial = grad.new_empty(splits, cells.size, c_out, inputs, dtype=torch.float32)
+    _weight_kernel[(triton.cdiv(inputs, n), len(runs), cells.size * splits)](
+        grad, input, cells.rows, cells.columns, cells.counts, runs, segments, partial, pixels, share,
+        *input.shape[2:], out_height, out_width, CELLS=cells.size, IN=input.shape[1], OUT=c_out, INPUTS=inputs,
+        STRIDE_Y=geometry.stride[0], STRIDE_X=geometry.stride[1], PRECISION=precision(grad.dtype), BLOCK_M=m,
+        BLOCK_N=n, BLOCK_K=k, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return gather(partial, weight, offsets, cells)
+
+
+def gather(partial: Tensor, weight: Tensor, offsets: Tensor, cells: Cells) -> tuple[Tensor, Tensor]:
+    """From partial (splits, S, C_out, C_in/groups) on the cells to weights and positions (P, K, 2)."""
+    elements, block = weight.shape[0] * weight.shape[1] // cells.positions, 256
+    blocks = triton.cdiv(elements, block)
+    grad_weight = torch.empty_like(weight)
+    sums = partial.new_empty(blocks, cells.positions, cells.taps, 4)
+    _gather_kernel[(blocks, cells.taps, cells.positions)](
+        partial, weight, cells.shares, cells.index, grad_weight, sums, elements, len(partial), partial[0].numel(),
+        TAPS=cells.taps, BLOCK=block,
+    )  # fmt: skip
+    g00, g01, g10, g11 = sums.sum(0).unbind(-1)
+    offsets = offsets.clamp(-FAR, FAR)
+    fy, fx = (offsets - offsets.floor()).unbind(-1)
+    return grad_weight, torch.stack(
+        ((1 - fx) * (g10 - g00) + fx * (g11 - g01), (1 - fy) * (g01 - g00) + fy * (g11 - g10)), -1
+    )

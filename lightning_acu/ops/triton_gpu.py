@@ -1,0 +1,122 @@
+"""The Triton backend: fused kernels for GPUs. Positions stay on the device, so that no call waits for the host.
+
+This module chooses the route; the kernels are in ``triton_product.py`` (taps interpolated in registers),
+``triton_cells.py`` (products over integer cells: input gradient with a stride, weights and positions) and
+``triton_channelwise.py`` (depthwise layers), all on channels_last images.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..geometry import ConvGeometry
+
+__all__ = ["backward", "forward", "prefers", "why_not"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def _missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; use `pip install triton` (it comes with torch for CUDA), or backend='dense'"
+    return None
+
+
+def _interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, which takes CPU tensors: for tests, and for debugging."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_not(input: Tensor) -> str | None:
+    """Why the kernels cannot run on ``input``, or None."""
+    if _missing() is not None:
+        return _missing()
+    if input.device.type != "cuda" and not (_interpreted() and input.device.type == "cpu"):
+        driver = "" if torch.cuda.is_available() else " (torch finds no GPU driver here)"
+        return f"it runs on GPUs, and `input` is on {input.device}{driver}"
+    if input.dtype not in _DTYPES:
+        return f"it knows float32, bfloat16 and float16, and `input` is {input.dtype}"
+    if max(input.shape[1:].numel(), input.numel() // max(input.shape[1], 1)) >= 2**31:
+        return f"an image of 2^31 numbers or a batch of 2^31 pixels is too large for it, got {tuple(input.shape)}"
+    return None
+
+
+def prefers(
+    input: Tensor, weight: Tensor, offsets: Tensor, geometry: ConvGeometry, needs: Sequence[bool] | None = None
+) -> bool:
+    """Not yet: "auto" follows measurements, and no GPU has run these kernels."""
+    return False
+
+
+def forward(input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, geometry: ConvGeometry) -> Tensor:
+    """(N, C_in, H, W) to (N, C_out, H_out, W_out), channels_last."""
+    from . import triton_channelwise, triton_product
+
+    size = (input.shape[0], weight.shape[0], *geometry.output_size(input.shape[2:]))
+    output = torch.empty(size, dtype=input.dtype, device=input.device, memory_format=torch.channels_last)
+    if not output.numel():
+        return output
+    if not weight.numel():  # no input channels
+        return output.zero_() if bias is None else output.copy_(bias[:, None, None].expand_as(output))
+    route = triton_channelwise if _channelwise(weight, geometry) else triton_product
+    with _on(input):
+        bias = None if bias is None else bias.contiguous()
+        route.forward(_image(input), weight.contiguous(), _positions(offsets), bias, geometry, output)
+    return output
+
+
+def backward(
+    grad: Tensor, input: Tensor, weight: Tensor, offsets: Tensor, geometry: ConvGeometry, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of input, weight and offsets; None for those that ``needs`` does not ask for."""
+    from . import triton_cells, triton_channelwise, triton_product
+
+    if not weight.numel() or not grad.numel():
+        return torch.zeros_like(input), torch.zeros_like(weight), torch.zeros_like(offsets)
+    grad_input = grad_weight = grad_offsets = None
+    gradient, kernel, positions = _image(grad), weight.contiguous(), _positions(offsets)
+    depthwise = _channelwise(weight, geometry)
+    with _on(input):
+        if needs[0]:
+            grad_input = torch.empty_like(input, memory_format=torch.channels_last)
+            if depthwise:
+                triton_channelwise.input_gradient(gradient, kernel, positions, geometry, grad_input)
+            elif geometry.stride == (1, 1):
+                triton_product.adjoint(gradient, kernel, positions, geometry, grad_input)
+            else:
+                triton_cells.input_gradient(gradient, kernel, positions, geometry, grad_input)
+        if needs[1] or needs[2]:
+            route: Any = triton_channelwise if depthwise else triton_cells
+            grad_weight, grad_offsets = route.weight_gradient(gradient, _image(input), kernel, positions, geometry)
+    return (
+        grad_input,
+        grad_weight if needs[1] else None,
+        grad_offsets.to(offsets.dtype) if needs[2] and grad_offsets is not None else None,
+    )
+
+
+def _channelwise(weight: Tensor, geometry: ConvGeometry) -> bool:
+    """Whether each output channel reads one input channel, which few others read."""
+    return weight.shape[1] == 1 and weight.shape[0] <= 4 * geometry.groups
+
+
+def _image(image: Tensor) -> Tensor:
+    return image.contiguous(memory_format=torch.channels_last)
+
+
+def _positions(offsets: Tensor) -> Tensor:
+    return offsets.float().contiguous()
+
+
+def _on(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Kernels are launched on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
