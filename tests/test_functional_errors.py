@@ -53,7 +53,7 @@ def test_shapes(shapes, message):
         ({"padding": (1, 2, 3)}, r"`padding` \(=\(1, 2, 3\)\) must have 1, 2 or 4 numbers, got 3"),
         ({"padding": "full"}, r"`padding` \(='full'\) must be .* 'same' or 'valid'"),
         ({"padding": "same", "stride": 2}, r"`padding`='same' needs stride 1, got `stride` \(=\(2, 2\)\)"),
-        ({"backend": "cuda"}, r"`backend` \(='cuda'\) is unknown; choose one of auto, reference, cython, triton, dense"),
+        ({"backend": "cuda"}, r"`backend` \(='cuda'\) is unknown; choose one of auto, reference, cython, triton"),
         ({"dilation": 4}, r"the kernel covers \(9, 9\) pixels .*`dilation` \(4, 4\)"),
     ],
 )
