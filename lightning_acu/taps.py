@@ -42,7 +42,10 @@ class PositionedConv2d(nn.Conv2d):
         if self.fixed_tap is None:
             return offsets
         before, _, after = offsets.split([self.fixed_tap, 1, self.geometry.taps - self.fixed_tap - 1], dim=1)
-        return torch.cat((before, offsets.new_zeros(self.position_groups, 1, 2), after), dim=1)
+        active = torch.cat((before, offsets.new_zeros(self.position_groups, 1, 2), after), dim=1)
+        if type(self.offsets) is nn.Parameter and not torch.compiler.is_compiling():
+            active.source = self.offsets  # type: ignore[attr-defined]  # has a version: ops/triton_whole.py
+        return active
 
     @property
     def positions(self) -> Tensor:

@@ -4,11 +4,13 @@
     python scripts/compile_kernels.py --targets sm_80 sm_90 gfx942 --dtypes bfloat16 float16 float32
 
 A line for each kernel and set of compile-time numbers: registers, spilled bytes, shared memory, tensor-core
-instructions. Exits with 1 where a kernel spills, where shared memory exceeds the chip's, or where a matrix product has
-no tensor-core instruction. The launches are those of the backend itself, recorded instead of run.
+instructions, loads of 16 bytes. Exits with 1 where a kernel spills, where shared memory exceeds the chip's, where a
+matrix product has no tensor-core instruction, or where it reads images of many channels number by number. The launches
+are those of the backend itself, with the tiles of its table for the chip, recorded instead of run.
 """
 
 import argparse
+import itertools
 import os
 import re
 import subprocess
@@ -27,7 +29,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from lightning_acu.geometry import ConvGeometry
-from lightning_acu.ops import triton_gpu
+from lightning_acu.ops import triton_choices, triton_gpu
 
 #: (C_in, C_out, size, kernel, stride, groups, position groups)
 LAYERS = [
@@ -38,6 +40,7 @@ LAYERS = [
     (64, 96, 28, 3, 1, 1, 3),
     (144, 144, 56, 3, 1, 144, 1),
     (240, 240, 28, 5, 2, 240, 240),
+    (512, 256, 7, 3, 1, 1, 1),
 ]
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
@@ -46,10 +49,11 @@ TARGETS = {
 }
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
 PRODUCTS = {"_product_kernel", "triton_cells._input_kernel", "triton_cells._weight_kernel"}
+IMAGES = PRODUCTS | {"_forward_kernel", "triton_channelwise._input_kernel", "triton_channelwise._weight_kernel"}
 
 
-def launches(dtype, layers=LAYERS):
-    """{(name, what it is compiled for): (kernel, arguments, options)} of forward and backward of the layers."""
+def launches(target, dtype, layers):
+    """(kernel, name, what it is compiled for, options) of forward and backward of the layers, by the target's table."""
     found = {}
 
     def record(kernel, *given, grid, warmup, **named):
@@ -64,7 +68,10 @@ def launches(dtype, layers=LAYERS):
         key = name, str(signature), str(constants), str(options)
         found.setdefault(key, (kernel, name, signature, constants, divisible, options))
 
-    with mock.patch.object(JITFunction, "run", record):
+    with (
+        mock.patch.object(JITFunction, "run", record),
+        mock.patch.object(triton_choices, "arch_of", return_value=target),
+    ):
         for c_in, c_out, size, kernel, stride, groups, positions in layers:
             geometry = ConvGeometry((kernel, kernel), (stride, stride), (kernel // 2,) * 4, (1, 1), groups)
             input = torch.empty(16, c_in, size, size, dtype=dtype, memory_format=torch.channels_last)
@@ -92,7 +99,7 @@ def specialise(kernel, arguments):
 
 
 def resources(cubin):
-    """Registers, spilled bytes and tensor-core instructions, by the cuobjdump that comes with Triton."""
+    """Registers, spilled bytes, tensor-core instructions, wide loads, by the cuobjdump that comes with Triton."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -105,8 +112,38 @@ def resources(cubin):
             for flag in ("--dump-resource-usage", "--dump-sass")
         )
     numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
-    counts = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d\s+)?([A-Z0-9_]+)", code, re.M))
-    return int(numbers["REG"]), int(numbers["STACK"]) + int(numbers["LOCAL"]), counts["HGMMA"] + counts["HMMA"]
+    counts = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d\s+)?([A-Z0-9_.]+)", code, re.M))
+    return {
+        "registers": int(numbers["REG"]),
+        "spilled": int(numbers["STACK"]) + int(numbers["LOCAL"]),
+        "tensor-core": sum(count for name, count in counts.items() if name.startswith(("HGMMA", "HMMA"))),
+        "wide loads": counts["LDG.E.128"],
+    }
+
+
+def inspect(compiled, chip):
+    """What the compiled kernel uses of the chip."""
+    shared = {"shared": compiled.metadata.shared}
+    if chip.backend == "cuda":
+        return shared | resources(compiled.asm["cubin"])
+    text = compiled.asm["amdgcn"]
+    spilled = sum(map(int, re.findall(r"\.vgpr_spill_count:\s+(\d+)", text)))
+    wide = len(re.findall(r"(?:global|buffer)_load_dwordx4", text))
+    return shared | {"spilled": spilled, "tensor-core": text.count("v_mfma"), "wide loads": wide}
+
+
+def faults(name, found, most, numbers):
+    """What is wrong with a kernel that uses ``found`` where ``most`` bytes of shared memory are there."""
+    if found["shared"] > most:
+        yield f"more than {most} bytes of shared memory"
+    if found["spilled"]:
+        yield "spills"
+    if name in PRODUCTS and not found["tensor-core"]:
+        yield "no tensor-core instruction"
+    blocks = [value for number, value in numbers.items() if number.startswith("BLOCK")]
+    together = numbers.get("UNIFORM", True)  # channels at positions of their own cannot be read together
+    if name in IMAGES and together and min(blocks) >= 32 and not found["wide loads"]:
+        yield "reads images number by number"
 
 
 def main():
@@ -115,36 +152,23 @@ def main():
     parser.add_argument("--targets", nargs="+", default=["sm_90"], choices=TARGETS)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--layers", type=int, nargs="+", default=range(len(LAYERS)), help="indices into LAYERS")
+    parser.add_argument("--interpolation", default="float32", choices=["float32", "half"])
     options = parser.parse_args()
+    triton_choices.set_interpolation(options.interpolation)
     torch.backends.cudnn.allow_tf32 = True  # otherwise float32 products have no tensor cores
     failures = 0
-    for target in options.targets:
+    for target, dtype in itertools.product(options.targets, options.dtypes):
         chip, most = TARGETS[target]
-        for dtype in options.dtypes:
-            for kernel, name, signature, constants, divisible, choice in launches(
-                getattr(torch, dtype), [LAYERS[i] for i in options.layers]
-            ):
-                source = ASTSource(kernel, signature, constants, divisible)
-                compiled = triton.compile(source, target=chip, options=choice)
-                shared, wrong = compiled.metadata.shared, []
-                line = f"{target} {dtype} {name}: shared {shared}"
-                if shared > most:
-                    wrong.append(f"more than {most} bytes of shared memory")
-                if chip.backend == "cuda":
-                    registers, spilled, products = resources(compiled.asm["cubin"])
-                    line += f", registers {registers}, spilled {spilled}, tensor-core instructions {products}"
-                    wrong += ["spills"] * (spilled > 0)
-                else:
-                    text = compiled.asm["amdgcn"]
-                    products = text.count("v_mfma")
-                    spilled = sum(map(int, re.findall(r"\.vgpr_spill_count:\s+(\d+)", text)))
-                    line += f", spilled {spilled}, tensor-core instructions {products}"
-                    wrong += ["spills"] * (spilled > 0)
-                if name in PRODUCTS and products == 0:
-                    wrong.append("no tensor-core instruction")
-                blocks = {n: constants[(i,)] for i, n in enumerate(kernel.arg_names) if n.startswith("BLOCK")}
-                print(line, blocks, *(f"<-- {what}" for what in wrong), flush=True)
-                failures += len(wrong)
+        layers = [LAYERS[i] for i in options.layers]
+        for kernel, name, signature, constants, divisible, choice in launches(target, getattr(torch, dtype), layers):
+            compiled = triton.compile(ASTSource(kernel, signature, constants, divisible), target=chip, options=choice)
+            found = inspect(compiled, chip)
+            numbers = {kernel.arg_names[index]: value for (index,), value in constants.items()}
+            wrong = list(faults(name, found, most, numbers))
+            blocks = {n: value for n, value in numbers.items() if n.startswith("BLOCK")}
+            uses = ", ".join(f"{what} {number}" for what, number in found.items())
+            print(f"{target} {dtype} {name}: {uses}", blocks, *(f"<-- {what}" for what in wrong), flush=True)
+            failures += len(wrong)
     sys.exit(failures > 0)
 
 

@@ -199,7 +199,7 @@ def case(seed, kinds=KINDS, **fixed):
 
     least = max(1, reach_y + 1 - top - bottom), max(1, reach_x + 1 - left - right)  # for an output of one pixel
     batch = fixed.get("batch", dice.choice((0, 1, 1, 1, 2, 2, 2, 3, 3, 3)))
-    for most in (14, 7, 3, 1):
+    for most in (7, 3, 1) if fixed.get("small") else (14, 7, 3, 1):
         size = fixed.get("size", tuple(dice.randint(n, max(n, dice.choice((1, most, most)))) for n in least))
         out_size = (
             (size[0] - 1 + top + bottom - reach_y) // stride[0] + 1,

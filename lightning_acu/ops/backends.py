@@ -68,9 +68,6 @@ BACKENDS: dict[str, Backend] = {
     "dense": cast(Backend, dense),
 }
 
-#: What a device should have; "auto" says once why it goes without.
-_FASTEST = {"cpu": "cython"}
-
 
 def available_backends() -> tuple[str, ...]:
     """Every value that ``backend`` may take."""
@@ -102,9 +99,16 @@ def _select(
         reason = candidate.why_not(input)
         if reason is None and candidate.prefers(input, weight, offsets, geometry, needs):
             break
-        if reason is not None and name == _FASTEST.get(input.device.type):
+        if reason is not None and name == _fastest(input):
             _say_once(f"backend='auto' uses 'dense', about twice as slow as {name!r} would be: {reason}")
     return candidate  # the last one always runs
+
+
+def _fastest(input: Tensor) -> str | None:
+    """The backend that ``input`` should have; "auto" says once why it goes without."""
+    if input.is_cuda:
+        return "triton" if triton_gpu.measured(input) and input.dtype != torch.float64 else None
+    return "cython" if input.device.type == "cpu" else None
 
 
 @functools.cache

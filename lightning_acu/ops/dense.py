@@ -24,7 +24,7 @@ from ..positions import (
     regular_window,
 )
 
-__all__ = ["backward", "forward", "pad_or_crop", "prefers", "why_not"]
+__all__ = ["backward", "convolve", "forward", "input_gradient", "pad_or_crop", "prefers", "weight_gradient", "why_not"]
 
 
 def why_not(input: Tensor) -> str | None:
@@ -43,12 +43,14 @@ def forward(input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None,
     """(N, C_in, H, W) to (N, C_out, H_out, W_out); shapes as in the reference."""
     if min(geometry.dilation) > 0 and not offsets.any():  # no tap has moved yet: the kernel as it is
         return _conv(input, regular_window(geometry), weight, bias, geometry)
-    output = _forward(input, weight, offsets, bias, geometry)
+    output = convolve(input, weight, offsets, bias, geometry, plan_windows(offsets, geometry, input.shape[2:]))
     return nan_where_lost(output, offsets) if offsets.isnan().any() else output
 
 
-def _forward(input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, geometry: ConvGeometry) -> Tensor:
-    plan = plan_windows(offsets, geometry, input.shape[2:])
+def convolve(
+    input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, geometry: ConvGeometry, plan: Plan
+) -> Tensor:
+    """The output by the plain convolutions of ``plan``; does not look at the values of ``offsets`` on the host."""
     if not plan.windows:  # every tap lies outside the image
         output = input.new_zeros(len(input), len(weight), *geometry.output_size(input.shape[2:]))
         return output if bias is None else output + bias[:, None, None]
@@ -74,18 +76,17 @@ def backward(
     grad_input = grad_weight = grad_offsets = None
     if needs[0]:
         plan = plan_windows(offsets, geometry, input.shape[2:])
-        grad_input = _input_gradient(grad, input, weight, offsets, plan, geometry)
+        grad_input = input_gradient(grad, input, weight, offsets, plan, geometry)
     if needs[1] or needs[2]:
         plan = plan_windows(offsets, geometry, input.shape[2:], gradient=needs[2])
-        expanded = [_kernel_gradient(grad, input, weight, window, geometry).flatten(2) for window in plan.windows]
-        flat = torch.cat(expanded, -1) if expanded else weight.new_zeros(*weight.shape[:2], 0)
-        grad_weight, grad_offsets = expand_kernel_backward(weight, offsets, plan, flat)
+        grad_weight, grad_offsets = weight_gradient(grad, input, weight, offsets, plan, geometry)
     return grad_input, grad_weight if needs[1] else None, grad_offsets if needs[2] else None
 
 
-def _input_gradient(
+def input_gradient(
     grad: Tensor, input: Tensor, weight: Tensor, offsets: Tensor, plan: Plan, geometry: ConvGeometry
 ) -> Tensor:
+    """By the plain convolutions of ``plan``."""
     if not plan.windows:
         return torch.zeros_like(input)
     total: Tensor | None = None
@@ -102,6 +103,15 @@ def _input_gradient(
             total += part
     assert total is not None
     return total.to(input.dtype)
+
+
+def weight_gradient(
+    grad: Tensor, input: Tensor, weight: Tensor, offsets: Tensor, plan: Plan, geometry: ConvGeometry
+) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and offsets; the latter's are right where ``plan`` was made with ``gradient=True``."""
+    expanded = [_kernel_gradient(grad, input, weight, window, geometry).flatten(2) for window in plan.windows]
+    flat = torch.cat(expanded, -1) if expanded else weight.new_zeros(*weight.shape[:2], 0)
+    return expand_kernel_backward(weight, offsets, plan, flat)
 
 
 def _kernel_gradient(grad: Tensor, input: Tensor, weight: Tensor, window: Window, geometry: ConvGeometry) -> Tensor:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..geometry import ConvGeometry
 from ..positions import FAR
-from .triton_product import blocks_for, precision, tables_of
+from .triton_choices import precision, tile_for
+from .triton_product import tables_of
 from .triton_taps import Cells, find_cells, spread_weight
 
 __all__ = ["input_gradient", "weight_gradient"]
@@ -24,7 +25,7 @@ __all__ = ["input_gradient", "weight_gradient"]
 def _input_kernel(
     grad, spread, rows, columns, counts, runs, segments, target, pixels, height, width, in_height, in_width,
     class_rows, class_columns, CELLS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, INPUTS: tl.constexpr,
-    STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The target (N, in_height, in_width, IN) from grad (N, height, width, OUT) and spread (CELLS, OUT, INPUTS).
@@ -37,15 +38,16 @@ def _input_kernel(
     y, x = step_y * STRIDE_Y + class_y, step_x * STRIDE_X + class_x
     inside = (m < pixels) & (y < in_height) & (x < in_width)
     run = runs + tl.program_id(1) * 4
-    channel = tl.load(run)
-    column = channel % INPUTS + tl.arange(0, BLOCK_N)  # within the group
-    wanted = channel + tl.arange(0, BLOCK_N) < tl.load(run + 1)
+    channel = tl.multiple_of(tl.load(run), WIDTH)
+    column = tl.multiple_of(channel % INPUTS, WIDTH) + tl.arange(0, BLOCK_N)  # within the group
+    wanted = channel + tl.arange(0, BLOCK_N) < tl.multiple_of(tl.load(run + 1), WIDTH)
     image = grad + n.to(tl.int64) * (height * width * OUT)
     depth = tl.arange(0, BLOCK_K)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for number in range(tl.load(run + 2), tl.load(run + 3)):
         segment = segments + number * 4
-        first, last, position = tl.load(segment), tl.load(segment + 1), tl.load(segment + 2)
+        first, last = tl.multiple_of(tl.load(segment), DEPTH), tl.multiple_of(tl.load(segment + 1), DEPTH)
+        position = tl.load(segment + 2)
         for cell in range(tl.load(counts + position)):
             down = class_y - tl.load(rows + position * CELLS + cell)
             right = class_x - tl.load(columns + position * CELLS + cell)
@@ -56,7 +58,7 @@ def _input_kernel(
                 matrix = spread + cell * (OUT * INPUTS)
                 for c in range(first, last, BLOCK_K):
                     row = c + depth
-                    some = tl.full((BLOCK_K,), 1, tl.int1) if EVEN else row < last
+                    some = tl.full((BLOCK_K,), 1, tl.int1) if DEPTH % BLOCK_K == 0 else row < last
                     values = tl.load(place[:, None] + row[None, :], mask=known[:, None] & some[None, :], other=0.0)
                     weights = tl.load(
                         matrix + row[:, None] * INPUTS + column[None, :],
@@ -79,15 +81,15 @@ def input_gradient(grad: Tensor, weight: Tensor, offsets: Tensor, geometry: Conv
     count, c_in, height, width = grad_input.shape
     c_out, groups, (sy, sx) = grad.shape[1], geometry.groups, geometry.stride
     depth = min(c_out // groups, c_out // cells.positions)
-    blocks = blocks_for(grad.dtype, depth, c_in // groups)
-    tables = tables_of((c_in, c_out), groups, cells.positions, blocks["BLOCK_N"], grad.device, True)
+    tile = tile_for("cells", grad.dtype, depth, c_in // groups, grad.device)
+    tables = tables_of((c_in, c_out), groups, cells.positions, tile.n, grad.device, True)
     class_rows, class_columns = triton.cdiv(height, sy), triton.cdiv(width, sx)
     pixels = count * class_rows * class_columns
-    _input_kernel[(triton.cdiv(pixels, blocks["BLOCK_M"]), len(tables.runs), sy * sx)](
+    _input_kernel[(triton.cdiv(pixels, tile.m), len(tables.runs), sy * sx)](
         grad, spread, cells.rows, cells.columns, cells.counts, tables.runs, tables.segments, grad_input, pixels,
         *grad.shape[2:], height, width, class_rows, class_columns, CELLS=cells.size, IN=c_in, OUT=c_out,
-        INPUTS=c_in // groups, STRIDE_Y=sy, STRIDE_X=sx, EVEN=tables.common % blocks["BLOCK_K"] == 0,
-        PRECISION=precision(grad.dtype), **blocks,
+        INPUTS=c_in // groups, STRIDE_Y=sy, STRIDE_X=sx, DEPTH=tables.depth, WIDTH=tables.width,
+        PRECISION=precision(grad.dtype), **tile.launch(),
     )  # fmt: skip
 
 
@@ -95,13 +97,13 @@ def input_gradient(grad: Tensor, weight: Tensor, offsets: Tensor, geometry: Conv
 def _weight_kernel(
     grad, image, rows, columns, counts, runs, segments, partial, pixels, share, height, width, out_height, out_width,
     CELLS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, INPUTS: tl.constexpr, STRIDE_Y: tl.constexpr,
-    STRIDE_X: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    STRIDE_X: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """partial[split, cell, co, ci] = sum over ``share`` pixels of grad[pixel, co] * image[pixel at the cell, ci]."""
     run = runs + tl.program_id(1) * 4
-    out = tl.load(run) + tl.arange(0, BLOCK_M)
-    wanted = out < tl.load(run + 1)
+    out = tl.multiple_of(tl.load(run), WIDTH) + tl.arange(0, BLOCK_M)
+    wanted = out < tl.multiple_of(tl.load(run + 1), WIDTH)
     segment = segments + tl.load(run + 2) * 4
     position = tl.load(segment + 2)
     cell, split = tl.program_id(2) % CELLS, tl.program_id(2) // CELLS
@@ -110,7 +112,7 @@ def _weight_kernel(
     row, column = tl.load(rows + position * CELLS + cell), tl.load(columns + position * CELLS + cell)
     place = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     known = place < INPUTS
-    channel = tl.load(segment) + place
+    channel = tl.multiple_of(tl.load(segment), DEPTH) + place
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     last = tl.minimum((split + 1) * share, pixels)
     for start in range(split * share, last, BLOCK_K):
@@ -161,19 +163,18 @@ def weight_gradient(
     count, c_out, out_height, out_width = grad.shape
     inputs, groups = weight.shape[1], geometry.groups
     pixels = count * out_height * out_width
-    tile = blocks_for(grad.dtype, inputs, min(c_out // groups, c_out // cells.positions))
-    m, n, k = min(tile["BLOCK_N"], 64), min(tile["BLOCK_K"] * 2, 128), 32
-    runs, segments, _ = tables_of((input.shape[1], c_out), groups, cells.positions, m, grad.device)
-    programs = triton.cdiv(inputs, n) * len(runs) * cells.size // 2
-    splits = max(1, min(triton.cdiv(pixels, 8 * k), triton.cdiv(512, programs)))
-    share = triton.cdiv(triton.cdiv(pixels, splits), k) * k
+    tile = tile_for("weight", grad.dtype, inputs, min(c_out // groups, c_out // cells.positions), grad.device)
+    tables = tables_of((input.shape[1], c_out), groups, cells.positions, tile.m, grad.device)
+    programs = triton.cdiv(inputs, tile.n) * len(tables.runs) * cells.size // 2
+    splits = max(1, min(triton.cdiv(pixels, 8 * tile.k), triton.cdiv(512, programs)))
+    share = triton.cdiv(triton.cdiv(pixels, splits), tile.k) * tile.k
     splits = triton.cdiv(pixels, share)
     partial = grad.new_empty(splits, cells.size, c_out, inputs, dtype=torch.float32)
-    _weight_kernel[(triton.cdiv(inputs, n), len(runs), cells.size * splits)](
-        grad, input, cells.rows, cells.columns, cells.counts, runs, segments, partial, pixels, share,
+    _weight_kernel[(triton.cdiv(inputs, tile.n), len(tables.runs), cells.size * splits)](
+        grad, input, cells.rows, cells.columns, cells.counts, tables.runs, tables.segments, partial, pixels, share,
         *input.shape[2:], out_height, out_width, CELLS=cells.size, IN=input.shape[1], OUT=c_out, INPUTS=inputs,
-        STRIDE_Y=geometry.stride[0], STRIDE_X=geometry.stride[1], PRECISION=precision(grad.dtype), BLOCK_M=m,
-        BLOCK_N=n, BLOCK_K=k, num_warps=4, num_stages=1,
+        STRIDE_Y=geometry.stride[0], STRIDE_X=geometry.stride[1], DEPTH=tables.depth, WIDTH=tables.width,
+        PRECISION=precision(grad.dtype), **tile.launch(),
     )  # fmt: skip
     return gather(partial, weight, offsets, cells)
 

@@ -18,8 +18,14 @@ import torch
 from torch import Tensor
 
 from ..geometry import ConvGeometry
+from . import dense
+from .triton_choices import arch_of
+from .triton_whole import plain_plan
 
-__all__ = ["backward", "forward", "prefers", "why_not"]
+__all__ = ["MEASURED", "backward", "forward", "measured", "prefers", "why_not"]
+
+#: GPUs on which the kernels were tested and found faster than "dense", as "sm_90" or "gfx942". None has run them yet.
+MEASURED: frozenset[str] = frozenset()
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -53,8 +59,13 @@ def why_not(input: Tensor) -> str | None:
 def prefers(
     input: Tensor, weight: Tensor, offsets: Tensor, geometry: ConvGeometry, needs: Sequence[bool] | None = None
 ) -> bool:
-    """Not yet: "auto" follows measurements, and no GPU has run these kernels."""
-    return False
+    """On GPUs that have measured it: "auto" follows measurements."""
+    return measured(input)
+
+
+def measured(input: Tensor) -> bool:
+    """Whether ``scripts/gpu_check.sh`` has passed on a GPU of the kind that ``input`` is on."""
+    return input.is_cuda and arch_of(input.device) in MEASURED
 
 
 def forward(input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, geometry: ConvGeometry) -> Tensor:
@@ -67,6 +78,9 @@ def forward(input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None,
         return output
     if not weight.numel():  # no input channels
         return output.zero_() if bias is None else output.copy_(bias[:, None, None].expand_as(output))
+    plain = plain_plan(offsets, geometry)
+    if plain is not None:
+        return dense.convolve(_image(input), weight, offsets, bias, geometry, plain)
     route = triton_channelwise if _channelwise(weight, geometry) else triton_product
     with _on(input):
         bias = None if bias is None else bias.contiguous()
@@ -84,6 +98,14 @@ def backward(
         return torch.zeros_like(input), torch.zeros_like(weight), torch.zeros_like(offsets)
     grad_input = grad_weight = grad_offsets = None
     gradient, kernel, positions = _image(grad), weight.contiguous(), _positions(offsets)
+    plain = None if needs[2] else plain_plan(offsets, geometry)
+    if plain is not None:
+        given = gradient, _image(input), weight, offsets, plain, geometry
+        return (
+            dense.input_gradient(*given) if needs[0] else None,
+            dense.weight_gradient(*given)[0] if needs[1] else None,
+            None,
+        )
     depthwise = _channelwise(weight, geometry)
     with _on(input):
         if needs[0]:

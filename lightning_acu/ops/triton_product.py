@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -17,19 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..geometry import ConvGeometry
-from .triton_taps import tap
+from . import triton_gemm
+from .triton_choices import gemm_from, interpolates_in_half, precision, tile_for
+from .triton_sampling import interpolate, neighbours, tap
 
 __all__ = ["adjoint", "forward"]
-
-
-@triton.jit
-def _blend(x00, x01, x10, x11, fy, fx):
-    """Bilinear interpolation in float32, with one rounding at the end."""
-    zero = tl.zeros(x00.shape, tl.float32)
-    value = x00.to(tl.float32) * ((1 - fy) * (1 - fx))
-    value = tl.fma(x01.to(tl.float32), zero + (1 - fy) * fx, value)
-    value = tl.fma(x10.to(tl.float32), zero + fy * (1 - fx), value)
-    return tl.fma(x11.to(tl.float32), zero + fy * fx, value).to(x00.dtype)
 
 
 @triton.jit
@@ -37,20 +30,20 @@ def _product_kernel(
     source, weight, bias, offsets, runs, segments, target, pixels, height, width, out_height, out_width, pad_top,
     pad_left, IN: tl.constexpr, OUT: tl.constexpr, ROWS: tl.constexpr, TAPS: tl.constexpr, COLUMNS: tl.constexpr,
     STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr, DILATION_Y: tl.constexpr, DILATION_X: tl.constexpr,
-    SIGN: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SIGN: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr,
+    HALF: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The target (N, out_height, out_width, OUT) from source (N, height, width, IN) and weight (TAPS, ROWS, OUT).
 
     ``runs`` (programs, 4): the channels of a column of programs, and its segments; ``segments`` (n, 4): channels of the
     source that share a position group, the group, and the channel that the weight's row 0 belongs to. SIGN -1: mirrored
-    positions. EVEN: no segment ends inside a block of BLOCK_K channels.
+    positions. DEPTH and WIDTH divide the channels in ``segments`` and in ``runs``.
     """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = m < pixels
     run = runs + tl.program_id(1) * 4
-    out = tl.load(run) + tl.arange(0, BLOCK_N)
-    wanted = out < tl.load(run + 1)
+    out = tl.multiple_of(tl.load(run), WIDTH) + tl.arange(0, BLOCK_N)
+    wanted = out < tl.multiple_of(tl.load(run + 1), WIDTH)
     ox, oy, n = m % out_width, m // out_width % out_height, m // (out_width * out_height)
     if WIDE:
         n = n.to(tl.int64)
@@ -59,7 +52,7 @@ def _product_kernel(
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for number in range(tl.load(run + 2), tl.load(run + 3)):
         segment = segments + number * 4
-        first, last = tl.load(segment), tl.load(segment + 1)
+        first, last = tl.multiple_of(tl.load(segment), DEPTH), tl.multiple_of(tl.load(segment + 1), DEPTH)
         position, zero_row = tl.load(segment + 2), tl.load(segment + 3)
         for k in range(TAPS):
             at = offsets + (position * TAPS + k) * 2
@@ -67,19 +60,12 @@ def _product_kernel(
             row, fy = tap(tl.load(at) * SIGN, grid_y * SIGN)
             column, fx = tap(tl.load(at + 1) * SIGN, grid_x * SIGN)
             y, x = oy * STRIDE_Y + row, ox * STRIDE_X + column
-            # Neighbours of weight 0 are not read. (The interpreter cannot combine a scalar condition with a vector.)
-            last_y, last_x = tl.where(fy != 0, height - 1, -1), tl.where(fx != 0, width - 1, -1)
-            upper, lower = inside & (y >= 0) & (y < height), inside & (y >= -1) & (y < last_y)
-            left, right = (x >= 0) & (x < width), (x >= -1) & (x < last_x)
+            read = neighbours(y, x, fy, fx, inside, height, width)
             place = image + (y * width + x) * IN
             for c in range(first, last, BLOCK_K):
                 here = source + (place[:, None] + (c + depth)[None, :])
-                some = tl.full((1, BLOCK_K), 1, tl.int1) if EVEN else (c + depth < last)[None, :]
-                x00 = tl.load(here, mask=(upper & left)[:, None] & some, other=0.0)
-                x01 = tl.load(here + IN, mask=(upper & right)[:, None] & some, other=0.0)
-                x10 = tl.load(here + width * IN, mask=(lower & left)[:, None] & some, other=0.0)
-                x11 = tl.load(here + (width * IN + IN), mask=(lower & right)[:, None] & some, other=0.0)
-                samples = _blend(x00, x01, x10, x11, fy, fx)
+                some = tl.full((1, BLOCK_K), 1, tl.int1) if DEPTH % BLOCK_K == 0 else (c + depth < last)[None, :]
+                samples = interpolate(here, read, some, fy, fx, width * IN, IN, HALF)
                 rows = k * ROWS + c - zero_row + depth
                 known = wanted[None, :] & (c + depth < last)[:, None]
                 matrix = tl.load(weight + rows[:, None] * OUT + out[None, :], mask=known, other=0.0)
@@ -95,7 +81,8 @@ class Tables(NamedTuple):
 
     runs: Tensor
     segments: Tensor
-    common: int  # divides the channels of every segment
+    width: int  # power of 2 that divides every channel in ``runs``: vectors of so many are aligned
+    depth: int  # the same in ``segments``
 
 
 @functools.lru_cache(maxsize=1024)
@@ -116,22 +103,14 @@ def tables_of(
         segments = [(g * inputs, (g + 1) * inputs, position, g * inputs) for _, _, g, position in pieces]
         spans = [(first, last, i, i + 1) for i, (first, last, _, _) in enumerate(pieces)]
     runs = [(at, min(at + block, last), *which) for first, last, *which in spans for at in range(first, last, block)]
-    common = math.gcd(*(last - first for first, last, *_ in segments))
+    width, depth = (_power_of_2(n for first, last, *_ in table for n in (first, last)) for table in (runs, segments))
     runs_there, segments_there = (torch.tensor(t, dtype=torch.int32, device=device) for t in (runs, segments))
-    return Tables(runs_there, segments_there, common)
+    return Tables(runs_there, segments_there, width, depth)
 
 
-def blocks_for(dtype: torch.dtype, depth: int, columns: int) -> dict[str, int]:
-    """The tile for products of ``depth`` channels with runs of ``columns``: the largest that compile without spills."""
-    n, k = (64, 16) if dtype == torch.float32 else (128, 32)
-    n = min(max(triton.next_power_of_2(columns), 16), n)
-    k = min(max(triton.next_power_of_2(depth), 16), k)
-    return {"BLOCK_M": 64, "BLOCK_N": n, "BLOCK_K": k, "num_warps": 8, "num_stages": 1}
-
-
-def precision(dtype: torch.dtype) -> str:
-    """TF32 where torch's convolutions use it."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
+def _power_of_2(numbers: Iterable[int]) -> int:
+    common = math.gcd(*numbers)
+    return common & -common
 
 
 def forward(
@@ -164,20 +143,24 @@ def _launch(
     count, channels, height, width = target.shape
     groups, positions = geometry.groups, len(offsets)
     depth, columns = source.shape[1] // groups, channels // groups
+    if groups == positions == 1 and depth >= gemm_from(source.dtype, source.device):
+        triton_gemm.product(source, packed, offsets, bias, geometry, target, stride, mirrored=mirrored)
+        return
     shared = (source if mirrored else target).shape[1] // positions
     if mirrored:
         depth = min(depth, shared)
     else:
         columns = min(columns, shared)
-    blocks = blocks_for(source.dtype, depth, columns)
+    tile = tile_for("product", source.dtype, depth, columns, source.device)
     both = (channels, source.shape[1]) if mirrored else (source.shape[1], channels)
-    tables = tables_of(both, groups, positions, blocks["BLOCK_N"], source.device, mirrored)
+    tables = tables_of(both, groups, positions, tile.n, source.device, mirrored)
     pixels = count * height * width
-    _product_kernel[(triton.cdiv(pixels, blocks["BLOCK_M"]), len(tables.runs))](
+    _product_kernel[(triton.cdiv(pixels, tile.m), len(tables.runs))](
         source, packed, bias, offsets, tables.runs, tables.segments, target, pixels, *source.shape[2:], height, width,
         geometry.padding[0], geometry.padding[1], IN=source.shape[1], OUT=channels,
         ROWS=source.shape[1] // groups, TAPS=geometry.taps, COLUMNS=geometry.kernel_size[1], STRIDE_Y=stride[0],
         STRIDE_X=stride[1], DILATION_Y=geometry.dilation[0], DILATION_X=geometry.dilation[1],
         SIGN=-1 if mirrored else 1, BIAS=bias is not None, WIDE=source.numel() >= 2**31,
-        EVEN=tables.common % blocks["BLOCK_K"] == 0, PRECISION=precision(source.dtype), **blocks,
+        DEPTH=tables.depth, WIDTH=tables.width, HALF=interpolates_in_half(source.dtype),
+        PRECISION=precision(source.dtype), **tile.launch(),
     )  # fmt: skip

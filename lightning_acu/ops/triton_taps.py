@@ -1,4 +1,4 @@
-"""Taps on the device: where they read, and the list of distinct integer cells around them.
+"""The distinct integer cells around the taps, found on the device.
 
 Positions never leave the device: no call waits for the host, and a CUDA graph replays with positions that have moved.
 Shapes: P position groups, K taps, S = 4 K cells at most; offsets (P, K, 2) in pixels, float32.
@@ -12,19 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..geometry import ConvGeometry
+from .triton_sampling import tap
 
-__all__ = ["Cells", "find_cells", "spread_weight", "tap"]
+__all__ = ["Cells", "find_cells", "spread_weight"]
 
-_FAR = tl.constexpr(2.0**20)  # as positions.FAR
 _CHUNK = tl.constexpr(32)  # neighbours that are compared with all others at a time
-
-
-@triton.jit
-def tap(offset, grid):
-    """(cell, fraction) of a tap along one axis, ``offset`` pixels from ``grid``. NaN stays in the fraction."""
-    offset = tl.where(offset > _FAR, _FAR, tl.where(offset < -_FAR, -_FAR, offset))
-    whole = tl.floor(offset)
-    return grid + tl.where(whole == whole, whole, 0.0).to(tl.int32), offset - whole
 
 
 @triton.jit

@@ -8,14 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from fast_oracle import NEAR, each, run
+from triton_cases import DEVICE, SMALL, exact  # noqa: F401
 
 from lightning_acu import acu_conv2d
 from lightning_acu.ops import triton_gpu
+from lightning_acu.ops.triton_choices import set_interpolation
 
 pytest.importorskip("triton")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-INTERPRETED = DEVICE == "cpu"  # a program takes a millisecond there, so cases are small; on a GPU, each is compiled
-SEEDS = [range(first, first + 25) for first in range(5_000_000, 5_000_075, 25)]
+# Triton 3.6's interpreter does what NumPy 1.25 deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+triton_gemm = pytest.importorskip("lightning_acu.ops.triton_gemm")
+triton_product = pytest.importorskip("lightning_acu.ops.triton_product")
+SEEDS = [range(first, first + 5) for first in range(5_000_000, 5_000_200, 5)]
 #: More pixels and channels than one program has.
 LARGE = [
     {"channels": (40, 72, 1), "size": (11, 9), "batch": 1, "positions": 2, "stride": (2, 2)},
@@ -24,24 +28,9 @@ LARGE = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _exact(monkeypatch):
-    """float32 products without TF32, and memory that nobody wrote full of NaN."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    empty, empty_like, new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
-    for owner, name, function in (
-        (torch, "empty", empty), (torch, "empty_like", empty_like), (torch.Tensor, "new_empty", new_empty)
-    ):  # fmt: skip
-        monkeypatch.setattr(owner, name, lambda *args, function=function, **kw: _poison(function(*args, **kw)))
-
-
-def _poison(tensor):
-    return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor.fill_(2**24)
-
-
 @pytest.mark.parametrize("seeds", SEEDS, ids=lambda seeds: str(seeds.start))
 def test_output_and_gradients_equal_the_closed_form(seeds):
-    each(seeds, lambda seed, one: one.check(run(one, "triton", DEVICE)), dtype=torch.float32, small=INTERPRETED)
+    each(seeds, lambda seed, one: one.check(run(one, "triton", DEVICE)), dtype=torch.float32, small=SMALL)
 
 
 @pytest.mark.parametrize("fixed", LARGE, ids=lambda fixed: "x".join(map(str, fixed["channels"])))
@@ -50,13 +39,42 @@ def test_layers_larger_than_any_block_equal_the_closed_form(fixed):
 
 
 def test_half_precision_is_as_close_as_its_rounding():
-    def body(seed, one):
-        *given, direction = [t if t is None else t.half() for t in (*one.tensors, one.direction)]
-        given[2] = one.tensors[2]
-        one.tensors, one.direction = given, direction
-        one.check(run(one, "triton", DEVICE))
+    each(range(5_001_000, 5_001_025), in_half_precision, dtype=torch.float32, small=True, kinds=NEAR)
 
-    each(range(5_001_000, 5_001_015), body, dtype=torch.float32, small=True, kinds=NEAR)
+
+def in_half_precision(seed, one):
+    *given, direction = [t if t is None else t.half() for t in (*one.tensors, one.direction)]
+    given[2] = one.tensors[2]
+    one.tensors, one.direction = given, direction
+    one.check(run(one, "triton", DEVICE))
+
+
+def test_interpolation_in_half_precision():
+    set_interpolation("half")
+    try:
+        each(range(5_003_000, 5_003_015), in_half_precision, dtype=torch.float32, small=True, kinds=NEAR)
+    finally:
+        set_interpolation("float32")
+    with pytest.raises(ValueError, match=r"`precision` \(='bfloat16'\) must be 'float32' or 'half'"):
+        set_interpolation("bfloat16")
+
+
+@pytest.mark.parametrize("stride", [(1, 1), (2, 1)])
+def test_many_channels_are_interpolated_first(monkeypatch, stride):
+    """The route of 512 channels and more, here from 3 on, its samples made in parts."""
+    taken, product = [], triton_gemm.product
+    monkeypatch.setattr(triton_product, "gemm_from", lambda dtype, device: 3)
+    monkeypatch.setattr(triton_gemm, "_BYTES", 4_000)
+    monkeypatch.setattr(triton_gemm, "product", lambda *args, **kw: taken.append(product(*args, **kw)))
+
+    def body(seed, one):
+        one.needs = [True] * 4
+        taken.clear()
+        one.check(run(one, "triton", DEVICE))
+        assert len(taken) == 1 + (stride == (1, 1)) or not one.direction.numel()  # forward, and the input's gradient
+
+    fixed = {"channels": (5, 7, 1), "positions": 1, "stride": stride}
+    each(range(5_004_000, 5_004_012), body, dtype=torch.float32, small=True, **fixed)
 
 
 def test_the_same_bits_every_time():
@@ -75,7 +93,7 @@ def test_a_lost_offset_reaches_its_position_group_and_no_other():
     assert output[:, :2].isfinite().all()
 
 
-def test_where_it_cannotrun(monkeypatch):
+def test_where_it_cannot_run(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     tensors = torch.randn(1, 3, 5, 5), torch.randn(4, 3, 3, 3), torch.zeros(9, 2)
     with pytest.raises(
