@@ -1,48 +1,110 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call of at most 9 minutes: tests, memory errors, layers, training steps.
+# Everything that needs a GPU, in one call of at most 9 minutes: tests, layers, training steps, tiles, memory errors.
 #   scripts/gpu_check.sh OUT        logs and CSV files go to the folder OUT; a short table comes last
-# PYTHON: an interpreter that has the package with its extras dev and bench. A step that fails or runs out of time is
-# reported, and the next one runs all the same. Not yet run on a GPU.
+# PYTHON: an interpreter with torch, Triton, timm and pytest (faster with pytest-xdist); the package need not be
+# installed. DEADLINE (510): seconds after which no step begins. A step that fails or runs out of time is reported, the
+# next one runs all the same, and the exit status is 1; 2 without a GPU. Not yet run on a GPU.
 set -uo pipefail
-out=$(mkdir -p "${1:?usage: scripts/gpu_check.sh OUT}" && cd "$1" && pwd)
+out=$(mkdir -p "${1:?usage: scripts/gpu_check.sh OUT}" && cd "$1" && pwd) || exit
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
+deadline=${DEADLINE:-510}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    echo "torch finds no GPU here; without one, tests/ops/test_triton.py runs in the interpreter and scripts/compile_kernels.py compiles" >&2
+    echo "torch finds no GPU here; without one, tests/ops/test_triton.py runs in the interpreter and" \
+        "scripts/compile_kernels.py compiles" >&2
     exit 2
 fi
-"$python" -c 'import torch, triton; print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__)' |
-    tee "$out/device.txt"
+"$python" -c 'import torch, triton
+versions = "torch", torch.__version__, "triton", triton.__version__, "cuDNN", torch.backends.cudnn.version()
+print(torch.cuda.get_device_name(), *versions)' 2>&1 | tail -n 1 | tee "$out/device.txt"
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
 failed=0
 table=()
 
-# step NAME SECONDS COMMAND...: a line of the table; the output goes to OUT/NAME.log.
+row() { table+=("$(printf '%-10s %-12s %4d s  %s' "$@")"); } # NAME STATUS SECONDS TEXT
+
+# step NAME LIMIT COMMAND...: a row of the table; the output goes to OUT/NAME.log.
 step() {
-    local name=$1 limit=$2 start=$SECONDS status=ok
+    local name=$1 limit=$2 left=$((deadline + 20 - SECONDS)) start=$SECONDS status=ok code
     shift 2
-    timeout "$limit" "$@" >"$out/$name.log" 2>&1 || { status="FAILED ($?)" && failed=1; }
-    table+=("$(printf '%-12s %-13s %4d s  %s' "$name" "$status" $((SECONDS - start)) \
-        "$(grep -v '^\s*$' "$out/$name.log" | tail -n 1 | cut -c1-100)")")
+    if ((SECONDS >= deadline)); then
+        row "$name" SKIPPED 0 "$deadline seconds were gone"
+        failed=1
+        return
+    fi
+    timeout --kill-after=5 $((limit < left ? limit : left)) "$@" >"$out/$name.log" 2>&1
+    code=$?
+    case $code in
+        0) ;;
+        124 | 137) status="OUT OF TIME" failed=1 ;;
+        *) status="FAILED ($code)" failed=1 ;;
+    esac
+    row "$name" "$status" $((SECONDS - start)) "$(grep -v '^[[:space:]]*$' "$out/$name.log" | tail -n 1 | cut -c1-90)"
 }
 
-layers() { # NAME SECONDS DTYPE KIND...
-    local name=$1 limit=$2 dtype=$3
-    shift 3
-    step "$name" "$limit" "$python" benchmarks/bench_acu_conv2d.py --device cuda --backend triton --batch 32 --dtype "$dtype" \
-        --methods plain ours dense deform --kind "$@" --budget 0.1 --out "$out"
+# layers NAME LIMIT ARGUMENT...: times of layers. It ends by itself before the limit, with what it has.
+layers() {
+    local name=$1 limit=$2
+    shift 2
+    step "$name" "$limit" "$python" benchmarks/bench_acu_conv2d.py --limit $((limit - 15)) --out "$out" "${bench[@]}" "$@"
 }
 
-step tests 150 "$python" -m pytest tests/ops/test_triton.py -q -x
-if command -v compute-sanitizer >/dev/null; then
-    step sanitizer 60 compute-sanitizer --error-exitcode 1 "$python" -m pytest tests/ops/test_triton.py -q -k "lost or larger"
-else
-    table+=("sanitizer    skipped: no compute-sanitizer on this machine")
+bench=(--device cuda --backend triton --batch 64 --budget 0.04 --samples 10)
+train=(--device cuda --backend triton --batch 128 --autocast bfloat16 --compile --samples 7)
+models=(resnet50 resnet18 efficientnet_b0)
+some=(--only '(ResNet (64|512)|ResNet-50 256|EfficientNet (144|480))[@-]' --kind dense3x3 depthwise)
+
+# Compilers take minutes, on one core each. While the tests run, others fill the caches for what is timed after that.
+few_threads=(env OMP_NUM_THREADS=2)
+warming=()
+warm() { # NAME COMMAND...
+    timeout --kill-after=5 115 "${few_threads[@]}" "${@:2}" --samples 1 --out "$scratch/$1" >"$out/warm-up-$1.log" 2>&1 &
+    warming+=($!)
+}
+if ((SECONDS < deadline)); then
+    for kind in dense3x3 dense5x5 depthwise; do
+        warm "bfloat16-$kind" "$python" benchmarks/bench_acu_conv2d.py "${bench[@]}" --methods ours --launch eager \
+            --dtype bfloat16 --kind "$kind"
+    done
+    for how in "--dtype float16" "--dtype float32" "--dtype float32 --no-tf32"; do # shellcheck disable=SC2086
+        warm "${how//[- ]/}" "$python" benchmarks/bench_acu_conv2d.py "${bench[@]}" --methods ours --launch eager \
+            "${some[@]}" $how
+    done
+    for model in "${models[@]}"; do
+        warm "$model" "$python" benchmarks/train_step.py "${train[@]}" --models "$model" --warm-up 1
+    done
 fi
-layers bfloat16 130 bfloat16 dense3x3 dense5x5 depthwise
-layers float16 60 float16 dense3x3 depthwise
-layers float32 60 float32 dense3x3 depthwise
-step train 70 "$python" benchmarks/train_step.py --device cuda --backend triton --batch 64 \
-    --autocast bfloat16 --samples 5 --out "$out"
+workers=()
+"$python" -c 'import xdist' 2>/dev/null && workers=(-n 8)
+step tests 120 "${few_threads[@]}" "$python" -m pytest tests/ops/test_triton*.py -q "${workers[@]}"
+start=$SECONDS ready=0
+for pid in "${warming[@]}"; do wait "$pid" && ((ready += 1)); done
+row warm-ups - $((SECONDS - start)) \
+    "$ready of ${#warming[@]} filled the compilers' caches; a failure shows again in its step"
 
-printf '%s\n' "${table[@]}" | tee "$out/table.txt"
+layers bfloat16 82 --dtype bfloat16 --kind dense3x3 depthwise dense5x5
+step train 100 "$python" benchmarks/train_step.py "${train[@]}" --models "${models[@]}" --limit 80 --out "$out"
+step tiles 75 "$python" -m lightning_acu.ops.triton_tune --out "$out/triton_tiles.json" --seconds 60
+layers float16 32 --dtype float16 --launch graph "${some[@]}"
+layers tf32 32 --dtype float32 --launch graph "${some[@]}"
+layers float32 32 --dtype float32 --no-tf32 --launch graph "${some[@]}"
+layers memory 24 --dtype bfloat16 --memory "${some[@]}"
+# Random layers of the tests against the closed form; without torch's own pools, what lies beyond a tensor is nobody's.
+if command -v compute-sanitizer >/dev/null; then
+    step sanitizer 40 env PYTHONPATH="$PYTHONPATH:tests" PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+        compute-sanitizer --error-exitcode 1 "$python" -c 'import torch
+from fast_oracle import each, run
+torch.backends.cudnn.allow_tf32 = False
+each(range(5_000_000, 5_000_006), lambda seed, one: one.check(run(one, "triton", "cuda")), dtype=torch.float32)'
+else
+    row sanitizer skipped 0 "no compute-sanitizer on this machine"
+fi
+
+{
+    cat "$out/device.txt"
+    printf '%s\n' "${table[@]}"
+    "$python" benchmarks/tables.py "$out"
+} 2>&1 | tee "$out/table.txt"
 exit $failed
