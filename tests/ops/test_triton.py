@@ -111,12 +111,21 @@ def test_what_it_does_not_know():
         acu_conv2d(*tensors, backend="triton")
 
 
-def test_kernels_compile_without_spills_for_an_h100():
-    """One product and one depthwise layer; `scripts/compile_kernels.py` has more of both, and other chips."""
+@pytest.mark.parametrize(
+    ("target", "dtypes", "layers"),
+    [
+        ("sm_80", "bfloat16 float16", "0 1 2 3 5"),
+        ("sm_90", "bfloat16", "0 1 2 3 4 5 6 7"),
+        ("sm_90", "float16 float32", "0 1 5"),
+        ("gfx942", "bfloat16", "0 1 3 5"),
+    ],
+)
+def test_kernels_compile_without_spills(target, dtypes, layers):
+    """Without a GPU, as layers launch them. `scripts/compile_kernels.py` also has the combinations left out here."""
     script = Path(__file__).parents[2] / "scripts" / "compile_kernels.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(script), "--targets", "sm_90", "--layers", "1", "5"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    chosen = "--targets", target, "--dtypes", *dtypes.split(), "--layers", *layers.split()
+    done = subprocess.run([sys.executable, str(script), *chosen], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "triton_cells._input_kernel" in done.stdout
-    assert "triton_channelwise._weight_kernel" in done.stdout
+    for kernel in ("_product_kernel", "triton_cells._input_kernel", "triton_channelwise._weight_kernel"):
+        assert kernel in done.stdout
