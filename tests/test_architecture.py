@@ -41,7 +41,7 @@ ALLOWED = {
     "matplotlib": {"figures"},
     "rich": {"surgery", "commands", "cli"},
     "onnxruntime": {"export"},
-    "safetensors": {"saving"},
+    "safetensors": {"saving", "data"},
 }
 
 
