@@ -7,6 +7,7 @@ from .device_loader import DeviceLoader
 from .digits import DigitsDataModule
 from .folder import ImageFolderDataModule
 from .in_memory import InMemoryDataModule
+from .places import Places365DataModule
 from .whitening import ZCAWhitening, global_contrast_normalize
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "ImageDataModule",
     "ImageFolderDataModule",
     "InMemoryDataModule",
+    "Places365DataModule",
     "ZCAWhitening",
     "global_contrast_normalize",
 ]

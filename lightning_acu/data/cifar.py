@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.utils import check_integrity
 
 from .in_memory import InMemoryDataModule, Preprocessing
 from .memory import ImageTransform, TensorImages
@@ -89,7 +90,9 @@ class CIFARDataModule(InMemoryDataModule):
             self._source(self.root, download=True)
         # No network; a connection that ends too early; a file with a wrong checksum.
         except (OSError, HTTPException, RuntimeError) as error:
-            raise RuntimeError(f"could not get {self._source.__name__} ({error}). {self._advice()}") from error
+            raise RuntimeError(
+                f"could not get {self._source.__name__} ({error}): {self._complaint()}. {self._advice()}"
+            ) from error
 
     def setup(self, stage: str | None = None) -> None:
         """Read what the stage needs, once: training and validation images to fit or validate, else the test images.
@@ -121,8 +124,27 @@ class CIFARDataModule(InMemoryDataModule):
         try:
             source = self._source(self.root, train=train)
         except RuntimeError as error:
-            raise FileNotFoundError(f"{self._source.__name__} is missing or damaged. {self._advice()}") from error
+            raise FileNotFoundError(
+                f"{self._source.__name__} is missing or damaged: {self._complaint()}. {self._advice()}"
+            ) from error
         return torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(source.targets)
+
+    def _complaint(self) -> str:
+        """What is wrong with the files in ``root``."""
+        if not self.root.is_dir():
+            return f"`root` (={str(self.root)!r}) does not exist"
+        source, folder = self._source, self.root / self._source.base_folder
+        archive = self.root / source.filename
+        if not folder.is_dir():
+            others = 10 if self.num_classes == 100 else 100
+            if (self.root / _VARIANTS[others][0].base_folder).is_dir():
+                return f"`root` has {_VARIANTS[others][0].base_folder}, which is for `num_classes={others}`"
+            if archive.is_file() and not check_integrity(archive, source.tgz_md5):
+                return f"{archive} is damaged, for its checksum is wrong"
+            return f"`root` has no folder {source.base_folder}"
+        files = [*source.train_list, *source.test_list, (source.meta["filename"], source.meta["md5"])]
+        damaged = [name for name, md5 in files if not check_integrity(folder / name, md5)]
+        return f"{folder} lacks {', '.join(damaged)}, or these are damaged"
 
     def _advice(self) -> str:
         return (
