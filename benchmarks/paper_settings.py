@@ -26,12 +26,12 @@ _STEPS = {
 def effective_config(row: Row, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """The configuration of ``row`` as it is run; paths in it are relative to the run's folder.
 
-    ``options``: ``steps`` (None: the paper's), ``batch_size``, ``multiplier``, ``data``, ``preprocessing`` and
+    ``options``: ``steps`` (None: the paper's), ``batch_size``, ``lr``, ``multiplier``, ``data``, ``preprocessing`` and
     ``device`` of the command line, each None where the configuration decides.
     """
     config = load_config(configs_directory() / "paper" / f"{row.config}.yaml")
     config["seed_everything"] = seed
-    trainer = config["trainer"]
+    trainer, optimizer = config["trainer"], config["model"]["init_args"]["optimizer"]["init_args"]
     published = _learning_steps(config)
     steps = options.steps or published
     _shorten(config, steps / published)
@@ -39,8 +39,14 @@ def effective_config(row: Row, seed: int, options: argparse.Namespace) -> dict[s
         if callback == "ModelCheckpoint":
             arguments["dirpath"] = "checkpoints"
             arguments["every_n_train_steps"] = checkpoint_interval(steps)
-        if callback == "PositionLRSchedule" and options.multiplier is not None:
-            arguments["multiplier"] = options.multiplier
+        if callback == "PositionLRSchedule":
+            # Another learning rate of the weights is none of the positions.
+            arguments["multiplier"] *= 1 if options.lr is None else optimizer["lr"] / options.lr
+            arguments["multiplier"] = options.multiplier or float(f"{arguments['multiplier']:.3g}")
+        if callback == "RoundThenFinetune" and options.lr is not None:
+            arguments["finetune_lr"] *= options.lr / optimizer["lr"]
+    if options.lr is not None:
+        optimizer["lr"] = options.lr
     if options.device is not None:
         trainer["accelerator"] = options.device
     trainer["logger"] = {
@@ -96,7 +102,7 @@ def _shorten(config: dict[str, Any], factor: float) -> None:
             arguments[name] = scaled(arguments[name])
         if callback == "PositionLRSchedule":
             # Taps wander: how far they get grows with the root of the number of steps.
-            arguments["multiplier"] = float(f"{arguments['multiplier'] / math.sqrt(factor):.3g}")
+            arguments["multiplier"] /= math.sqrt(factor)
 
 
 def _set_data(config: dict[str, Any], options: argparse.Namespace) -> None:

@@ -37,6 +37,7 @@ def arguments(args=None):
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each row: seeds 0 ... N-1")
     parser.add_argument("--steps", type=int, metavar="N", help="a shortened training; default: as published")
     parser.add_argument("--batch-size", type=int, metavar="N", help="default: as published")
+    parser.add_argument("--lr", type=float, help="learning rate; that of a fine-tuning keeps its ratio to it")
     parser.add_argument("--multiplier", type=float, metavar="M", help="of the learning rate for positions")
     parser.add_argument("--data", type=Path, metavar="PATH", help="folder of the data, or an .npz of one's own images")
     parser.add_argument("--preprocessing", choices=["normalize", "whiten"], help="of CIFAR; default: as published")
@@ -47,6 +48,9 @@ def arguments(args=None):
     for name in ("seeds", "steps", "batch_size"):
         if (value := getattr(options, name)) is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    for name in ("lr", "multiplier"):
+        if (value := getattr(options, name)) is not None and not value > 0:
+            parser.error(f"--{name} {value}: must be positive")
     try:
         options.rows = find_rows(options.table, options.rows)
     except ValueError as error:

@@ -21,7 +21,7 @@ Source: Jeon & Kim, CVPR 2017, section 4.1, and the authors' released network; H
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.nn.functional as F
 from timm.layers import create_classifier
@@ -56,6 +56,8 @@ class _CIFARNet(nn.Module):
 
     #: Modules from the image to the features, in this order.
     stages: tuple[str, ...]
+    #: How many of them, at the beginning, are no stage of ``feature_info``.
+    stem = 0
 
     def _finish(self, num_features: int, num_classes: int, in_chans: int, global_pool: str, drop_rate: float) -> None:
         self.num_classes = num_classes
@@ -99,6 +101,9 @@ class _CIFARNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_chans, H, W) to class scores (N, num_classes)."""
         return self.forward_head(self.forward_features(x))
+
+
+_Network = TypeVar("_Network", bound=_CIFARNet)
 
 
 class PlainNet(_CIFARNet):
@@ -173,6 +178,7 @@ class CIFARResNet(_CIFARNet):
     """
 
     stages = ("conv1", "layer1", "layer2", "layer3")
+    stem = 1
 
     def __init__(
         self,
@@ -231,25 +237,31 @@ default_cfgs = generate_default_cfgs(
 )
 
 
+def _build(network: type[_Network], name: str, pretrained: bool, **kwargs: Any) -> _Network:
+    """As timm builds its models; ``features_only`` gives all stages."""
+    stages = tuple(range(len(network.stages) - network.stem))
+    return build_model_with_cfg(network, name, pretrained, feature_cfg={"out_indices": stages}, **kwargs)
+
+
 @register_model
 def acu_plain(pretrained: bool = False, **kwargs: Any) -> PlainNet:
     """The plain network of the paper's CIFAR experiments."""
-    return build_model_with_cfg(PlainNet, "acu_plain", pretrained, **kwargs)
+    return _build(PlainNet, "acu_plain", pretrained, **kwargs)
 
 
 @register_model
 def acu_plain_d2(pretrained: bool = False, **kwargs: Any) -> PlainNet:
     """The plain network with dilation 2 in conv3/x: Base-D2 of the paper's ablation."""
-    return build_model_with_cfg(PlainNet, "acu_plain_d2", pretrained, **{"dilation3": 2, **kwargs})
+    return _build(PlainNet, "acu_plain_d2", pretrained, **{"dilation3": 2, **kwargs})
 
 
 @register_model
 def acu_plain_f5(pretrained: bool = False, **kwargs: Any) -> PlainNet:
     """The plain network with 5x5 convolutions in conv3/x: Base-F5 of the paper's ablation."""
-    return build_model_with_cfg(PlainNet, "acu_plain_f5", pretrained, **{"kernel_size3": 5, **kwargs})
+    return _build(PlainNet, "acu_plain_f5", pretrained, **{"kernel_size3": 5, **kwargs})
 
 
 @register_model
 def acu_resnet32(pretrained: bool = False, **kwargs: Any) -> CIFARResNet:
     """The residual network of 32 layers for CIFAR."""
-    return build_model_with_cfg(CIFARResNet, "acu_resnet32", pretrained, **{"blocks": 5, **kwargs})
+    return _build(CIFARResNet, "acu_resnet32", pretrained, **{"blocks": 5, **kwargs})

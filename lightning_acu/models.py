@@ -53,7 +53,7 @@ def create_model(
         tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
         if tag and tag not in tags:
             raise ValueError(
-                f"`model` (={name!r}): {architecture} has no weights called {tag!r}, but {', '.join(tags)}"
+                f"`model` (={name!r}): {architecture} has no weights called {tag!r}, but {', '.join(tags) or 'none'}"
             )
     model: nn.Module = timm.create_model(
         name, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans, **kwargs
