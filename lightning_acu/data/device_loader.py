@@ -192,7 +192,7 @@ class DeviceLoader:
         if self._statistics is None:
             return batch
         mean, std = self._statistics
-        return batch.sub(mean).div_(std)
+        return batch.sub_(mean).div_(std)  # of a copy made above
 
     def state_dict(self) -> dict[str, int]:
         """Where it is: enough to go on from there."""

@@ -4,7 +4,6 @@ import pickle
 import tarfile
 from http.client import IncompleteRead
 from pathlib import Path
-from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -47,15 +46,6 @@ def root(tmp_path, monkeypatch, classes):
     monkeypatch.setattr(source, "meta", source.meta | {"md5": None})
     write(source, tmp_path / source.base_folder, classes)
     return tmp_path
-
-
-@pytest.fixture
-def no_network(monkeypatch):
-    def fail(*_, **__):
-        raise URLError("no route to host")
-
-    monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", fail)
-    monkeypatch.setattr("torchvision.datasets.utils._get_redirect_url", fail)
 
 
 def ready(root, classes=10, stage=None, **arguments):

@@ -1,7 +1,6 @@
 import hashlib
 import io
 import tarfile
-from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -192,15 +191,6 @@ def test_damaged_list(lists, monkeypatch):
     monkeypatch.setattr(Places365, "_CATEGORIES_META", ("categories_places365.txt", "0" * 32))
     with pytest.raises(FileNotFoundError, match=r"^Places365 is missing or damaged \(.*categories_places365.txt"):
         ready(lists)
-
-
-@pytest.fixture
-def no_network(monkeypatch):
-    def fail(*_, **__):
-        raise URLError("no route to host")
-
-    monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", fail)
-    monkeypatch.setattr("torchvision.datasets.utils._get_redirect_url", fail)
 
 
 def test_failed_download_says_what_to_do(tmp_path, no_network):
