@@ -210,7 +210,9 @@ def _moments(config: dict[str, Any]) -> list[tuple[int, str]]:
     found = [(step, ":") for step in config["model"]["init_args"]["lr_scheduler"]["init_args"]["milestones"]]
     for callback in config["trainer"]["callbacks"]:
         arguments = callback["init_args"]
-        found += [(arguments[key], style) for key, style in (("warmup_steps", "--"), ("at_step", "-")) if key in arguments]
+        found += [
+            (arguments[key], style) for key, style in (("warmup_steps", "--"), ("at_step", "-")) if key in arguments
+        ]
     return found
 
 

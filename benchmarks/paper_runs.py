@@ -38,7 +38,7 @@ from lightning_acu.models import create_model
 
 __all__ = ["run_row"]
 
-_TRAIN = "from lightning_acu.cli import main; main()"
+_TRAIN = Path(__file__).with_name("paper_train.py")
 
 #: Seconds between two looks at a training.
 _POLL = 2.0
@@ -103,7 +103,7 @@ def _attempts(run: Path) -> list[dict[str, Any]]:
 def _train(run: Path, number: int, start: Path | None, steps: tuple[int, int], say: Callable[[str], None]) -> None:
     """The training as a process; ``say`` hears how far it is."""
     version = f"attempt_{number}"
-    command = [sys.executable, "-c", _TRAIN, "fit", "--config", "config.yaml"]
+    command = [sys.executable, str(_TRAIN), "fit", "--config", "config.yaml"]
     command.append(f"--trainer.logger.init_args.version={version}")
     if start is not None:
         command.append(f"--ckpt_path={os.path.relpath(start, run)}")
@@ -113,7 +113,12 @@ def _train(run: Path, number: int, start: Path | None, steps: tuple[int, int], s
     began = time.monotonic()
     with log.open("w") as output:
         process = subprocess.Popen(
-            command, cwd=run, stdout=output, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONPATH": path}
+            command,
+            cwd=run,
+            stdin=subprocess.PIPE,  # see paper_train.py
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"PYTHONPATH": path},
         )
         try:
             while process.poll() is None:

@@ -1,17 +1,17 @@
 """The paper's tables, row by row, beside the poster's numbers.
 
-    python benchmarks/reproduce.py --table cifar10-ablation --seeds 3 --device cuda        # as published: 64,000 steps
+    python benchmarks/reproduce.py --table cifar10-ablation --seeds 3 --device cuda     # as published: 64,000 steps
     python benchmarks/reproduce.py --table cifar10-ablation --rows base acu-all --steps 2000 --data cifar10.npz
-    python benchmarks/reproduce.py --table cifar10-ablation --report                       # from finished runs
+    python benchmarks/reproduce.py --table cifar10-ablation --report                    # from finished runs
 
-Each row is one configuration of configs/paper, trained by ``lightning-acu fit``, one seed of all rows after the other. It
-can be killed at any time: started again, finished runs are skipped and the one that was interrupted goes on from its last
-checkpoint. Every run leaves result.json and metrics.csv, the table is printed and written with its figure (see
+Each row is one configuration of configs/paper, trained by ``lightning-acu fit``, one seed of all rows after the other.
+It can be killed at any time: started again, finished runs are skipped and the one that was interrupted goes on from its
+last checkpoint. Every run leaves result.json and metrics.csv, the table is printed and written with its figures (see
 paper_runs.py and paper_report.py).
 
-With --steps the schedule is shortened in proportion: learning-rate steps, warm-up, rounding and fine-tuning. The learning
-rate of positions then grows with the root of the ratio of steps (--multiplier gives another one): with the paper's they
-would have no time to go anywhere.
+With --steps the schedule is shortened in proportion: learning-rate steps, warm-up, rounding and fine-tuning. The rate of
+positions then grows with the root of the ratio of steps, for with the paper's they would have no time to go anywhere.
+With --lr it stays what it is in pixels a step. --multiplier sets it.
 """
 
 import argparse
@@ -42,7 +42,9 @@ def arguments(args=None):
     parser.add_argument("--data", type=Path, metavar="PATH", help="folder of the data, or an .npz of one's own images")
     parser.add_argument("--preprocessing", choices=["normalize", "whiten"], help="of CIFAR; default: as published")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU where there is one")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "paper", help="folder of the runs")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "paper", help="folder of the runs"
+    )
     parser.add_argument("--report", action="store_true", help="train nothing: table and figures of finished runs")
     options = parser.parse_args(args)
     for name in ("seeds", "steps", "batch_size"):

@@ -132,8 +132,9 @@ class PlainNet(_CIFARNet):
         super().__init__()
         self.conv1 = _named(ConvNormAct(in_chans, 16, 1), ConvNormAct(16, 48, 3), ConvNormAct(48, 48, 3), start=0)
         self.conv2 = _named(ConvNormAct(48, 96, 3, stride=2), ConvNormAct(96, 96, 3))
-        third = {"kernel_size": kernel_size3, "dilation": dilation3}
-        self.conv3 = _named(ConvNormAct(96, 192, stride=2, **third), ConvNormAct(192, 192, **third))
+        self.conv3 = _named(
+            ConvNormAct(96, 192, kernel_size3, 2, dilation3), ConvNormAct(192, 192, kernel_size3, 1, dilation3)
+        )
         self.conv4 = ConvNormAct(192, 1000, 1)
         channels = {"conv1": 48, "conv2": 96, "conv3": 192, "conv4": 1000}
         reductions = {"conv1": 1, "conv2": 2, "conv3": 4, "conv4": 4}

@@ -20,7 +20,7 @@ def count(model):
 
 
 def by_hand(convs, head):
-    """Weights of convolutions (in, out, kernel size) with two numbers of batch norm for each output, and of the head."""
+    """Weights of convolutions (in, out, kernel size) with batch norm's two numbers for each output, and of the head."""
     return sum(i * o * k * k + 2 * o for i, o, k in convs) + head[0] * head[1] + head[1]
 
 
@@ -70,7 +70,11 @@ def test_the_layers_are_the_papers():
 
 def test_the_variants_differ_in_conv3_only():
     convs = [
-        {name: (m.kernel_size, m.dilation) for name, m in timm.create_model(net).named_modules() if hasattr(m, "dilation")}
+        {
+            name: (m.kernel_size, m.dilation)
+            for name, m in timm.create_model(net).named_modules()
+            if hasattr(m, "dilation")
+        }
         for net in PLAIN
     ]
     for variant, expected in ((convs[1], ((3, 3), (2, 2))), (convs[2], ((5, 5), (1, 1)))):

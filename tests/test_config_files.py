@@ -78,7 +78,17 @@ def test_errors_name_the_file(write, files, message):
 def test_only_files_with_a_base_are_expanded(write):
     plain = write("plain.yaml", "a: 1\nname: 'base: none'\n")
     top = write("top.yaml", {"base": "plain.yaml", "a": 2})
-    given = ["fit", "--config", str(plain), f"--config={top}", "-c", str(top), "--x=--config", "--config", "a: {base: 1}"]
+    given = [
+        "fit",
+        "--config",
+        str(plain),
+        f"--config={top}",
+        "-c",
+        str(top),
+        "--x=--config",
+        "--config",
+        "a: {base: 1}",
+    ]
     merged = {"a": 2, "name": "base: none"}
     expanded = expand_configs(given)
     assert [expanded[i] for i in (0, 1, 2, 4, 6, 7, 8)] == [given[i] for i in (0, 1, 2, 4, 6, 7, 8)]

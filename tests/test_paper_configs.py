@@ -67,12 +67,16 @@ def fit(monkeypatch, tmp_path, *arguments):
     return trained[0]
 
 
+# fast_dev_run sets limit_val_batches, which is 0 in the files: there are no validation images.
+@pytest.mark.filterwarnings("ignore:Total length of `DeviceLoader` across ranks is zero")
 @pytest.mark.parametrize("name", NAMES)
 def test_every_config_trains_two_steps_on_data_of_its_shape(name, datasets, tmp_path, monkeypatch):
     quick = ["--trainer.fast_dev_run=2", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
     quick += ["--data.init_args.batch_size=2", f"--data.init_args.root={datasets}"]
+    if name.startswith("cifar100"):  # one whitening to fit is enough, that of CIFAR-10
+        quick += ["--data.init_args.preprocessing=normalize"]
     model = fit(monkeypatch, tmp_path, "--config", str(PAPER / f"{name}.yaml"), *quick)
-    assert len(acu_layers(model)) == ACTIVE.get(name, 0)
+    assert len(list(acu_layers(model))) == ACTIVE.get(name, 0)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert all(bool(torch.isfinite(parameter).all()) for parameter in parameters)
 
