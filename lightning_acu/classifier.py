@@ -23,6 +23,8 @@ __all__ = ["ImageClassifier", "MulticlassError"]
 #: Weight of an auxiliary head's loss, as in the papers of Inception v3 (0.4) and GoogLeNet (0.3).
 _AUXILIARY = {"InceptionOutputs": 0.4, "GoogLeNetOutputs": 0.3}
 
+_COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
 
 def _as_config(convert: Any) -> ConvertConfig:
     """A dict is for people in a notebook; configuration files are checked against ConvertConfig itself."""
@@ -61,9 +63,12 @@ class ImageClassifier(pl.LightningModule):
         lr_scheduler_interval: "epoch" or "step": how often the scheduler steps.
         label_smoothing: share of the target spread over all classes, in training.
         model_kwargs: further arguments of the model, such as ``drop_path_rate``.
+        channels_last: keep weights and images in torch's channels_last memory format.
+        compile_mode: compile the model when training or evaluation starts, with this mode of ``torch.compile``:
+            "default", "reduce-overhead" (CUDA graphs), "max-autotune" or "max-autotune-no-cudagraphs". None: do not.
 
     Raises:
-        ValueError: an unknown model, with the nearest known names.
+        ValueError: an unknown model, with the nearest known names; or an unknown ``compile_mode``.
         TypeError: while running, if the model's output is not class scores.
     """
 
@@ -79,8 +84,14 @@ class ImageClassifier(pl.LightningModule):
         lr_scheduler_interval: str = "epoch",
         label_smoothing: float = 0.0,
         model_kwargs: dict[str, Any] | None = None,
+        channels_last: bool = False,
+        compile_mode: str | None = None,
     ) -> None:
         super().__init__()
+        if compile_mode not in (None, *_COMPILE_MODES):
+            raise ValueError(
+                f"`compile_mode` (={compile_mode!r}) must be one of {', '.join(map(repr, _COMPILE_MODES))}, or None"
+            )
         if lr_scheduler_interval not in ("epoch", "step"):
             raise ValueError(f"`lr_scheduler_interval` (={lr_scheduler_interval!r}) must be 'epoch' or 'step'")
         # Not the callables: they may be lambdas, and a restored model that only predicts needs none.
@@ -93,6 +104,10 @@ class ImageClassifier(pl.LightningModule):
             _as_config(convert).apply(self.model)
             report = report_acu(self.model)
             rank_zero_info(f"{model}: {len(report.converted)} of {len(report.rows)} convolutions are active")
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.model.to(memory_format=self.memory_format)
+        self.compile_mode = compile_mode
+        self._compiled = False
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.lr_scheduler_interval = lr_scheduler_interval
@@ -124,6 +139,10 @@ class ImageClassifier(pl.LightningModule):
             raise ValueError(f"`num_classes` (={self.hparams['num_classes']}) is too small: the data have {classes}")
         if isinstance(channels, int) and channels != self.hparams["in_chans"]:
             raise ValueError(f"`in_chans` (={self.hparams['in_chans']}) does not fit: the images have {channels}")
+        if self.compile_mode is not None and not self._compiled:
+            # In place: names, checkpoints and surgery see the same module. Now, for callbacks may have converted it.
+            self.model.compile(mode=self.compile_mode)
+            self._compiled = True
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, in_chans, H, W) to class scores (N, num_classes)."""
@@ -174,7 +193,7 @@ class ImageClassifier(pl.LightningModule):
 
     def _scores(self, images: Tensor) -> tuple[Tensor, list[Tensor], float]:
         """Class scores, those of auxiliary heads (Inception and GoogLeNet have some in training), and their weight."""
-        output = self.model(images)
+        output = self.model(images.contiguous(memory_format=self.memory_format))
         weight = _AUXILIARY.get(type(output).__name__, 0.4)
         scores, *auxiliary = output if isinstance(output, tuple | list) else (output,)
         if not isinstance(scores, Tensor) or scores.ndim != 2:

@@ -25,6 +25,7 @@ from rich.table import Table
 from .callbacks import RoundThenFinetune
 from .callbacks.directory import run_directory
 from .commands import COMMANDS
+from .config_files import expand_configs
 from .metrics import model_statistics
 
 __all__ = ["ACULightningCLI", "main"]
@@ -113,9 +114,18 @@ class ACULightningCLI(LightningCLI):
 def main(args: ArgsType = None) -> None:
     """Run ``lightning-acu`` with ``args`` (default: those of the command line)."""
     given = sys.argv[1:] if args is None else args
-    if isinstance(given, list) and given and given[0] in COMMANDS:
-        COMMANDS[given[0]](given[1:])
-        return
+    if isinstance(given, list) and given:
+        if given[0] in COMMANDS:
+            COMMANDS[given[0]](given[1:])
+            return
+        try:
+            given = expand_configs(given)
+        except (FileNotFoundError, ValueError) as error:
+            sys.exit(f"lightning-acu: {error}")
+    if args is None:  # LightningCLI warns of arguments beside those of the command line
+        sys.argv[1:] = given
+    else:
+        args = given
     # Lightning's own use of torch and jsonargparse, once a loader: nothing that a user could change.
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     ACULightningCLI(

@@ -16,6 +16,7 @@ from rich.console import Console
 from torch import nn
 
 from .checkpoint import load_any
+from .config_files import base_of
 from .export import FORMATS, export_model
 from .models import create_model
 from .surgery import ACUReport, ConvertConfig, NoEffectWarning, report_acu
@@ -50,8 +51,16 @@ def _configs(arguments: Sequence[str]) -> None:
     target = options.to / known[name].name
     if target.exists():
         parser.error(f"{target} exists already; remove it or choose another directory with --to")
+    bases = []
+    source = known[name]
+    while (base := base_of(source)) is not None:  # next to it, where the copy looks for them
+        bases.append(source := base)
+        copy = options.to / base.name
+        if copy.exists() and copy.read_bytes() != base.read_bytes():
+            parser.error(f"{copy} exists already, and differs from what {name} builds on; choose another --to")
     options.to.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(known[name], target)
+    for path in (known[name], *bases):
+        shutil.copyfile(path, options.to / path.name)
     print(f"copied to {target}; run: lightning-acu fit --config {target}")
 
 

@@ -1,4 +1,8 @@
-"""Any timm or torchvision classification model by its name."""
+"""Any timm or torchvision classification model by its name.
+
+Importing this module also registers the networks of the paper's CIFAR experiments with timm
+(:mod:`lightning_acu.cifar_models`); ``import lightning_acu`` alone does not, for it loads nothing.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,8 @@ import torchvision
 from lightning.pytorch.utilities import rank_zero_info
 from timm.models import adapt_input_conv
 from torch import nn
+
+from . import cifar_models as cifar_models  # registers its networks
 
 __all__ = ["create_model"]
 
@@ -47,7 +53,7 @@ def create_model(
         tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
         if tag and tag not in tags:
             raise ValueError(
-                f"`model` (={name!r}): {architecture} has no weights called {tag!r}, but {', '.join(tags)}"
+                f"`model` (={name!r}): {architecture} has no weights called {tag!r}, but {', '.join(tags) or 'none'}"
             )
     model: nn.Module = timm.create_model(
         name, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans, **kwargs

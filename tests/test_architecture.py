@@ -21,10 +21,11 @@ LEVELS = [
     {"timm_convs"},
     {"surgery", "metrics", "figures"},
     {"callbacks", "export"},
+    {"cifar_models"},
     {"models", "data"},
     {"classifier", "architecture"},
     {"saving"},
-    {"checkpoint"},
+    {"checkpoint", "config_files"},
     {"commands"},
     {"cli"},
 ]
@@ -33,7 +34,7 @@ LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 #: Third-party packages that only some rooms may use.
 ALLOWED = {
     "lightning": {"callbacks", "models", "data", "classifier", "checkpoint", "cli"},
-    "timm": {"timm_convs", "surgery", "models", "data", "architecture", "commands"},
+    "timm": {"timm_convs", "surgery", "cifar_models", "models", "data", "architecture", "commands"},
     "torchvision": {"models", "data", "commands"},
     "torchmetrics": {"classifier", "metrics", "callbacks"},
     "scipy": {"lattice"},
@@ -41,7 +42,7 @@ ALLOWED = {
     "matplotlib": {"figures"},
     "rich": {"surgery", "commands", "cli"},
     "onnxruntime": {"export"},
-    "safetensors": {"saving"},
+    "safetensors": {"saving", "data"},
 }
 
 

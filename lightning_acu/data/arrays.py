@@ -10,15 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import ImageDataModule
-from .memory import TensorImages, image_transform, subset
+from .in_memory import InMemoryDataModule, Preprocessing
+from .memory import ImageTransform, TensorImages
 from .npz import ImageArrays, read_npz
-from .split import resolve_size, stratified_order
 
 __all__ = ["ArrayDataModule"]
 
 
-class ArrayDataModule(ImageDataModule):
+class ArrayDataModule(InMemoryDataModule):
     """Images from an .npz file with the arrays ``x_train``, ``y_train``, ``x_test`` and ``y_test``.
 
     Images are (N, H, W), (N, H, W, C) or (N, C, H, W) with C 1 or 3; uint8 is scaled to [0, 1], floating point is taken
@@ -32,10 +31,15 @@ class ArrayDataModule(ImageDataModule):
         val_size: images of ``x_train`` for validation; a float is a share of them. 0: no validation.
         crop_padding: pixels of zeros around a training image before a crop of its own size is taken at random.
         flip: mirror training images left and right with probability 1/2.
+        preprocessing: "normalize", by ``mean`` and ``std``, or "whiten", the paper's global contrast normalisation and
+            ZCA whitening, fitted on the images trained on; for images of up to 3 x 64 x 64.
+        on_device: hold the images on the training device and make batches there; faster, also on a CPU.
+        whitening_cache: folder in which the fitted whitening is kept. None: that of ``path``.
         **loader: ``batch_size``, ``num_workers``, ``pin_memory`` and ``seed`` of :class:`ImageDataModule`.
 
     Raises:
-        ValueError: ``crop_padding`` is negative.
+        ValueError: ``crop_padding`` is negative, ``mean`` or ``std`` is given with ``preprocessing="whiten"``, or an
+            argument does not fit :class:`InMemoryDataModule`.
     """
 
     needs_workers = False
@@ -48,15 +52,28 @@ class ArrayDataModule(ImageDataModule):
         val_size: int | float = 0.1,
         crop_padding: int = 0,
         flip: bool = False,
+        preprocessing: Preprocessing = "normalize",
+        on_device: bool = False,
+        whitening_cache: str | Path | None = None,
         **loader: Any,
     ) -> None:
         if crop_padding < 0:
             raise ValueError(f"`crop_padding` (={crop_padding}) must be at least 0 pixels")
-        super().__init__(**loader)
+        for name, value in (("mean", mean), ("std", std)):
+            if preprocessing == "whiten" and value is not None:
+                raise ValueError(
+                    f"`{name}` (={value}) has no use with `preprocessing='whiten'`, which needs neither; leave it out"
+                )
+        super().__init__(
+            preprocessing=preprocessing,
+            on_device=on_device,
+            whitening_cache=whitening_cache,
+            val_size=val_size,
+            **loader,
+        )
         self.path = Path(path).expanduser()
         self.mean = mean
         self.std = std
-        self.val_size = val_size
         self.crop_padding = crop_padding
         self.flip = flip
 
@@ -90,14 +107,12 @@ class ArrayDataModule(ImageDataModule):
         if self.train_set is not None:
             return
         x_train, y_train, x_test, y_test = self._arrays
-        mean, std = self._statistics(x_train)
-        plain = image_transform(self.image_size, mean, std)
-        augmenting = image_transform(self.image_size, mean, std, self.crop_padding, self.flip)
-
-        vals = resolve_size("val_size", self.val_size, len(y_train))
-        val, train = stratified_order(y_train, self.seed).tensor_split([vals])
-        self.train_set = subset(TensorImages(x_train, y_train, augmenting), train)
-        self.val_set = subset(TensorImages(x_train, y_train, plain), val)
+        mean, std = self._statistics(x_train) if self.preprocessing == "normalize" else (None, None)
+        plain = ImageTransform(self.image_size, mean, std)
+        augmenting = ImageTransform(self.image_size, mean, std, crop_padding=self.crop_padding, flip=self.flip)
+        self._set_training(x_train, y_train, plain, augmenting, self.path.parent)
+        if self._whitening is not None:
+            x_test = self._whitening(x_test)
         self.test_set = TensorImages(x_test, y_test, plain)
 
     def _statistics(self, images: Tensor) -> tuple[list[float], list[float]]:

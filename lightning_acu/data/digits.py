@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .base import ImageDataModule
-from .memory import TensorImages, image_transform, subset
+from .memory import ImageTransform, TensorImages, subset
 from .split import resolve_size, stratified_order
 
 __all__ = ["DigitsDataModule"]
@@ -70,6 +70,6 @@ class DigitsDataModule(ImageDataModule):
         test, val, train = stratified_order(labels, self.seed).tensor_split([tests, tests + vals])
 
         shift = _CROP_PADDING if self.augment else 0
-        augmented = TensorImages(images, labels, image_transform(self.image_size, _MEAN, _STD, crop_padding=shift))
-        plain = TensorImages(images, labels, image_transform(self.image_size, _MEAN, _STD))
+        augmented = TensorImages(images, labels, ImageTransform(self.image_size, _MEAN, _STD, crop_padding=shift))
+        plain = TensorImages(images, labels, ImageTransform(self.image_size, _MEAN, _STD))
         self.train_set, self.val_set, self.test_set = subset(augmented, train), subset(plain, val), subset(plain, test)

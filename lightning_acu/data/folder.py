@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import timm
+from PIL.Image import Image
 from timm.data import create_transform, resolve_data_config  # type: ignore[attr-defined]
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import find_classes
+from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
-from .base import ImageDataModule
+from .class_folders import ClassFoldersDataModule
 
 __all__ = ["ImageFolderDataModule"]
 
 
-class ImageFolderDataModule(ImageDataModule):
+class ImageFolderDataModule(ClassFoldersDataModule):
     """Images in folders, one for each class: ``root/train/CLASS/*.jpg`` and ``root/val/CLASS/*.jpg``.
 
     Training images are cropped, resized and mirrored at random; others are resized and cropped at the centre. A setting
@@ -50,8 +49,6 @@ class ImageFolderDataModule(ImageDataModule):
             not fit.
     """
 
-    in_chans = 3
-
     def __init__(
         self,
         root: str | Path,
@@ -78,9 +75,8 @@ class ImageFolderDataModule(ImageDataModule):
             raise ValueError(f"`interpolation` (={interpolation!r}) must be one of {modes}")
         if crop_pct is not None and not 0 < crop_pct <= 1:
             raise ValueError(f"`crop_pct` (={crop_pct}) must be a share of a side: above 0 and at most 1")
-        super().__init__(**loader)
-        self.root = Path(root).expanduser()
-        self.folders = {"train": train, "val": val} | ({} if test is None else {"test": test})
+        folders = {"train": train, "val": val} | ({} if test is None else {"test": test})
+        super().__init__(root=root, folders=folders, **loader)
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
         #: Arguments of timm's ``create_transform`` that training and evaluation share.
         self.preprocessing: dict[str, Any] = resolve_data_config(  # type: ignore[no-untyped-call]
@@ -107,52 +103,13 @@ class ImageFolderDataModule(ImageDataModule):
         height, width = self.preprocessing["input_size"][1:]
         return height, width
 
-    @property
-    def num_classes(self) -> int:
-        """The number of class folders."""
-        return len(self.classes)
-
-    @cached_property
-    def classes(self) -> list[str]:
-        """Names of the classes, in the order of the labels: of the first of the three folders that exists."""
-        present = (argument for argument, folder in self.folders.items() if (self.root / folder).is_dir())
-        names: list[str] = find_classes(self._folder(next(present, "train")))[0]
-        return names
-
-    def setup(self, stage: str | None = None) -> None:
-        """List the images that the stage needs, once. Only fitting needs the training images.
-
-        Raises:
-            FileNotFoundError: a folder is missing, or has no class or a class without images.
-            ValueError: the classes of two folders differ.
-        """
-        evaluation = create_transform(**self.preprocessing)
-        if stage in (None, "fit") and self.train_set is None:
-            augmenting = create_transform(**self.preprocessing, **self.augmentation, is_training=True)
-            self.train_set = self._open("train", augmenting)
-        if stage in (None, "fit", "validate") and self.val_set is None:
-            self.val_set = self._open("val", evaluation)
-        if stage in (None, "test", "predict") and self.test_set is None:
-            self.test_set = self._open("test" if "test" in self.folders else "val", evaluation)
-
-    def _open(self, argument: str, transform: Any) -> ImageFolder:
-        dataset = ImageFolder(self._folder(argument), transform)
-        ours, theirs = set(self.classes), set(dataset.classes)
-        if ours != theirs:
-            raise ValueError(
-                f"`{argument}` (={self.folders[argument]!r}) must have the class folders of `train`: "
-                f"it lacks {sorted(ours - theirs)[:5]} and adds {sorted(theirs - ours)[:5]}"
-            )
-        return dataset
-
-    def _folder(self, argument: str) -> Path:
-        folder = (self.root / self.folders[argument]).absolute()
-        if not folder.is_dir() or not any(entry.is_dir() for entry in folder.iterdir()):
-            raise FileNotFoundError(
-                f"`{argument}` (={self.folders[argument]!r}): {folder} "
-                f"{'has no class folders' if folder.is_dir() else 'does not exist'}; expected {folder}/CLASS/*.jpg"
-            )
-        return folder
+    def _transform(self, training: bool) -> Callable[[Image], Tensor]:
+        """From an image of any size to (3, height, width)."""
+        augmentation = self.augmentation if training else {}
+        transform: Callable[[Image], Tensor] = create_transform(
+            **self.preprocessing, **augmentation, is_training=training
+        )
+        return transform
 
 
 def _published(model: str) -> dict[str, Any]:

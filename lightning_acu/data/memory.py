@@ -1,4 +1,4 @@
-"""Images that fit in memory: a dataset over tensors, and the transforms that small images need."""
+"""Images that fit in memory: a dataset over tensors, and the transform that small images need."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from torchvision.transforms import v2
 
-__all__ = ["TensorImages", "image_transform", "subset"]
+__all__ = ["ImageTransform", "TensorImages", "subset"]
 
 
 class TensorImages(Dataset[tuple[Tensor, int]]):
@@ -38,30 +38,44 @@ def subset(images: TensorImages, indices: Tensor) -> Subset[tuple[Tensor, int]]:
     return Subset(images, indices.tolist())
 
 
-def image_transform(
-    size: tuple[int, int],
-    mean: Sequence[float],
-    std: Sequence[float],
-    crop_padding: int = 0,
-    flip: bool = False,
-) -> Callable[[Tensor], Tensor]:
+class ImageTransform:
     """The usual transform of small images: shifted and mirrored at random if asked for, then normalised.
+
+    It takes one image (C, H, W), uint8 (scaled to [0, 1]) or float32 (taken as it is), and gives float32.
+    :class:`~lightning_acu.data.device_loader.DeviceLoader` does the same to whole batches, from the attributes.
 
     Args:
         size: (height, width) of the images, in pixels.
-        mean: (C,), of images in [0, 1].
+        mean: (C,), of images in [0, 1]. None, with ``std``: nothing is subtracted or divided by.
         std: (C,), of images in [0, 1].
         crop_padding: pixels of zeros around the image before a crop of its own size is taken at random.
         flip: mirror left and right with probability 1/2.
-
-    Returns:
-        A function from one image (C, H, W), uint8 (scaled to [0, 1]) or float32 (taken as it is), to float32.
     """
-    steps: list[Callable[[Tensor], Tensor]] = []
-    if crop_padding:
-        steps.append(v2.RandomCrop(size, padding=crop_padding))
-    if flip:
-        steps.append(v2.RandomHorizontalFlip())
-    steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
-    transform: Callable[[Tensor], Tensor] = v2.Compose(steps)
-    return transform
+
+    def __init__(
+        self,
+        size: tuple[int, int],
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        crop_padding: int = 0,
+        flip: bool = False,
+    ) -> None:
+        self.size = size
+        self.mean = mean
+        self.std = std
+        self.crop_padding = crop_padding
+        self.flip = flip
+        steps: list[Callable[[Tensor], Tensor]] = []
+        if crop_padding:
+            steps.append(v2.RandomCrop(size, padding=crop_padding))
+        if flip:
+            steps.append(v2.RandomHorizontalFlip())
+        steps.append(v2.ToDtype(torch.float32, scale=True))
+        if mean is not None and std is not None:
+            steps.append(v2.Normalize(list(mean), list(std)))
+        self._steps = v2.Compose(steps)
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """One image (C, H, W), transformed: float32."""
+        transformed: Tensor = self._steps(image)
+        return transformed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,7 +62,9 @@ def _load(path: Path) -> dict[str, NDArray[Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"`path` (={str(path)!r}) names no file; give an .npz archive of {', '.join(_KEYS)}")
     if not zipfile.is_zipfile(path):
-        raise ValueError(f"`path` (={str(path)!r}) is not an .npz archive; write one with numpy.savez")
+        raise ValueError(
+            f"`path` (={str(path)!r}) is not an .npz archive, or only the beginning of one; write one with numpy.savez"
+        )
     # Pickled arrays could run any code, and images and labels do not need them.
     with np.load(path, allow_pickle=False) as archive:
         missing = [key for key in _KEYS if key not in archive]
@@ -69,7 +72,11 @@ def _load(path: Path) -> dict[str, NDArray[Any]]:
             raise ValueError(
                 f"`path` (={str(path)!r}) lacks {', '.join(missing)}; it has {', '.join(archive.files) or 'no arrays'}"
             )
-        return {key: archive[key] for key in _KEYS}
+        try:
+            return {key: archive[key] for key in _KEYS}
+        # Checksums and compressed data that are wrong; NumPy's headers are behind the checksums.
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise ValueError(f"`path` (={str(path)!r}) is damaged ({error}); get or write it again") from error
 
 
 def _check_labels(name: str, y: NDArray[Any]) -> None:

@@ -1,7 +1,8 @@
-"""Small archives and the digits, read once."""
+"""Small archives, a machine without a network, and the digits, read once."""
 
 from functools import cache
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -29,6 +30,17 @@ def save(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Downloads of torchvision fail."""
+
+    def fail(*_, **__):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", fail)
+    monkeypatch.setattr("torchvision.datasets.utils._get_redirect_url", fail)
 
 
 @pytest.fixture(scope="session")

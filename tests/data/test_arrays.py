@@ -195,6 +195,8 @@ def test_arguments_that_do_not_fit(arrays, save):
             ValueError, match=rf"^`{name}` \(=\[0.5\]\) must have one number for each of the 3 channels$"
         ):
             ready(path, **{name: [0.5]})
+        with pytest.raises(ValueError, match=rf"^`{name}` \(=\[1.0\]\) has no use with `preprocessing='whiten'`"):
+            ArrayDataModule(path, preprocessing="whiten", **{name: [1.0]})
     with pytest.raises(ValueError, match=r"^`std` \(=\[1.0, 0.0, 1.0\]\), given, must be positive"):
         ready(path, std=[1.0, 0.0, 1.0])
     with pytest.raises(ValueError, match=r"^`val_size` \(=90\) must be smaller than the 90 training images$"):
@@ -211,3 +213,15 @@ def test_images_without_contrast(arrays, save):
     arrays["x_test"] = arrays["x_test"].astype(float)
     with pytest.raises(ValueError, match=r"^`std` \(=\[nan, nan, nan\]\), computed from `x_train`"):
         ready(save(arrays))
+
+
+def test_a_damaged_archive(arrays, save):
+    path = save(arrays)
+    content = bytearray(path.read_bytes())
+    content[2000] ^= 1  # in x_train
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^`path` \(='{path}'\) is damaged \(Bad CRC-32.*\); get or write it again$"):
+        ready(path)
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"is not an .npz archive, or only the beginning of one; write one with"):
+        ready(path)

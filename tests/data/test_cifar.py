@@ -4,7 +4,6 @@ import pickle
 import tarfile
 from http.client import IncompleteRead
 from pathlib import Path
-from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -47,15 +46,6 @@ def root(tmp_path, monkeypatch, classes):
     monkeypatch.setattr(source, "meta", source.meta | {"md5": None})
     write(source, tmp_path / source.base_folder, classes)
     return tmp_path
-
-
-@pytest.fixture
-def no_network(monkeypatch):
-    def fail(*_, **__):
-        raise URLError("no route to host")
-
-    monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", fail)
-    monkeypatch.setattr("torchvision.datasets.utils._get_redirect_url", fail)
 
 
 def ready(root, classes=10, stage=None, **arguments):
@@ -150,20 +140,106 @@ def test_damaged_download(tmp_path, monkeypatch, ending):
 
     monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", retrieve)
     monkeypatch.setattr("torchvision.datasets.utils._get_redirect_url", lambda url, **_: url)
-    with pytest.raises(RuntimeError, match=r"^could not get CIFAR10 \(.*\). Put cifar-10-python.tar.gz"):
+    with pytest.raises(
+        RuntimeError, match=r"^could not get CIFAR10 \(.*\): .* is damaged, for its checksum is wrong. Put"
+    ):
         CIFARDataModule(tmp_path).prepare_data()
 
 
 @pytest.mark.parametrize("stage", ["fit", "test"])
 def test_missing_files_without_download(tmp_path, stage):
-    with pytest.raises(
-        FileNotFoundError, match=r"^CIFAR10 is missing or damaged. Put cifar-10-python.tar.gz, from http"
-    ):
+    message = (
+        "^CIFAR10 is missing or damaged: `root` has no folder cifar-10-batches-py. Put cifar-10-python.tar.gz, from"
+    )
+    with pytest.raises(FileNotFoundError, match=message):
         ready(tmp_path, stage=stage, download=False)
+
+
+def test_missing_root(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"^CIFAR10 is .*: `root` \(='.*nowhere'\) does not exist. Put"):
+        ready(tmp_path / "nowhere", download=False)
+
+
+def test_other_number_of_classes(root, classes, no_network):
+    other = 110 - classes
+    have, want = (("cifar-10-batches-py", "CIFAR100"), ("cifar-100-python", "CIFAR10"))[classes == 100]
+    message = f"`root` has {have}, which is for `num_classes={classes}`. Put cifar-{other}-python.tar.gz"
+    with pytest.raises(FileNotFoundError, match=rf"^{want} is missing or damaged: {message}"):
+        ready(root, other, download=False)
+    with pytest.raises(RuntimeError, match=rf"^could not get {want} \(.*no route to host.*\): {message}"):
+        ready(root, other)
+
+
+def test_damaged_files_are_named(root, classes, monkeypatch):
+    source = {10: CIFAR10, 100: CIFAR100}[classes]
+    (name, _), *others = source.train_list
+    monkeypatch.setattr(source, "train_list", [[name, "0" * 32], *others])
+    with pytest.raises(FileNotFoundError, match=rf"{source.base_folder} lacks {name}, or these are damaged. Put"):
+        ready(root, classes, download=False)
+    monkeypatch.setattr(source, "train_list", [[name, None], *others])
+    (root / source.base_folder / source.meta["filename"]).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"lacks {source.meta['filename']}, or these are damaged. Put"):
+        ready(root, classes, download=False)
+
+
+@pytest.fixture
+def whitenings(monkeypatch):
+    """What whitening was asked for; decomposing 3072 x 3072 numbers takes too long here, so it only subtracts 100."""
+    asked = []
+
+    def fake(images, indices, folder):
+        asked.append((images, sorted(indices.tolist()), folder))
+        return lambda images: images.float() - 100
+
+    monkeypatch.setattr("lightning_acu.data.in_memory.cached_whitening", fake)
+    return asked
+
+
+@pytest.mark.parametrize("stages", [["fit", "test"], ["test", "fit"], [None]])
+def test_whitening_is_fitted_once_on_the_images_trained_on(root, classes, whitenings, stages):
+    plain = ready(root, classes, val_size=20)
+    data = CIFARDataModule(root, classes, val_size=20, preprocessing="whiten", augment=False)
+    for stage in stages:
+        data.setup(stage)
+    ((images, indices, folder),) = whitenings
+    assert folder == root
+    assert torch.equal(images, plain.train_set.dataset.images)
+    assert indices == sorted(plain.train_set.indices) == sorted(data.train_set.indices)
+    for name in ("train_set", "val_set", "test_set"):
+        # Whitened, and nothing else done to it.
+        one, (image, label) = getattr(plain, name), getattr(data, name)[3]
+        source, index = (one, 3) if name == "test_set" else (one.dataset, one.indices[3])
+        assert torch.equal(image, source.images[index] - 100.0)
+        assert label == source.labels[index]
+
+
+def test_whitened_images_are_padded_with_zeros_after_whitening(root, classes, whitenings, tmp_path):
+    data = ready(root, classes, "fit", val_size=20, preprocessing="whiten", whitening_cache=tmp_path / "cache")
+    assert whitenings[0][2] == tmp_path / "cache"
+    assert data.train_set.dataset.images.amin() < -1
+    rows = torch.stack([data.train_set[0][0][2] for _ in range(50)])  # blue is the row less 100 where there is an image
+    assert set(rows.unique().tolist()) == {0.0, *(row - 100.0 for row in range(32))}
+
+
+def test_batches_on_the_device_are_those_of_single_images(root, classes):
+    arguments = {"val_size": 20, "batch_size": 16}
+    data, single = ready(root, classes, on_device=True, **arguments), ready(root, classes, num_workers=0, **arguments)
+    for loader in ("val_dataloader", "test_dataloader", "predict_dataloader"):
+        batches = zip(getattr(data, loader)(), getattr(single, loader)(), strict=True)
+        assert all(torch.equal(i, j) and torch.equal(k, n) for (i, k), (j, n) in batches)
+    train = data.train_dataloader()
+    assert len(train) == 5
+    images, labels = next(iter(train))
+    assert (images.shape, images.dtype, labels.dtype) == ((16, 3, 32, 32), torch.float32, torch.int64)
 
 
 def test_bad_arguments(root, classes):
     with pytest.raises(ValueError, match=r"^`num_classes` \(=20\) must be 10, for CIFAR-10, or 100, for CIFAR-100$"):
         CIFARDataModule(root, num_classes=20)
+    with pytest.raises(ValueError, match=r"^`preprocessing` \(='zca'\) must be 'normalize' or 'whiten'$"):
+        CIFARDataModule(root, preprocessing="zca")
+    for name, value in (("num_workers", 2), ("pin_memory", True)):
+        with pytest.raises(ValueError, match=rf"^`{name}` \(={value}\) has no use with `on_device=True`"):
+            CIFARDataModule(root, on_device=True, **{name: value})
     with pytest.raises(ValueError, match=r"^`val_size` \(=5000\) must be smaller than the 100 training images$"):
         ready(root, classes)

@@ -13,8 +13,16 @@ ARGUMENTS = {
     "DigitsDataModule": {"val_size": 100, "test_size": 0.3, "augment": False},
     "ArrayDataModule": {
         "path": "images.npz", "mean": [0.5], "std": [0.25], "val_size": 0.2, "crop_padding": 2, "flip": True,
+        "preprocessing": "normalize", "on_device": False, "whitening_cache": "cache",
     },
-    "CIFARDataModule": {"root": "here", "num_classes": 100, "val_size": 0.1, "augment": False, "download": False},
+    "CIFARDataModule": {
+        "root": "here", "num_classes": 100, "val_size": 0.1, "augment": False, "download": False,
+        "preprocessing": "whiten", "on_device": False, "whitening_cache": "cache",
+    },
+    "Places365DataModule": {
+        "root": "here", "image_size": 227, "num_classes": 12, "mean": [0.1, 0.2, 0.3], "std": [0.3, 0.2, 0.1],
+        "download": True,
+    },
     "ImageFolderDataModule": {
         "root": "here", "train": "a", "val": "b", "test": "c", "image_size": [160, 192], "mean": [0.1, 0.2, 0.3],
         "std": [0.3, 0.2, 0.1], "interpolation": "bilinear", "crop_pct": 0.9, "transforms_of": "test_resnet",

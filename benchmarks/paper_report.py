@@ -1,0 +1,248 @@
+"""From finished runs to a table beside the poster's, its figure, and how positions moved while they learned."""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only, also where there is a screen
+import matplotlib.pyplot as plt
+from paper_tables import Row
+from rich.console import Console
+from rich.table import Table
+
+__all__ = ["compare", "displacements", "finished_runs", "report"]
+
+_OURS, _POSTER = "tab:blue", "0.7"
+
+
+def report(name: str, rows: Sequence[Row], folder: Path) -> None:
+    """Print the table of the runs in ``folder`` and write it there: runs.csv, table.csv, displacement.csv, figures.
+
+    Raises:
+        FileNotFoundError: no run is finished.
+    """
+    runs = {row.name: finished_runs(folder, row) for row in rows}
+    if not any(runs.values()):
+        raise FileNotFoundError(f"{folder} has no finished run (ROW/seedN/result.json) of {', '.join(runs)}")
+    lines = [compare(row, runs) for row in rows if runs[row.name]]
+    Console(width=None if sys.stdout.isatty() else 120).print(_table(name, lines))
+    every = [run for row in rows for run in runs[row.name]]
+    written = [folder / f"{file}.csv" for file in ("runs", "table")]
+    _write(written[0], [_flat(run) for run in every])
+    _write(written[1], lines)
+    written += _draw_table(name, lines, folder)
+    if moved := displacements(folder, every):
+        written.append(folder / "displacement.csv")
+        _write(written[-1], moved)
+        written.append(_draw_displacements(moved, every, folder))
+        written += _draw_shapes(folder, every)
+    print("written:", *(str(path) for path in written), sep="\n  ")
+
+
+def finished_runs(folder: Path, row: Row) -> list[dict[str, Any]]:
+    """The results of ``row``, by seed."""
+    found = [json.loads(path.read_text()) for path in folder.glob(f"{row.name}/seed*/result.json")]
+    return sorted(found, key=lambda run: run["seed"])
+
+
+def compare(row: Row, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """A line of the table, in percent; the improvement is that over the base's run of the same seed.
+
+    Standard deviations are those of the runs (n - 1), None where there is one run only.
+    """
+    values = {run["seed"]: run["value"] for run in runs[row.name]}
+    bases = {run["seed"]: run["value"] for run in runs.get(row.base or "", [])}
+    sign = 1 if row.higher_is_better else -1
+    gains = [sign * (value - bases[seed]) for seed, value in values.items() if seed in bases]
+    poster_base = next((other.poster for other in _table_of(row) if other.name == row.base), None)
+    return {
+        "row": row.name,
+        "metric": row.metric,
+        "parameters": runs[row.name][0]["parameters"],
+        "steps": runs[row.name][0]["steps"],
+        "seeds": len(values),
+        "mean": statistics.fmean(values.values()),
+        "std": statistics.stdev(values.values()) if len(values) > 1 else None,
+        "improvement": statistics.fmean(gains) if gains else None,
+        "improvement_std": statistics.stdev(gains) if len(gains) > 1 else None,
+        "poster": row.poster,
+        "poster_improvement": None if poster_base is None else sign * (row.poster - poster_base),
+        "minutes": statistics.fmean(run["seconds"] for run in runs[row.name]) / 60,
+    }
+
+
+def displacements(folder: Path, runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """How far the taps of each layer were from the grid, and how fast they moved, at each record of each run."""
+    found = []
+    for run in runs:
+        with (folder / run["row"] / f"seed{run['seed']}" / "metrics.csv").open(newline="") as file:
+            for record in csv.DictReader(file):
+                found += [
+                    {
+                        "row": run["row"],
+                        "seed": run["seed"],
+                        "step": int(record["step"]),
+                        "layer": key.removeprefix(prefix),
+                        "mean_displacement": float(value),
+                        "max_displacement": float(record[key.replace("mean", "max")]),
+                        "step_speed": float(record[key.replace("mean_displacement", "step_speed")]),
+                    }
+                    for key, value in record.items()
+                    if value and key.startswith(prefix := "acu/mean_displacement/")
+                ]
+    return found
+
+
+def _table_of(row: Row) -> list[Row]:
+    from paper_tables import TABLES
+
+    return next(rows for rows in TABLES.values() if row in rows)
+
+
+def _table(name: str, lines: Sequence[dict[str, Any]]) -> Table:
+    metric = "top-5 accuracy" if "top5" in lines[0]["metric"] else "error"
+    made = Table(title=f"{name}: {metric} on the test images, mean ± standard deviation over seeds", pad_edge=False)
+    for text in ("row", "parameters", "steps", "seeds", f"{metric} %", "gain on base", "poster %", "poster's gain"):
+        made.add_column(text, justify="left" if text == "row" else "right")
+    for line in lines:
+        made.add_row(
+            line["row"],
+            f"{line['parameters']:,}",
+            f"{line['steps']:,}",
+            str(line["seeds"]),
+            _with_spread(line["mean"], line["std"]),
+            _with_spread(line["improvement"], line["improvement_std"], "+"),
+            f"{line['poster']:.2f}",
+            _with_spread(line["poster_improvement"], None, "+"),
+        )
+    return made
+
+
+def _with_spread(mean: float | None, std: float | None, sign: str = "") -> str:
+    if mean is None:
+        return "-"
+    return f"{mean:{sign}.2f}" + ("" if std is None else f" ± {std:.2f}")
+
+
+def _flat(run: dict[str, Any]) -> dict[str, Any]:
+    """A run in one line; its folder holds the rest."""
+    config = run["config"]
+    callbacks = {c["class_path"].rpartition(".")[2]: c["init_args"] for c in config["trainer"]["callbacks"]}
+    return {
+        **{key: run[key] for key in ("row", "seed", "steps", "parameters", "metric", "value")},
+        "errors_by_stage": "; ".join(f"{stage} {100 * test['test/error']:.2f}" for stage, test in run["test"].items()),
+        "batch_size": config["data"]["init_args"]["batch_size"],
+        "lr": config["model"]["init_args"]["optimizer"]["init_args"]["lr"],
+        "position_multiplier": callbacks.get("PositionLRSchedule", {}).get("multiplier"),
+        "minutes": round(run["seconds"] / 60, 2),
+        **{key: run[key] for key in ("attempts", "device", "threads", "finished")},
+        "versions": " ".join(f"{package}-{version}" for package, version in run["versions"].items()),
+    }
+
+
+def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
+
+
+def _draw_table(name: str, lines: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
+    """Improvements beside the poster's; nothing where there is no row with a base."""
+    compared = [line for line in lines if line["improvement"] is not None]
+    if not compared:
+        return []
+    figure, axes = plt.subplots(figsize=(1.5 + 1.1 * len(compared), 3.2), layout="constrained")
+    places = range(len(compared))
+    ours = [line["improvement"] for line in compared]
+    spread = [line["improvement_std"] or 0.0 for line in compared]
+    axes.bar([p - 0.2 for p in places], ours, 0.4, yerr=spread, capsize=3, color=_OURS, label="these runs")
+    posters = [line["poster_improvement"] for line in compared]
+    axes.bar([p + 0.2 for p in places], posters, 0.4, color=_POSTER, label="poster")
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xticks(list(places), [line["row"] for line in compared])
+    axes.set_ylabel("improvement over base, points")
+    axes.set_title(f"{name}, {compared[0]['seeds']} seeds", fontsize=10)
+    axes.legend(frameon=False)
+    return [_save(figure, folder / "table.png")]
+
+
+def _draw_displacements(moved: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]], folder: Path) -> Path:
+    """A panel for each row: mean displacement of each layer over the steps, mean and range of the seeds."""
+    rows = list(dict.fromkeys(record["row"] for record in moved))
+    layers = list(dict.fromkeys(record["layer"] for record in moved))
+    colours = plt.get_cmap("viridis")
+    figure, panels = plt.subplots(
+        1, len(rows), figsize=(1 + 4 * len(rows), 3.2), layout="constrained", sharey=True, squeeze=False
+    )
+    for panel, row in zip(panels[0], rows, strict=True):
+        for number, layer in enumerate(layers):
+            by_step: dict[int, list[float]] = {}
+            for record in moved:
+                if record["row"] == row and record["layer"] == layer:
+                    by_step.setdefault(record["step"], []).append(record["mean_displacement"])
+            steps = sorted(by_step)
+            colour = colours(number / max(1, len(layers) - 1))
+            panel.plot(steps, [statistics.fmean(by_step[s]) for s in steps], color=colour, label=_short(layer))
+            low, high = ([choose(by_step[s]) for s in steps] for choose in (min, max))
+            panel.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+        for step, style in _moments(next(run for run in runs if run["row"] == row)["config"]):
+            panel.axvline(step, color="0.5", linestyle=style, linewidth=0.8)
+        panel.set_title(row, fontsize=10)
+        panel.set_xlabel("step")
+    panels[0][0].set_ylabel("mean displacement, pixels")
+    if len(layers) <= 8:
+        panels[0][-1].legend(frameon=False, fontsize=8)
+    return _save(figure, folder / "displacement.png")
+
+
+def _moments(config: dict[str, Any]) -> list[tuple[int, str]]:
+    """End of the warm-up (dashed), learning-rate steps (dotted), rounding (solid)."""
+    found = [(step, ":") for step in config["model"]["init_args"]["lr_scheduler"]["init_args"]["milestones"]]
+    for callback in config["trainer"]["callbacks"]:
+        arguments = callback["init_args"]
+        found += [
+            (arguments[key], style) for key, style in (("warmup_steps", "--"), ("at_step", "-")) if key in arguments
+        ]
+    return found
+
+
+def _short(layer: str) -> str:
+    return layer.removeprefix("model.").removesuffix(".conv").replace(".", "/")
+
+
+def _draw_shapes(folder: Path, runs: Sequence[dict[str, Any]]) -> list[Path]:
+    """For each row with learned shapes, those of its first seed under each other, as OffsetLogger drew them."""
+    pictures = {}
+    for run in runs:
+        attempt = folder / run["row"] / f"seed{run['seed']}" / f"attempt_{run['attempts'] - 1}" / "shapes.png"
+        if attempt.exists():
+            pictures.setdefault(run["row"], attempt)
+    if not pictures:
+        return []
+    images = {row: plt.imread(path) for row, path in pictures.items()}
+    heights = [10 * image.shape[0] / image.shape[1] for image in images.values()]
+    figure, panels = plt.subplots(
+        len(images), 1, figsize=(10, sum(heights) + 0.3 * len(images)), height_ratios=heights, squeeze=False
+    )
+    figure.subplots_adjust(0, 0, 1, 0.95, hspace=0.1)
+    for panel, (row, image) in zip(panels[:, 0], images.items(), strict=True):
+        panel.imshow(image)
+        panel.set_title(row, fontsize=10)
+        panel.axis("off")
+    return [_save(figure, folder / "shapes.png")]
+
+
+def _save(figure: Any, path: Path) -> Path:
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path

@@ -1,0 +1,124 @@
+"""From a configuration of configs/paper to that of one run: length, data, seed and where its files go."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+from paper_tables import Row
+
+from lightning_acu.commands import configs_directory
+from lightning_acu.config_files import load_config
+
+__all__ = ["checkpoint_interval", "effective_config", "length_of"]
+
+#: Arguments that count steps, by the last part of a callback's class path.
+_STEPS = {
+    "PositionLRSchedule": ("warmup_steps",),
+    "RoundThenFinetune": ("at_step",),
+    "OffsetLogger": ("every_n_steps",),
+    "ModelCheckpoint": ("every_n_train_steps",),
+}
+
+
+def effective_config(row: Row, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """The configuration of ``row`` as it is run; paths in it are relative to the run's folder.
+
+    ``options``: ``steps`` (None: the paper's), ``batch_size``, ``lr``, ``multiplier``, ``data``, ``preprocessing`` and
+    ``device`` of the command line, each None where the configuration decides.
+    """
+    config = load_config(configs_directory() / "paper" / f"{row.config}.yaml")
+    config["seed_everything"] = seed
+    trainer, optimizer = config["trainer"], config["model"]["init_args"]["optimizer"]["init_args"]
+    published = _learning_steps(config)
+    steps = options.steps or published
+    _shorten(config, steps / published)
+    for callback, arguments in _callbacks(config):
+        if callback == "ModelCheckpoint":
+            arguments["dirpath"] = "checkpoints"
+            arguments["every_n_train_steps"] = checkpoint_interval(steps)
+        if callback == "PositionLRSchedule":
+            # Another learning rate of the weights is none of the positions.
+            arguments["multiplier"] *= 1 if options.lr is None else optimizer["lr"] / options.lr
+            arguments["multiplier"] = options.multiplier or float(f"{arguments['multiplier']:.3g}")
+        if callback == "RoundThenFinetune" and options.lr is not None:
+            arguments["finetune_lr"] *= options.lr / optimizer["lr"]
+    if options.lr is not None:
+        optimizer["lr"] = options.lr
+    if options.device is not None:
+        trainer["accelerator"] = options.device
+    trainer["logger"] = {
+        "class_path": "lightning.pytorch.loggers.CSVLogger",
+        # Every record is on disk before the next checkpoint: nothing of it is lost when the run is killed.
+        "init_args": {"save_dir": ".", "name": "", "flush_logs_every_n_steps": 1},
+    }
+    trainer["enable_progress_bar"] = False
+    trainer["enable_model_summary"] = False
+    _set_data(config, options)
+    return config
+
+
+def length_of(config: dict[str, Any]) -> int:
+    """Steps of the whole training, fine-tuning included."""
+    steps: int = config["trainer"]["max_steps"]
+    return steps
+
+
+def checkpoint_interval(steps: int) -> int:
+    """About a twentieth of ``steps`` and a divisor of it, so that the last checkpoint is the trained network."""
+    return next(n for n in range(max(1, steps // 20), steps + 1) if steps % n == 0)
+
+
+def _learning_steps(config: dict[str, Any]) -> int:
+    """Steps before a fine-tuning: those that ``--steps`` stands for."""
+    rounded = [arguments["at_step"] for name, arguments in _callbacks(config) if name == "RoundThenFinetune"]
+    return rounded[0] if rounded else length_of(config)
+
+
+def _callbacks(config: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    return [
+        (callback["class_path"].rpartition(".")[2], callback.setdefault("init_args", {}))
+        for callback in config["trainer"]["callbacks"]
+    ]
+
+
+def _shorten(config: dict[str, Any], factor: float) -> None:
+    """All that counts steps times ``factor``, in place."""
+
+    def scaled(steps: int) -> int:
+        return max(1, round(steps * factor))
+
+    if factor == 1:
+        return
+    trainer = config["trainer"]
+    trainer["max_steps"] = scaled(trainer["max_steps"])
+    trainer["log_every_n_steps"] = scaled(trainer["log_every_n_steps"])
+    schedule = config["model"]["init_args"]["lr_scheduler"]["init_args"]
+    schedule["milestones"] = [scaled(step) for step in schedule["milestones"]]
+    for callback, arguments in _callbacks(config):
+        for name in _STEPS.get(callback, ()):
+            arguments[name] = scaled(arguments[name])
+        if callback == "PositionLRSchedule":
+            # Taps wander: how far they get grows with the root of the number of steps.
+            arguments["multiplier"] /= math.sqrt(factor)
+
+
+def _set_data(config: dict[str, Any], options: argparse.Namespace) -> None:
+    data = config["data"]
+    arguments = data["init_args"]
+    if options.data is not None:
+        path = Path(options.data).expanduser().resolve()
+        if path.suffix == ".npz":
+            kept = {name: arguments[name] for name in ("preprocessing", "on_device", "batch_size") if name in arguments}
+            data["class_path"] = "lightning_acu.data.ArrayDataModule"
+            arguments = data["init_args"] = {"path": str(path), "val_size": 0, "crop_padding": 4, "flip": True, **kept}
+        else:
+            arguments["root"] = str(path)
+    else:
+        arguments["root"] = str(Path(arguments["root"]).resolve())
+    if options.preprocessing is not None:
+        arguments["preprocessing"] = options.preprocessing
+    if options.batch_size is not None:
+        arguments["batch_size"] = options.batch_size

@@ -1,0 +1,128 @@
+"""Configuration files that build on another: ``base: FILE`` at the top of a YAML file.
+
+A file says only what differs from its base, which may have a base itself:
+
+    base: cifar10_plain.yaml            # relative to the folder of this file
+    model:
+      init_args:
+        convert: {kernel_sizes: [3]}    # mappings merge, key by key; anything else replaces what the base says
+    trainer:
+      callbacks+:                       # "+" after a key: these come after those of the base's list
+        - class_path: lightning_acu.callbacks.OffsetLogger
+
+Where a mapping names another ``class_path`` than the base does, it replaces the base's: the arguments of one class mean
+nothing to another.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import get_loader
+
+__all__ = ["BASE", "base_of", "expand_configs", "load_config"]
+
+BASE = "base"
+
+
+def load_config(path: str | Path) -> dict[str, Any]:
+    """The configuration in a YAML file, merged into its base.
+
+    Raises:
+        FileNotFoundError: the file or a base does not exist; the message says which file asks for it.
+        ValueError: a file is no mapping, a base is no file name, files are the base of each other, or "+" is used where
+            the base has no list.
+    """
+    chain: list[Path] = []
+    configs = []
+    following: Path | None = Path(path)
+    while following is not None:
+        if following.resolve() in (seen.resolve() for seen in chain):
+            raise ValueError(f"`base` goes in a circle: {' -> '.join(map(str, [*chain, following]))}")
+        if not following.is_file():
+            asked = f", which is `base` in {chain[-1]}" if chain else ""
+            raise FileNotFoundError(f"there is no configuration file {following}{asked}")
+        chain.append(following)
+        configs.append(_read(following))
+        following = _base(configs[-1], chain[-1])
+    merged: dict[str, Any] = {}
+    for config, source in zip(reversed(configs), reversed(chain), strict=True):
+        config.pop(BASE, None)
+        merged = _merge(merged, config, str(source))
+    return merged
+
+
+def base_of(path: Path) -> Path | None:
+    """The file that the configuration in ``path`` builds on, None where there is none; ValueError as load_config."""
+    return _base(_read(path), path)
+
+
+def expand_configs(arguments: Sequence[str]) -> list[str]:
+    """A command line in which each ``--config FILE`` with a base is the merged configuration, as LightningCLI takes it.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`load_config`.
+    """
+    expanded: list[str] = []
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        if equals and option in ("--config", "-c"):
+            expanded.append(f"{option}={_expand(value)}")
+        elif expanded and expanded[-1] in ("--config", "-c"):
+            expanded.append(_expand(argument))
+        else:
+            expanded.append(argument)
+    return expanded
+
+
+def _expand(value: str) -> str:
+    """JSON, which is YAML on one line; what is no file, or has no base, is left to LightningCLI."""
+    path = Path(value)
+    if "\n" in value or not path.is_file() or f"{BASE}:" not in path.read_text():
+        return value
+    config = _load(path)
+    return json.dumps(load_config(path)) if isinstance(config, dict) and BASE in config else value
+
+
+def _load(path: Path) -> Any:
+    # As LightningCLI reads: "1e-4" is a number there, though not in YAML 1.1.
+    return get_loader("yaml")(path.read_text())
+
+
+def _read(path: Path) -> dict[str, Any]:
+    config = _load(path)
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold a mapping of options, and holds {type(config).__name__}")
+    return config
+
+
+def _base(config: dict[str, Any], path: Path) -> Path | None:
+    name = config.get(BASE)
+    if name is None:
+        return None
+    if not isinstance(name, str):
+        raise ValueError(f"`base` (={name!r}) in {path} must be the name of a file")
+    return path.parent / name
+
+
+def _merge(base: dict[str, Any], config: dict[str, Any], source: str) -> dict[str, Any]:
+    """``config`` over ``base``, neither of which changes."""
+    merged = dict(base)
+    for key, value in config.items():
+        known = merged.get(key.removesuffix("+"))
+        if key.endswith("+"):
+            if not isinstance(known, list) or not isinstance(value, list):
+                raise ValueError(f"`{key}` in {source} needs a list here and a list `{key[:-1]}` in the base")
+            merged[key[:-1]] = [*known, *value]
+        elif isinstance(known, dict) and isinstance(value, dict) and not _another_class(known, value):
+            merged[key] = _merge(known, value, source)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _another_class(base: dict[str, Any], config: dict[str, Any]) -> bool:
+    return "class_path" in config and config["class_path"] != base.get("class_path")

@@ -1,0 +1,86 @@
+"""Images in folders, one for each class: listing them and checking that the folders agree."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from PIL.Image import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import find_classes
+
+from .base import ImageDataModule
+
+__all__ = ["ClassFoldersDataModule"]
+
+
+class ClassFoldersDataModule(ImageDataModule):
+    """What data modules over ``root/FOLDER/CLASS/*.jpg`` share. A subclass says what becomes of an image.
+
+    Args:
+        root: folder of the data.
+        folders: folder in ``root`` of "train", "val" and, where it is not that of "val", "test".
+        **loader: ``batch_size``, ``num_workers``, ``pin_memory`` and ``seed`` of :class:`ImageDataModule`; the seed has
+            no use here, since the folders are the split.
+    """
+
+    in_chans = 3
+
+    def __init__(self, *, root: str | Path, folders: dict[str, str], **loader: Any) -> None:
+        super().__init__(**loader)
+        self.root = Path(root).expanduser()
+        self.folders = folders
+
+    @property
+    def num_classes(self) -> int:
+        """The number of class folders."""
+        return len(self.classes)
+
+    @cached_property
+    def classes(self) -> list[str]:
+        """Names of the classes, in the order of the labels: of the first of the three folders that exists."""
+        present = (argument for argument, folder in self.folders.items() if (self.root / folder).is_dir())
+        names: list[str] = find_classes(self._folder(next(present, "train")))[0]
+        return names
+
+    def setup(self, stage: str | None = None) -> None:
+        """List the images that the stage needs, once. Only fitting needs the training images.
+
+        Raises:
+            FileNotFoundError: a folder is missing, or has no class or a class without images.
+            ValueError: the classes of two folders differ.
+        """
+        if stage in (None, "fit") and self.train_set is None:
+            self.train_set = self._open("train", self._transform(training=True))
+        if stage in (None, "fit", "validate") and self.val_set is None:
+            self.val_set = self._open("val", self._transform(training=False))
+        if stage in (None, "test", "predict") and self.test_set is None:
+            self.test_set = self._open("test" if "test" in self.folders else "val", self._transform(training=False))
+
+    @abstractmethod
+    def _transform(self, training: bool) -> Callable[[Image], Tensor]:
+        """From an image of any size to (3, height, width), at random where it is for training."""
+
+    def _open(self, argument: str, transform: Callable[[Image], Tensor]) -> Dataset[Any]:
+        dataset = ImageFolder(self._folder(argument), transform)
+        ours, theirs = set(self.classes), set(dataset.classes)
+        if ours != theirs:
+            raise ValueError(
+                f"`{argument}` (={self.folders[argument]!r}) must have the class folders of `train`: "
+                f"it lacks {sorted(ours - theirs)[:5]} and adds {sorted(theirs - ours)[:5]}"
+            )
+        return dataset
+
+    def _folder(self, argument: str) -> Path:
+        folder = (self.root / self.folders[argument]).absolute()
+        if not folder.is_dir() or not any(entry.is_dir() for entry in folder.iterdir()):
+            raise FileNotFoundError(
+                f"`{argument}` (={self.folders[argument]!r}): {folder} "
+                f"{'has no class folders' if folder.is_dir() else 'does not exist'}; expected {folder}/CLASS/*.jpg"
+            )
+        return folder

@@ -1,0 +1,95 @@
+"""Whitening that is fitted once: the file it is kept in, whose name tells the images and the parameters."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+import warnings
+from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_info
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .whitening import ZCAWhitening
+
+__all__ = ["cached_whitening"]
+
+#: Changes when the computation does, so that no file of an older one is taken for it.
+_VERSION = "1"
+
+
+def cached_whitening(
+    images: Tensor, indices: Tensor, folder: Path, *, bias: float = 0.1, contrast_scale: float | None = 55.0
+) -> ZCAWhitening:
+    """:meth:`ZCAWhitening.fit`, or what it gave for the same images and parameters before.
+
+    The file ``whitening-HASH.safetensors`` in ``folder`` holds it; HASH is of the images fitted on and the parameters.
+    A file that is damaged is warned about and written again. A folder that cannot be written to is warned about.
+
+    Args:
+        images: (N, C, H, W), uint8 or float32.
+        indices: (M,), which of them to fit on; their order does not matter.
+        folder: where the file is; made if need be.
+        bias: of :meth:`ZCAWhitening.fit`.
+        contrast_scale: of :meth:`ZCAWhitening.fit`.
+    """
+    indices = indices.sort().values
+    key = _hash(images, indices, bias, contrast_scale)
+    path = folder / f"whitening-{key[:16]}.safetensors"
+    if path.is_file():
+        try:
+            return _read(path, key, tuple(images.shape[1:]), bias, contrast_scale)
+        except (OSError, SafetensorError, ValueError) as error:
+            warnings.warn(f"{path} is damaged ({error}); the whitening is fitted again", stacklevel=2)
+    rank_zero_info(f"Fitting ZCA whitening on {len(indices)} images; kept in {path}")
+    whitening = ZCAWhitening.fit(images, indices, bias=bias, contrast_scale=contrast_scale)
+    try:
+        _write(path, key, whitening)
+    except OSError as error:
+        warnings.warn(
+            f"the whitening could not be kept in {folder} ({error}) and will be fitted again next time; "
+            "give `whitening_cache`, a folder to write to",
+            stacklevel=2,
+        )
+    return whitening
+
+
+def _hash(images: Tensor, indices: Tensor, bias: float, contrast_scale: float | None) -> str:
+    parameters = (_VERSION, str(images.dtype), tuple(images.shape[1:]), len(indices), float(bias), contrast_scale)
+    digest = hashlib.sha256(repr(parameters).encode())
+    for part in indices.split(2048):
+        digest.update(images[part].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(tensors[name].contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def _read(path: Path, key: str, shape: tuple[int, ...], bias: float, contrast_scale: float | None) -> ZCAWhitening:
+    with safe_open(path, framework="pt") as file:  # plain arrays: reading them runs no code
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in ("mean", "matrix")}
+    if metadata.get("key") != key:
+        raise ValueError("it is of other images or parameters")
+    if tuple(tensors["mean"].shape) != shape or metadata.get("checksum") != _checksum(tensors):
+        raise ValueError("its numbers are not those that were written")
+    return ZCAWhitening(tensors["mean"], tensors["matrix"], bias, contrast_scale)
+
+
+def _write(path: Path, key: str, whitening: ZCAWhitening) -> None:
+    """All of the file or nothing: others may read it at the same time, and a run may be killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {"mean": whitening.mean.contiguous(), "matrix": whitening.matrix.contiguous()}
+    temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
+    try:
+        save_file(tensors, temporary, metadata={"key": key, "checksum": _checksum(tensors)})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

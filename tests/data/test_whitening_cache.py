@@ -1,0 +1,110 @@
+import pickle
+
+import pytest
+import torch
+
+from lightning_acu.data import ZCAWhitening
+from lightning_acu.data.whitening_cache import cached_whitening
+
+IMAGES = torch.randint(0, 256, (30, 3, 4, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+TRAIN = torch.arange(20)
+
+
+@pytest.fixture
+def no_fit(monkeypatch):
+    """Call it when everything has to come from files."""
+    return lambda: monkeypatch.setattr(ZCAWhitening, "fit", lambda *_, **__: pytest.fail("fitted again"))
+
+
+def same(one, other):
+    tensors = torch.equal(one.mean, other.mean) and torch.equal(one.matrix, other.matrix)
+    return tensors and (one.bias, one.contrast_scale) == (other.bias, other.contrast_scale)
+
+
+def files(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_fitted_once(tmp_path, no_fit):
+    folder = tmp_path / "new" / "folder"
+    fitted = cached_whitening(IMAGES, TRAIN, folder)
+    assert same(fitted, ZCAWhitening.fit(IMAGES, TRAIN, bias=0.1, contrast_scale=55.0))
+    (name,) = files(folder)
+    assert name.startswith("whitening-")
+    assert name.endswith(".safetensors")
+    no_fit()
+    assert same(cached_whitening(IMAGES.clone(), TRAIN, folder), fitted)
+    # Neither the order of the images nor those that it was not fitted on matter.
+    others = IMAGES.clone()
+    others[20:] = 7
+    assert same(cached_whitening(others, TRAIN.flip(0), folder), fitted)
+
+
+def test_everything_that_matters_is_in_the_name(tmp_path):
+    touched = IMAGES.clone()
+    touched[19, 2, 3, 1] += 1
+    cached_whitening(IMAGES, TRAIN, tmp_path)
+    cached_whitening(touched, TRAIN, tmp_path)
+    cached_whitening(IMAGES, TRAIN[:-1], tmp_path)
+    cached_whitening(IMAGES, TRAIN + 1, tmp_path)
+    cached_whitening(IMAGES, TRAIN, tmp_path, bias=0.2)
+    cached_whitening(IMAGES, TRAIN, tmp_path, contrast_scale=54.0)
+    cached_whitening(IMAGES, TRAIN, tmp_path, contrast_scale=None)
+    cached_whitening(IMAGES.float(), TRAIN, tmp_path)
+    cached_whitening(IMAGES.reshape(30, 3, 2, 4), TRAIN, tmp_path)
+    assert len(files(tmp_path)) == 9
+
+
+def flip_a_bit(content):
+    return content[:-9] + bytes([content[-9] ^ 1]) + content[-8:]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[: len(content) // 2],
+        lambda content: b"",
+        flip_a_bit,
+        lambda content: pickle.dumps({"mean": 0, "matrix": 0}),
+        lambda content: content.replace(b'"key":"', b'"key":"0', 1),
+        lambda content: content.replace(b'"mean"', b'"meen"', 1),
+    ],
+    ids=["half", "empty", "one bit", "a pickle", "another header", "another name"],
+)
+def test_damaged_file(tmp_path, no_fit, damage):
+    fitted = cached_whitening(IMAGES, TRAIN, tmp_path)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.warns(UserWarning, match=rf"^{path} is damaged \(.*\); the whitening is fitted again$"):
+        again = cached_whitening(IMAGES, TRAIN, tmp_path)
+    assert same(again, fitted)
+    no_fit()
+    assert same(cached_whitening(IMAGES, TRAIN, tmp_path), fitted)
+
+
+def test_file_of_other_images(tmp_path):
+    cached_whitening(IMAGES, TRAIN + 1, tmp_path)
+    (other,) = tmp_path.iterdir()
+    fitted = cached_whitening(IMAGES, TRAIN, tmp_path / "b")
+    (path,) = (tmp_path / "b").iterdir()
+    other.replace(path)
+    with pytest.warns(UserWarning, match="it is of other images or parameters"):
+        assert same(cached_whitening(IMAGES, TRAIN, path.parent), fitted)
+
+
+def test_folder_that_cannot_be_written_to(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.warns(UserWarning, match=rf"^the whitening could not be kept in {tmp_path}/file .*`whitening_cache`"):
+        fitted = cached_whitening(IMAGES, TRAIN, tmp_path / "file")
+    assert same(fitted, ZCAWhitening.fit(IMAGES, TRAIN, contrast_scale=55.0))
+
+
+def test_nothing_is_left_of_a_file_that_was_not_finished(tmp_path, monkeypatch):
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half of it")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("lightning_acu.data.whitening_cache.save_file", full)
+    with pytest.warns(UserWarning, match="no space left on device"):
+        cached_whitening(IMAGES, TRAIN, tmp_path)
+    assert files(tmp_path) == []

@@ -1,0 +1,318 @@
+"""benchmarks/reproduce.py: which runs it makes, how it goes on after a kill, and what it reports."""
+
+import argparse
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _importable():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.syspath_prepend(str(BENCHMARKS))
+        yield
+
+
+def options(**given):
+    names = ("steps", "batch_size", "lr", "multiplier", "data", "preprocessing", "device")
+    return argparse.Namespace(**dict.fromkeys(names) | given)
+
+
+def row(name, table="cifar10-ablation"):
+    from paper_tables import TABLES
+
+    return next(row for row in TABLES[table] if row.name == name)
+
+
+def config_of(name, table="cifar10-ablation", **given):
+    from paper_settings import effective_config
+
+    config = effective_config(row(name, table), 3, options(**given))
+    callbacks = {c["class_path"].rpartition(".")[2]: c["init_args"] for c in config["trainer"]["callbacks"]}
+    return config, callbacks
+
+
+def test_every_row_names_a_config_and_a_row_above_it():
+    from paper_settings import effective_config
+    from paper_tables import TABLES
+
+    for rows in TABLES.values():
+        names = [row.name for row in rows]
+        for number, each in enumerate(rows):
+            assert effective_config(each, 0, options())["trainer"]["max_steps"] >= 64_000
+            assert {each.base, each.continues} <= {None, *names[:number]}
+
+
+def test_the_posters_improvements():
+    from paper_report import compare
+    from paper_tables import TABLES
+
+    run = {"seed": 0, "value": 1.0, "parameters": 1, "steps": 1, "seconds": 60}
+    found = {}
+    for rows in TABLES.values():
+        runs = {row.name: [run] for row in rows}
+        found |= {each.name: compare(each, runs)["poster_improvement"] for each in rows if each.base}
+    expected = {
+        "base-d2": -0.02, "acu-round": 0.32, "acu-c23": 0.58, "acu-all": 0.68, "base-f5": 0.72, "acu-f5": 1.12,
+        "cifar10-plain-acu": 0.68, "cifar10-residual-acu": 0.52, "cifar100-plain-acu": 0.74,
+        "cifar100-residual-acu": 0.46, "alexnet-acu": 0.79, "resnet26-acu": 0.49,
+    }  # fmt: skip
+    assert found == pytest.approx(expected)
+
+
+def test_as_published():
+    config, callbacks = config_of("acu-round")
+    assert config["seed_everything"] == 3
+    assert config["trainer"]["max_steps"] == 84_000
+    assert callbacks["PositionLRSchedule"] == {"multiplier": 0.01, "warmup_steps": 10_000, "normalize": True}
+    assert callbacks["RoundThenFinetune"]["at_step"] == 64_000
+    assert callbacks["ModelCheckpoint"]["every_n_train_steps"] == 3_200
+    assert config["data"]["init_args"]["root"] == str(Path("data").resolve())
+
+
+def test_a_shortened_training_keeps_the_proportions():
+    config, callbacks = config_of("acu-round", steps=1280, batch_size=32)
+    assert config["trainer"]["max_steps"] == 1680
+    assert config["model"]["init_args"]["lr_scheduler"]["init_args"]["milestones"] == [640, 960]
+    assert callbacks["RoundThenFinetune"]["at_step"] == 1280
+    assert callbacks["OffsetLogger"]["every_n_steps"] == 10
+    assert callbacks["ModelCheckpoint"]["every_n_train_steps"] == 64
+    # 50 times fewer steps: taps wander as far with sqrt(50) times the rate.
+    assert callbacks["PositionLRSchedule"] == {"multiplier": 0.0707, "warmup_steps": 200, "normalize": True}
+    assert config["data"]["init_args"]["batch_size"] == 32
+
+
+def test_another_learning_rate_is_none_of_the_positions():
+    config, callbacks = config_of("acu-round", lr=0.02)
+    assert config["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 0.02
+    assert callbacks["PositionLRSchedule"]["multiplier"] * 0.02 == pytest.approx(0.001)
+    assert callbacks["RoundThenFinetune"]["finetune_lr"] == pytest.approx(0.002)
+    assert config_of("acu-all", lr=0.02, multiplier=0.3)[1]["PositionLRSchedule"]["multiplier"] == 0.3
+
+
+def test_ones_own_images_and_preprocessing():
+    config, _ = config_of("acu-all", data=Path("images.npz"), preprocessing="normalize")
+    assert config["data"] == {
+        "class_path": "lightning_acu.data.ArrayDataModule",
+        "init_args": {
+            "path": str(Path("images.npz").resolve()), "val_size": 0, "crop_padding": 4, "flip": True,
+            "preprocessing": "normalize", "on_device": True, "batch_size": 64,
+        },
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("steps", [1, 19, 20, 23, 1280, 64_000, 450_000])
+def test_the_last_checkpoint_is_the_trained_network(steps):
+    from paper_settings import checkpoint_interval
+
+    interval = checkpoint_interval(steps)
+    assert steps % interval == 0
+    assert interval >= steps / 20 - 1
+
+
+def test_a_row_brings_the_one_it_continues():
+    from paper_tables import find_rows
+
+    assert [row.name for row in find_rows("cifar10-ablation", ["acu-round", "base"])] == [
+        "base",
+        "acu-all",
+        "acu-round",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--table", "cifar1000"], "--table cifar1000: there is no such table, but cifar10-ablation, cifar, places365"),
+        (["--table", "cifar", "--rows", "acu"], "--rows acu: cifar has no such row, but cifar10-plain,"),
+        (["--table", "cifar", "--data", "no/where"], "--data no/where: there is no such folder or file"),
+        (["--table", "cifar", "--seeds", "0"], "--seeds 0: must be at least 1"),
+        (["--table", "cifar", "--batch-size", "0"], "--batch-size 0: must be at least 1"),
+        (["--table", "cifar", "--lr", "-1"], "--lr -1.0: must be positive"),
+        (["--table", "places365", "--preprocessing", "whiten"], "is for CIFAR's small images"),
+        (["--table", "places365", "--data", "{npz}"], "Places365 needs a folder of images"),
+    ],
+)
+def test_bad_arguments(arguments, message, tmp_path, capsys):
+    from reproduce import main
+
+    npz = tmp_path / "images.npz"
+    npz.touch()
+    with pytest.raises(SystemExit):
+        main([argument.format(npz=npz) for argument in arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_a_report_of_nothing_says_so(tmp_path):
+    from reproduce import main
+
+    with pytest.raises(SystemExit, match="has no finished run"):
+        main(["--table", "cifar10-ablation", "--report", "--out", str(tmp_path)])
+
+
+def test_mean_and_spread_are_those_of_the_seeds():
+    from paper_report import compare
+
+    def runs(*values):
+        return [
+            {"seed": seed, "value": value, "parameters": 5, "steps": 9, "seconds": 30 * (seed + 1)}
+            for seed, value in enumerate(values)
+        ]
+
+    both = {"base": runs(8.0, 9.0, 10.0), "acu-all": runs(7.5, 8.0, 10.0)}
+    base, acu = (compare(row(name), both) for name in ("base", "acu-all"))
+    assert (base["mean"], base["std"], base["improvement"]) == (9.0, 1.0, None)
+    assert acu["mean"] == pytest.approx(8.5)
+    assert acu["std"] == pytest.approx(np.std([7.5, 8.0, 10.0], ddof=1))
+    assert acu["improvement"] == pytest.approx(0.5)  # by seed 0.5, 1 and 0
+    assert acu["improvement_std"] == pytest.approx(0.5)
+    assert acu["minutes"] == 1.0
+    assert compare(row("base"), {"base": runs(8.0)})["std"] is None
+    accuracy = {"alexnet": runs(81.0), "alexnet-acu": runs(82.5)}
+    assert compare(row("alexnet-acu", "places365"), accuracy)["improvement"] == pytest.approx(1.5)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    path = tmp_path_factory.mktemp("images") / "images.npz"
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 256, (60, 3, 12, 8), dtype=np.uint8), np.arange(60) % 10
+    np.savez(path, x_train=x[:40], y_train=y[:40], x_test=x[40:], y_test=y[40:])
+    return path
+
+
+def command(images, out, *rows):
+    script = [sys.executable, str(BENCHMARKS / "reproduce.py"), "--table", "cifar10-ablation", "--rows", *rows]
+    settings = ["--seeds", "1", "--steps", "40", "--batch-size", "4", "--preprocessing", "normalize"]
+    return [*script, *settings, "--device", "cpu", "--data", str(images), "--out", str(out)]
+
+
+def environment():
+    return os.environ | {"PYTHONPATH": str(BENCHMARKS.parent), "OMP_NUM_THREADS": "1"}
+
+
+def results(out):
+    folder = out / "cifar10-ablation"
+    return {path.parts[-3]: json.loads(path.read_text()) for path in folder.glob("*/seed0/result.json")}
+
+
+def records(out, name):
+    with (out / "cifar10-ablation" / name / "seed0" / "metrics.csv").open(newline="") as file:
+        return [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def whole(images, tmp_path_factory):
+    """A table of three rows, made without interruption; the folder and what was printed."""
+    out = tmp_path_factory.mktemp("whole")
+    run = subprocess.run(
+        command(images, out, "base", "acu-round"), capture_output=True, text=True, env=environment(), check=True
+    )
+    return out, run.stdout
+
+
+def test_rows_beside_each_other(whole):
+    out, printed = whole
+    found = results(out)
+    assert set(found) == {"base", "acu-all", "acu-round"}
+    assert found["acu-all"]["steps"] == found["base"]["steps"] == 40
+    assert found["acu-round"]["steps"] == 52
+    assert found["base"]["parameters"] == 855_162
+    # Rounding starts from the trained network: nothing was trained twice.
+    assert found["acu-round"]["test"]["before rounding"] == found["acu-all"]["test"]["final"]
+    assert found["acu-round"]["learned"] == found["acu-all"]["final"]
+    assert found["acu-round"]["value"] == 100 * found["acu-round"]["test"]["after fine-tuning"]["test/error"]
+    assert {"torch", "timm", "lightning", "lightning_acu", "numpy", "python"} == set(found["base"]["versions"])
+    assert found["base"]["seconds"] > 0
+    for text in ("base, seed 0: done", "acu-round", "8.01", "+0.68", "+0.32"):
+        assert text in printed
+    names = {path.name for path in (out / "cifar10-ablation").iterdir() if path.is_file()}
+    expected = {"runs.csv", "table.csv", "displacement.csv", "table.png", "displacement.png", "shapes.png"}
+    assert names == expected
+
+
+def test_displacement_is_recorded_from_the_grid_on(whole):
+    found = [record for record in records(whole[0], "acu-all") if "acu/mean_displacement" in record]
+    warm, later = (
+        [float(r["acu/mean_displacement"]) for r in found if (int(r["step"]) <= 6) == early] for early in (1, 0)
+    )
+    assert set(warm) == {0.0}
+    assert later[-1] > 0.01
+    assert int(found[-1]["step"]) == 40
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(whole, images, tmp_path):
+    process = subprocess.Popen(
+        command(images, tmp_path, "acu-all"), start_new_session=True, env=environment(), stdout=subprocess.DEVNULL
+    )
+    run = tmp_path / "cifar10-ablation" / "acu-all" / "seed0"
+    _wait_for(run / "checkpoints" / "last.ckpt", process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (run / "result.json").exists()
+    again = [command(images, tmp_path, "acu-all") for _ in range(2)]
+    first, second = (subprocess.run(c, capture_output=True, text=True, env=environment(), check=True) for c in again)
+    assert "acu-all, seed 0: done" in first.stdout
+    assert "acu-all, seed 0: was done before" in second.stdout
+    attempts = json.loads((run / "attempts.json").read_text())
+    assert len(attempts) == 2
+    assert 0 < attempts[1]["from_step"] < 40
+    ours, expected = results(tmp_path)["acu-all"], results(whole[0])["acu-all"]
+    assert ours["attempts"] == 2
+    assert ours["test"] == expected["test"]
+    assert ours["final"] == expected["final"]
+    assert _without_epochs(records(tmp_path, "acu-all")) == _without_epochs(records(whole[0], "acu-all"))
+
+
+def _without_epochs(found):
+    """What is recorded at steps; metrics of an epoch know of the batches since the last start only."""
+    return [record for record in found if "train/loss" in record or "acu/mean_displacement" in record]
+
+
+def test_a_training_ends_with_the_process_that_began_it():
+    code = (
+        "import threading, time, paper_train\n"
+        "threading.Thread(target=paper_train.end_with_parent, daemon=True).start()\n"
+        "time.sleep(120)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=BENCHMARKS, stdin=subprocess.PIPE, env=environment())
+    assert process.stdin is not None
+    process.stdin.close()  # as when the parent is killed
+    assert process.wait(timeout=60) == 1
+
+
+def _wait_for(path, process):
+    until = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, "it ended before"
+        assert time.monotonic() < until, f"there is no {path}"
+        time.sleep(0.005)
+
+
+def test_other_settings_do_not_mix_with_what_is_there(whole, images):
+    other = [*command(images, whole[0], "base"), "--lr", "0.05"]
+    run = subprocess.run(other, capture_output=True, text=True, env=environment(), check=False)
+    assert run.returncode != 0
+    assert "holds a run with other settings (model.init_args.optimizer.init_args.lr)" in run.stderr
+
+
+def test_a_training_that_fails_says_why(tmp_path):
+    path = tmp_path / "images.npz"
+    x, y = np.random.default_rng(0).integers(0, 256, (24, 3, 8, 8), dtype=np.uint8), np.arange(24) % 12
+    np.savez(path, x_train=x, y_train=y, x_test=x, y_test=y)
+    run = subprocess.run(
+        command(path, tmp_path, "base"), capture_output=True, text=True, env=environment(), check=False
+    )
+    assert run.returncode != 0
+    assert "base, seed 0: the training in" in run.stderr
+    assert "`num_classes` (=10) is too small: the data have 12" in run.stderr
