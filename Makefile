@@ -1,5 +1,5 @@
 # make quickstart: set up .venv, then train a timm model whose convolutions learn their shape (about 5 minutes the first time).
-# make test:       the same set-up, then the tests.
+# make test:       the same set-up, then the tests, a process of one thread on each core (4 at most).
 # Use another interpreter with `make PYTHON=python3.12 ...`.
 
 PYTHON ?= python3
@@ -12,7 +12,7 @@ quickstart: setup
 	$(BIN)/lightning-acu fit --config configs/quickstart.yaml $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
