@@ -52,9 +52,9 @@ def layers_learned(moved: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any
     found = []
     for row in dict.fromkeys(record["row"] for record in moved):
         mine = [run for run in runs if run["row"] == row]
+        if not _learns(row, runs):
+            continue
         callbacks = callbacks_of(mine[0]["config"])
-        if "RoundThenFinetune" in callbacks:
-            continue  # its positions learned in another row
         warm_up, steps = callbacks["PositionLRSchedule"]["warmup_steps"], mine[0]["steps"]
         for layer in dict.fromkeys(record["layer"] for record in moved if record["row"] == row):
             ways = [
@@ -77,6 +77,12 @@ def layers_learned(moved: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any
     return found
 
 
+def _learns(row: str, runs: Sequence[dict[str, Any]]) -> bool:
+    """Whether the positions of ``row`` learned in its own runs, and not in the row that it continues."""
+    config = next(run["config"] for run in runs if run["row"] == row)
+    return "RoundThenFinetune" not in callbacks_of(config)
+
+
 def _step(record: dict[str, Any]) -> int:
     step: int = record["step"]
     return step
@@ -92,8 +98,8 @@ def _walked(way: Sequence[dict[str, Any]], start: float) -> float:
 
 
 def draw_displacements(moved: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]], path: Path) -> Path:
-    """A panel for each row: mean displacement of each layer over the steps, mean and range of the seeds."""
-    rows = list(dict.fromkeys(record["row"] for record in moved))
+    """A panel for each row whose positions learn: mean displacement of each layer, mean and range of the seeds."""
+    rows = [row for row in dict.fromkeys(record["row"] for record in moved) if _learns(row, runs)]
     layers = list(dict.fromkeys(record["layer"] for record in moved))
     colours = plt.get_cmap("viridis")
     figure, panels = plt.subplots(

@@ -44,7 +44,7 @@ def report(name: str, rows: Sequence[Row], folder: Path) -> None:
             Console(width=None if sys.stdout.isatty() else 120).print(_table_of_layers(learned))
             written.append(folder / "layers.csv")
             _write(written[-1], learned)
-        written.append(draw_displacements(moved, every, folder / "displacement.png"))
+            written.append(draw_displacements(moved, every, folder / "displacement.png"))
         written += _draw_shapes(folder, every)
     print("written:", *(str(path) for path in written), sep="\n  ")
 
