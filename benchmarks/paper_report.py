@@ -1,4 +1,4 @@
-"""From finished runs to a table beside the poster's, its figure, and how positions moved while they learned."""
+"""From finished runs to a table beside the poster's, its figure, and the learned shapes."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only, also where there is a screen
 import matplotlib.pyplot as plt
-from paper_tables import Row
+from paper_layers import callbacks_of, displacements, draw_displacements, layers_learned
+from paper_tables import TABLES, Row
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["compare", "displacements", "finished_runs", "report"]
+__all__ = ["compare", "finished_runs", "report"]
 
 _OURS, _POSTER = "tab:blue", "0.7"
 
@@ -42,7 +40,11 @@ def report(name: str, rows: Sequence[Row], folder: Path) -> None:
     if moved := displacements(folder, every):
         written.append(folder / "displacement.csv")
         _write(written[-1], moved)
-        written.append(_draw_displacements(moved, every, folder))
+        if learned := layers_learned(moved, every):
+            Console(width=None if sys.stdout.isatty() else 120).print(_table_of_layers(learned))
+            written.append(folder / "layers.csv")
+            _write(written[-1], learned)
+            written.append(draw_displacements(moved, every, folder / "displacement.png"))
         written += _draw_shapes(folder, every)
     print("written:", *(str(path) for path in written), sep="\n  ")
 
@@ -79,31 +81,7 @@ def compare(row: Row, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     }
 
 
-def displacements(folder: Path, runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """How far the taps of each layer were from the grid, and how fast they moved, at each record of each run."""
-    found = []
-    for run in runs:
-        with (folder / run["row"] / f"seed{run['seed']}" / "metrics.csv").open(newline="") as file:
-            for record in csv.DictReader(file):
-                found += [
-                    {
-                        "row": run["row"],
-                        "seed": run["seed"],
-                        "step": int(record["step"]),
-                        "layer": key.removeprefix(prefix),
-                        "mean_displacement": float(value),
-                        "max_displacement": float(record[key.replace("mean", "max")]),
-                        "step_speed": float(record[key.replace("mean_displacement", "step_speed")]),
-                    }
-                    for key, value in record.items()
-                    if value and key.startswith(prefix := "acu/mean_displacement/")
-                ]
-    return found
-
-
 def _table_of(row: Row) -> list[Row]:
-    from paper_tables import TABLES
-
     return next(rows for rows in TABLES.values() if row in rows)
 
 
@@ -126,6 +104,17 @@ def _table(name: str, lines: Sequence[dict[str, Any]]) -> Table:
     return made
 
 
+def _table_of_layers(lines: Sequence[dict[str, Any]]) -> Table:
+    made = Table(title="how far taps moved, in pixels", pad_edge=False)
+    for text in ("row", "layer", "in warm-up", "mean at the end", "furthest", "walked", "in the last third"):
+        made.add_column(text, justify="left" if text in ("row", "layer") else "right")
+    for line in lines:
+        numbers = [f"{line[key]:.2f}" for key in ("furthest", "walked", "walked_last_third")]
+        spread = _with_spread(line["mean"], line["std"])
+        made.add_row(line["row"], line["layer"], f"{line['in_warm_up']:.2f}", spread, *numbers)
+    return made
+
+
 def _with_spread(mean: float | None, std: float | None, sign: str = "") -> str:
     if mean is None:
         return "-"
@@ -135,7 +124,7 @@ def _with_spread(mean: float | None, std: float | None, sign: str = "") -> str:
 def _flat(run: dict[str, Any]) -> dict[str, Any]:
     """A run in one line; its folder holds the rest."""
     config = run["config"]
-    callbacks = {c["class_path"].rpartition(".")[2]: c["init_args"] for c in config["trainer"]["callbacks"]}
+    callbacks = callbacks_of(config)
     return {
         **{key: run[key] for key in ("row", "seed", "steps", "parameters", "metric", "value")},
         "errors_by_stage": "; ".join(f"{stage} {100 * test['test/error']:.2f}" for stage, test in run["test"].items()),
@@ -174,50 +163,6 @@ def _draw_table(name: str, lines: Sequence[dict[str, Any]], folder: Path) -> lis
     axes.set_title(f"{name}, {compared[0]['seeds']} seeds", fontsize=10)
     axes.legend(frameon=False)
     return [_save(figure, folder / "table.png")]
-
-
-def _draw_displacements(moved: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]], folder: Path) -> Path:
-    """A panel for each row: mean displacement of each layer over the steps, mean and range of the seeds."""
-    rows = list(dict.fromkeys(record["row"] for record in moved))
-    layers = list(dict.fromkeys(record["layer"] for record in moved))
-    colours = plt.get_cmap("viridis")
-    figure, panels = plt.subplots(
-        1, len(rows), figsize=(1 + 4 * len(rows), 3.2), layout="constrained", sharey=True, squeeze=False
-    )
-    for panel, row in zip(panels[0], rows, strict=True):
-        for number, layer in enumerate(layers):
-            by_step: dict[int, list[float]] = {}
-            for record in moved:
-                if record["row"] == row and record["layer"] == layer:
-                    by_step.setdefault(record["step"], []).append(record["mean_displacement"])
-            steps = sorted(by_step)
-            colour = colours(number / max(1, len(layers) - 1))
-            panel.plot(steps, [statistics.fmean(by_step[s]) for s in steps], color=colour, label=_short(layer))
-            low, high = ([choose(by_step[s]) for s in steps] for choose in (min, max))
-            panel.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
-        for step, style in _moments(next(run for run in runs if run["row"] == row)["config"]):
-            panel.axvline(step, color="0.5", linestyle=style, linewidth=0.8)
-        panel.set_title(row, fontsize=10)
-        panel.set_xlabel("step")
-    panels[0][0].set_ylabel("mean displacement, pixels")
-    if len(layers) <= 8:
-        panels[0][-1].legend(frameon=False, fontsize=8)
-    return _save(figure, folder / "displacement.png")
-
-
-def _moments(config: dict[str, Any]) -> list[tuple[int, str]]:
-    """End of the warm-up (dashed), learning-rate steps (dotted), rounding (solid)."""
-    found = [(step, ":") for step in config["model"]["init_args"]["lr_scheduler"]["init_args"]["milestones"]]
-    for callback in config["trainer"]["callbacks"]:
-        arguments = callback["init_args"]
-        found += [
-            (arguments[key], style) for key, style in (("warmup_steps", "--"), ("at_step", "-")) if key in arguments
-        ]
-    return found
-
-
-def _short(layer: str) -> str:
-    return layer.removeprefix("model.").removesuffix(".conv").replace(".", "/")
 
 
 def _draw_shapes(folder: Path, runs: Sequence[dict[str, Any]]) -> list[Path]:

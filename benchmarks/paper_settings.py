@@ -26,8 +26,8 @@ _STEPS = {
 def effective_config(row: Row, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """The configuration of ``row`` as it is run; paths in it are relative to the run's folder.
 
-    ``options``: ``steps`` (None: the paper's), ``batch_size``, ``lr``, ``multiplier``, ``data``, ``preprocessing`` and
-    ``device`` of the command line, each None where the configuration decides.
+    ``options``: ``steps`` (None: the paper's), ``batch_size``, ``lr``, ``multiplier``, ``data``, ``preprocessing``,
+    ``compile_mode`` and ``device`` of the command line, each None where the configuration decides.
     """
     config = load_config(configs_directory() / "paper" / f"{row.config}.yaml")
     config["seed_everything"] = seed
@@ -47,6 +47,8 @@ def effective_config(row: Row, seed: int, options: argparse.Namespace) -> dict[s
             arguments["finetune_lr"] *= options.lr / optimizer["lr"]
     if options.lr is not None:
         optimizer["lr"] = options.lr
+    if options.compile_mode is not None:
+        config["model"]["init_args"]["compile_mode"] = options.compile_mode
     if options.device is not None:
         trainer["accelerator"] = options.device
     trainer["logger"] = {

@@ -9,9 +9,9 @@ It can be killed at any time: started again, finished runs are skipped and the o
 last checkpoint. Every run leaves result.json and metrics.csv, the table is printed and written with its figures (see
 paper_runs.py and paper_report.py).
 
-With --steps the schedule is shortened in proportion: learning-rate steps, warm-up, rounding and fine-tuning. The rate of
-positions then grows with the root of the ratio of steps, for with the paper's they would have no time to go anywhere.
-With --lr it stays what it is in pixels a step. --multiplier sets it.
+With --steps the schedule is shortened in proportion: learning-rate steps, warm-up, rounding and fine-tuning. The rate
+of positions then grows with the root of the ratio of steps, for with the paper's they would have no time to go
+anywhere. With --lr it stays what it is in pixels a step. --multiplier sets it.
 """
 
 import argparse
@@ -23,6 +23,8 @@ from pathlib import Path
 from paper_report import report
 from paper_runs import run_row
 from paper_tables import TABLES, find_rows
+
+_OUT = Path(__file__).parent / "results" / "paper"
 
 #: Seconds between two lines of progress in a log file.
 _QUIET = 30
@@ -42,9 +44,8 @@ def arguments(args=None):
     parser.add_argument("--data", type=Path, metavar="PATH", help="folder of the data, or an .npz of one's own images")
     parser.add_argument("--preprocessing", choices=["normalize", "whiten"], help="of CIFAR; default: as published")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU where there is one")
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "results" / "paper", help="folder of the runs"
-    )
+    parser.add_argument("--compile-mode", metavar="MODE", help="of ImageClassifier; default: as published, none")
+    parser.add_argument("--out", type=Path, default=_OUT, help="folder of the runs")
     parser.add_argument("--report", action="store_true", help="train nothing: table and figures of finished runs")
     options = parser.parse_args(args)
     for name in ("seeds", "steps", "batch_size"):

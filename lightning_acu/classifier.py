@@ -104,8 +104,9 @@ class ImageClassifier(pl.LightningModule):
             _as_config(convert).apply(self.model)
             report = report_acu(self.model)
             rank_zero_info(f"{model}: {len(report.converted)} of {len(report.rows)} convolutions are active")
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.model.to(memory_format=self.memory_format)
+        self.channels_last = channels_last
+        if channels_last:
+            self.model.to(memory_format=torch.channels_last)
         self.compile_mode = compile_mode
         self._compiled = False
         self.optimizer = optimizer
@@ -193,7 +194,9 @@ class ImageClassifier(pl.LightningModule):
 
     def _scores(self, images: Tensor) -> tuple[Tensor, list[Tensor], float]:
         """Class scores, those of auxiliary heads (Inception and GoogLeNet have some in training), and their weight."""
-        output = self.model(images.contiguous(memory_format=self.memory_format))
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        output = self.model(images)
         weight = _AUXILIARY.get(type(output).__name__, 0.4)
         scores, *auxiliary = output if isinstance(output, tuple | list) else (output,)
         if not isinstance(scores, Tensor) or scores.ndim != 2:

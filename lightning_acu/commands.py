@@ -40,10 +40,11 @@ def _configs(arguments: Sequence[str]) -> None:
     parser.add_argument("--to", type=Path, default=Path(), metavar="DIRECTORY", help="where to (default: here)")
     options = parser.parse_args(arguments)
     root = configs_directory()
-    known = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*.yaml"))}
+    paths = sorted(root.rglob("*.yaml"), key=lambda path: (len(path.parts), path))  # folders last
+    known = {path.relative_to(root).as_posix(): path for path in paths}
     if options.name is None:
         for name, path in known.items():
-            print(f"{name:32} {path.read_text().splitlines()[0].removeprefix('# ')}")
+            print(f"{name:{max(map(len, known))}}  {path.read_text().splitlines()[0].removeprefix('# ')}")
         return
     name = options.name if options.name.endswith(".yaml") else f"{options.name}.yaml"
     if name not in known:

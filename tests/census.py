@@ -37,8 +37,9 @@ TIMEOUT = 900
 
 
 def candidates() -> list[str]:
-    """Every name."""
-    return [*timm.list_models(), *(f"torchvision/{name}" for name in torchvision.models.list_models())]
+    """Every name, but those of our own networks."""
+    torchvisions = (f"torchvision/{name}" for name in torchvision.models.list_models())
+    return [*timm.list_models(exclude_filters="acu_*"), *torchvisions]
 
 
 def holds_convolutions(name: str) -> bool:

@@ -107,6 +107,7 @@ def test_the_wheel_holds_the_kernels_and_the_configs_but_no_sources_or_tests(whe
     names = files(wheel)
     assert {Path(name).name.split(".")[0] for name in compiled(names)} == KERNELS
     assert {"lightning_acu/configs/quickstart.yaml", "lightning_acu/py.typed", f"{OPS}dense.py"} <= names
+    assert "lightning_acu/configs/paper/cifar10_plain_acu.yaml" in names
     assert not {name for name in names if name.endswith(SOURCES)}
     assert {name.split("/")[0].split("-")[0] for name in names} == {"lightning_acu"}  # no tests, no configs beside it
     assert any(name.endswith("/LICENSE") for name in names)

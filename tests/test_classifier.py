@@ -104,6 +104,7 @@ def test_checkpoint_restores_the_active_model(tmp_path):
         ),
         ({"lr_scheduler_interval": "batch"}, r"`lr_scheduler_interval` \(='batch'\) must be 'epoch' or 'step'"),
         ({"convert": ConvertConfig(backend="cuda")}, r"`backend` \(='cuda'\) is unknown"),
+        ({"compile_mode": "fast"}, r"`compile_mode` \(='fast'\) must be one of 'default', 'reduce-overhead'"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -133,3 +134,41 @@ def test_convert_may_be_a_dict_and_nothing_else():
     assert len(list(acu_layers(classifier(convert={"kernel_sizes": [3]})))) == 10
     with pytest.raises(TypeError, match=r"`convert` \(=True\) must be a ConvertConfig"):
         classifier(convert=True)
+
+
+def test_channels_last_is_the_layout_of_weights_and_images_and_changes_no_number():
+    torch.manual_seed(0)
+    plain = classifier().eval()
+    last = classifier(channels_last=True).eval()
+    last.load_state_dict(plain.state_dict())
+    seen = []
+    last.model.conv1[0].register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
+    batch = torch.randn(3, 1, 29, 31)
+    torch.testing.assert_close(last(batch), plain(batch), rtol=0, atol=1e-5)
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in last.model.parameters() if p.ndim == 4)
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+def test_the_model_is_compiled_once_and_in_place(tmp_path, monkeypatch):
+    """With the backend that runs graphs as they are: what a compiler makes of them is not ours."""
+    compiled = []
+
+    def compile_eagerly(module, mode):
+        compiled.append((module, mode))
+        module._compiled_call_impl = torch.compile(module._call_impl, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
+    losses = []
+    for mode in (None, "default"):
+        torch.manual_seed(0)
+        module = classifier(compile_mode=mode, optimizer=lambda p: torch.optim.SGD(p, lr=0.01))
+        names = list(module.state_dict())
+        trainer = fit(module, [], tmp_path, images(), max_epochs=2)
+        losses.append(trainer.callback_metrics["train/loss"].item())
+        assert list(module.state_dict()) == names
+        trainer.fit_loop.max_epochs = 3
+        trainer.fit(module, images())
+    assert [mode for _, mode in compiled] == ["default"]
+    assert compiled[0][0] is module.model
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)

@@ -24,7 +24,7 @@ def _importable():
 
 
 def options(**given):
-    names = ("steps", "batch_size", "lr", "multiplier", "data", "preprocessing", "device")
+    names = ("steps", "batch_size", "lr", "multiplier", "data", "preprocessing", "compile_mode", "device")
     return argparse.Namespace(**dict.fromkeys(names) | given)
 
 
@@ -237,8 +237,32 @@ def test_rows_beside_each_other(whole):
     for text in ("base, seed 0: done", "acu-round", "8.01", "+0.68", "+0.32"):
         assert text in printed
     names = {path.name for path in (out / "cifar10-ablation").iterdir() if path.is_file()}
-    expected = {"runs.csv", "table.csv", "displacement.csv", "table.png", "displacement.png", "shapes.png"}
-    assert names == expected
+    tables = {"runs.csv", "table.csv", "displacement.csv", "layers.csv"}
+    assert names == tables | {"table.png", "displacement.png", "shapes.png"}
+
+
+def test_how_far_each_layer_moved():
+    from paper_layers import layers_learned
+
+    def record(seed, step, mean, furthest, speed):
+        return {
+            "row": "acu-all", "seed": seed, "step": step, "layer": "conv1/1", "mean_displacement": mean,
+            "max_displacement": furthest, "step_speed": speed,
+        }  # fmt: skip
+
+    moved = [record(0, 10, 0.0, 0.0, 0.0), record(0, 50, 0.4, 0.6, 0.02), record(0, 90, 0.5, 0.7, 0.005)]
+    moved += [record(1, 10, 0.0, 0.1, 0.0), record(1, 90, 0.9, 1.5, 0.01)]
+    config, _ = config_of("acu-all", steps=90)
+    assert config["trainer"]["callbacks"][1]["init_args"]["warmup_steps"] == 14
+    runs = [{"row": "acu-all", "seed": seed, "steps": 90, "config": config} for seed in (0, 1)]
+    (line,) = layers_learned(moved, runs)
+    assert (line["row"], line["layer"], line["in_warm_up"]) == ("acu-all", "conv1/1", 0.1)
+    assert line["mean"] == pytest.approx(0.7)
+    assert line["std"] == pytest.approx(np.std([0.5, 0.9], ddof=1))
+    assert line["furthest"] == pytest.approx(1.1)
+    # Seed 0: 40 steps at 0.02 and 40 at 0.005, of which 30 are in the last third; seed 1: 80 at 0.01.
+    assert line["walked"] == pytest.approx((40 * 0.02 + 40 * 0.005 + 80 * 0.01) / 2)
+    assert line["walked_last_third"] == pytest.approx((30 * 0.005 + 30 * 0.01) / 2)
 
 
 def test_displacement_is_recorded_from_the_grid_on(whole):
