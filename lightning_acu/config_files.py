@@ -17,11 +17,13 @@ nothing to another.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import get_loader
+from yaml import YAMLError
 
 __all__ = ["BASE", "base_of", "expand_configs", "load_config"]
 
@@ -33,8 +35,8 @@ def load_config(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the file or a base does not exist; the message says which file asks for it.
-        ValueError: a file is no mapping, a base is no file name, files are the base of each other, or "+" is used where
-            the base has no list.
+        ValueError: a file is no YAML or no mapping, a base is no file name, files are the base of each other, or "+" is
+            used where the base has no list.
     """
     chain: list[Path] = []
     configs = []
@@ -80,16 +82,18 @@ def expand_configs(arguments: Sequence[str]) -> list[str]:
 
 def _expand(value: str) -> str:
     """JSON, which is YAML on one line; what is no file, or has no base, is left to LightningCLI."""
-    path = Path(value)
-    if "\n" in value or not path.is_file() or f"{BASE}:" not in path.read_text():
+    if not os.path.isfile(value):  # not Path's, which raises for a text that is too long to be a name
         return value
-    config = _load(path)
-    return json.dumps(load_config(path)) if isinstance(config, dict) and BASE in config else value
+    config = _load(Path(value))
+    return json.dumps(load_config(value)) if isinstance(config, dict) and BASE in config else value
 
 
 def _load(path: Path) -> Any:
-    # As LightningCLI reads: "1e-4" is a number there, though not in YAML 1.1.
-    return get_loader("yaml")(path.read_text())
+    try:
+        # As LightningCLI reads: "1e-4" is a number there, though not in YAML 1.1.
+        return get_loader("yaml")(path.read_text())
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML file: {error}") from error
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -64,6 +64,7 @@ def test_numbers_are_read_as_lightning_reads_them(write):
         ({"top": "base: nowhere.yaml"}, r"no configuration file .*nowhere\.yaml, which is `base` in .*top\.yaml"),
         ({"top": "base: b.yaml", "b": "base: top.yaml"}, r"circle: .*top\.yaml -> .*b\.yaml -> .*top\.yaml"),
         ({"top": "base: [b.yaml]"}, r"`base` \(=\['b.yaml'\]\) in .*top\.yaml must be the name of a file"),
+        ({"top": "base: b.yaml", "b": "a: [1"}, r"b\.yaml is no YAML file: (.|\n)*line 1"),
         ({"top": "base: b.yaml", "b": "- 1"}, r"b\.yaml must hold a mapping of options, and holds list"),
         ({"top": "base: b.yaml\nx+: [1]", "b": "y: 1"}, r"`x\+` in .*top\.yaml needs a list"),
         ({"top": "base: b.yaml\nx+: 1", "b": "x: [1]"}, r"`x\+` in .*top\.yaml needs a list"),
@@ -96,6 +97,13 @@ def test_only_files_with_a_base_are_expanded(write):
     assert json.loads(expanded[5]) == merged
 
 
+@pytest.mark.parametrize("text", ["a: 1\nb: 2", json.dumps({"a": "x" * 5000}), "no/such/file.yaml", ""])
+def test_what_is_no_file_is_left_to_lightning(text):
+    assert expand_configs(["fit", "--config", text, f"-c={text}", "--config"]) == [
+        "fit", "--config", text, f"-c={text}", "--config",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("by", ["command line", "argument"])
 def test_the_command_line_says_what_is_wrong(write, monkeypatch, by):
     top = write("top.yaml", "base: nowhere.yaml")
@@ -103,3 +111,12 @@ def test_the_command_line_says_what_is_wrong(write, monkeypatch, by):
     monkeypatch.setattr(sys, "argv", ["lightning-acu", *(given if by == "command line" else [])])
     with pytest.raises(SystemExit, match=r"lightning-acu: there is no configuration file .*nowhere\.yaml"):
         main(None if by == "command line" else given)
+
+
+def test_a_wrong_key_of_a_merged_file_is_named(write, monkeypatch, capsys):
+    write("below.yaml", {"model": {"class_path": "lightning_acu.ImageClassifier", "init_args": {"model": "resnet18"}}})
+    top = write("top.yaml", {"base": "below.yaml", "trainer": {"max_stepz": 3}})
+    monkeypatch.setattr(sys, "argv", ["lightning-acu", "fit", "--config", str(top)])
+    with pytest.raises(SystemExit):
+        main()
+    assert "max_stepz" in capsys.readouterr().err
