@@ -153,7 +153,7 @@ def test_configs_lists_and_copies(tmp_path, monkeypatch, capsys):
 def test_configs_errors(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(tmp_path, monkeypatch, "configs", "nothing")
-    assert "no configuration is called 'nothing'; there are paper/cifar100_plain.yaml" in capsys.readouterr().err
+    assert "no configuration is called 'nothing'; there are quickstart.yaml" in capsys.readouterr().err
     run(tmp_path, monkeypatch, "configs", "quickstart")
     with pytest.raises(SystemExit):
         run(tmp_path, monkeypatch, "configs", "quickstart")
