@@ -39,10 +39,11 @@ class PositionedConv2d(nn.Conv2d):
     def active_offsets(self) -> Tensor:
         """(P, K, 2), differentiable: ``offsets`` as the layer uses them, with the fixed tap at zero."""
         offsets = whole(self.offsets).view(self.position_groups, -1, 2)
-        if self.fixed_tap is None:
-            return offsets
-        before, _, after = offsets.split([self.fixed_tap, 1, self.geometry.taps - self.fixed_tap - 1], dim=1)
-        active = torch.cat((before, offsets.new_zeros(self.position_groups, 1, 2), after), dim=1)
+        if self.fixed_tap is None:  # (a view asks for a gradient even where none is recorded)
+            active = offsets if torch.is_grad_enabled() else offsets.detach()
+        else:
+            before, _, after = offsets.split([self.fixed_tap, 1, self.geometry.taps - self.fixed_tap - 1], dim=1)
+            active = torch.cat((before, offsets.new_zeros(self.position_groups, 1, 2), after), dim=1)
         if type(self.offsets) is nn.Parameter and not torch.compiler.is_compiling():
             active.source = self.offsets  # type: ignore[attr-defined]  # has a version: ops/triton_whole.py
         return active

@@ -64,9 +64,9 @@ def launches(target, dtype, layers):
         name = (
             f"{kernel.fn.__module__.rpartition('.')[2]}.{name}" if name in ("_input_kernel", "_weight_kernel") else name
         )
-        signature, constants, divisible = specialise(kernel, arguments)
+        signature, constants, attributes = specialise(kernel, arguments, TARGETS[target][0].backend)
         key = name, str(signature), str(constants), str(options)
-        found.setdefault(key, (kernel, name, signature, constants, divisible, options))
+        found.setdefault(key, (kernel, name, signature, constants, attributes, options))
 
     with (
         mock.patch.object(JITFunction, "run", record),
@@ -77,25 +77,33 @@ def launches(target, dtype, layers):
             input = torch.empty(16, c_in, size, size, dtype=dtype, memory_format=torch.channels_last)
             weight = torch.empty(c_out, c_in // groups, kernel, kernel, dtype=dtype)
             offsets = torch.zeros(positions, kernel * kernel, 2)
-            output = triton_gpu.forward(input, weight, offsets, None, geometry)
+            bias = torch.empty(c_out, dtype=dtype) if groups == 1 else None
+            output = triton_gpu.forward(input, weight, offsets, bias, geometry)
             triton_gpu.backward(output, input, weight, offsets, geometry, [True] * 3)
     return list(found.values())
 
 
-def specialise(kernel, arguments):
-    """What Triton's launcher makes of the arguments: types, constants, and which are multiples of 16."""
-    signature, constants, divisible = {}, {}, []
+def specialise(kernel, arguments, backend):
+    """What Triton's launcher makes of the arguments: types, constants, and what is known of the others."""
+    signature, constants, attributes = {}, {}, {}
     for index, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
         value = arguments[name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        if (
+            parameter.is_constexpr
+            or value is None
+            or (isinstance(value, int) and value == 1 and not parameter.do_not_specialize)
+        ):
             signature[name], constants[(index,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name] = TYPES[value.dtype]
-            divisible.append(index)  # torch aligns to more than 16 bytes
+            attributes[(index,)] = [["tt.divisibility", 16]]  # torch aligns to more than 16 bytes
+            if backend == "hip":
+                attributes[(index,)].append(["tt.pointer_range", 32])  # below 2 GB
         else:
             signature[name] = "i32"
-            divisible += [index] * (value % 16 == 0)
-    return signature, constants, {(index,): [["tt.divisibility", 16]] for index in divisible}
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
 
 
 def resources(cubin):
@@ -160,8 +168,8 @@ def main():
     for target, dtype in itertools.product(options.targets, options.dtypes):
         chip, most = TARGETS[target]
         layers = [LAYERS[i] for i in options.layers]
-        for kernel, name, signature, constants, divisible, choice in launches(target, getattr(torch, dtype), layers):
-            compiled = triton.compile(ASTSource(kernel, signature, constants, divisible), target=chip, options=choice)
+        for kernel, name, signature, constants, attributes, choice in launches(target, getattr(torch, dtype), layers):
+            compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target=chip, options=choice)
             found = inspect(compiled, chip)
             numbers = {kernel.arg_names[index]: value for (index,), value in constants.items()}
             wrong = list(faults(name, found, most, numbers))

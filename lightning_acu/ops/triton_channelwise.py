@@ -41,7 +41,7 @@ def _count(counts, channel, wanted, shared, UNIFORM: tl.constexpr):
         return tl.max(tl.load(counts + channel // shared, mask=wanted, other=0), axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "shared", "height", "width", "out_height", "out_width"])
 def _forward_kernel(
     source, spread, bias, rows, columns, counts, target, pixels, shared, height, width, out_height, out_width,
     CELLS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr,
@@ -68,7 +68,7 @@ def _forward_kernel(
     tl.store(place, total.to(target.dtype.element_ty), mask=inside[:, None] & wanted[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "shared", "height", "width", "out_height", "out_width"])
 def _input_kernel(
     grad, spread, rows, columns, counts, target, pixels, shared, height, width, out_height, out_width,
     CELLS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr,
@@ -99,7 +99,7 @@ def _input_kernel(
     tl.store(place, total.to(target.dtype.element_ty), mask=inside[:, None] & wanted[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "share", "shared", "height", "width", "out_height", "out_width"])
 def _weight_kernel(
     grad, source, rows, columns, counts, partial, pixels, share, shared, height, width, out_height, out_width,
     CELLS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr,

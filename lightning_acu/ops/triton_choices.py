@@ -52,6 +52,7 @@ class Tile(NamedTuple):
         return {"BLOCK_M": self.m, "BLOCK_N": self.n, **depth, "num_warps": self.warps, "num_stages": self.stages}
 
 
+@functools.lru_cache(maxsize=1024)
 def tile_for(role: str, dtype: torch.dtype, depth: int, columns: int, device: torch.device) -> Tile:
     """The tile of a kernel.
 
@@ -88,7 +89,8 @@ def gemm_from(dtype: torch.dtype, device: torch.device) -> int:
     """From how many channels on a product is interpolated first and left to torch's GEMM."""
     if dtype == torch.float32:  # torch's GEMMs and convolutions may disagree about TF32
         return 2**31
-    return int(table(arch_of(device)).get("gemm_from", _GEMM_FROM))
+    known = table(arch_of(device)).get("gemm_from", {})
+    return int(known.get(str(dtype).removeprefix("torch."), _GEMM_FROM))
 
 
 def set_interpolation(precision: str) -> None:
@@ -112,9 +114,12 @@ def interpolates_in_half(dtype: torch.dtype) -> bool:
     return _interpolation == "half" and dtype != torch.float32
 
 
-def precision(dtype: torch.dtype) -> str:
-    """TF32 where torch's convolutions use it."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
+def precision(dtype: torch.dtype, device: torch.device) -> str:
+    """TF32 where torch's convolutions use it and the chip has it."""
+    if dtype != torch.float32 or (torch.version.hip and arch_of(device) != "gfx942"):
+        return "ieee"
+    conv = getattr(torch.backends.cudnn, "conv", None)  # since torch 2.9; the older flag may raise beside it
+    return "tf32" if (conv.fp32_precision == "tf32" if conv else torch.backends.cudnn.allow_tf32) else "ieee"
 
 
 @functools.cache
@@ -129,8 +134,9 @@ def arch_of(device: torch.device) -> str | None:
 
 def tuned_tiles() -> Path:
     """The user's own table: ``triton_tiles.json`` in $LIGHTNING_ACU_CACHE, or in lightning_acu of the user's cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("LIGHTNING_ACU_CACHE") or Path(cache) / "lightning_acu") / "triton_tiles.json"
+    if own := os.environ.get("LIGHTNING_ACU_CACHE"):
+        return Path(own) / "triton_tiles.json"
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lightning_acu" / "triton_tiles.json"
 
 
 @functools.cache
@@ -143,9 +149,13 @@ def table(arch: str | None) -> dict[str, Any]:
     if arch is None:
         return {}
     shipped = json.loads((resources.files(__package__) / "triton_tiles.json").read_text())
-    path = tuned_tiles()
     try:
-        own = json.loads(path.read_text()) if path.is_file() else {}
+        path = tuned_tiles()
+        text = path.read_text() if path.is_file() else "{}"
+    except (OSError, RuntimeError):  # a user without a home, or a home that may not be read: no table
+        return shipped.get(arch, {})  # type: ignore[no-any-return]
+    try:
+        own = json.loads(text)
         found: dict[str, Any] = own.get(arch) or shipped.get(arch, {})
         for tile in found.get("tiles", {}).values():
             Tile(*map(int, tile))

@@ -21,7 +21,7 @@ _BYTES = 64 * 2**20  # of samples at a time
 _BLOCK_M, _BLOCK_C = 16, 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start", "pixels", "height", "width", "out_height", "out_width", "pad_top", "pad_left"])
 def _sample_kernel(
     source, offsets, samples, start, pixels, height, width, out_height, out_width, pad_top, pad_left,
     IN: tl.constexpr, TAPS: tl.constexpr, COLUMNS: tl.constexpr, STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr,
@@ -62,6 +62,8 @@ def product(
     flat, kernel = target.permute(0, 2, 3, 1).flatten(0, 2), packed.view(geometry.taps * depth, -1)
     pixels, most = len(flat), _BYTES // (geometry.taps * depth * source.element_size())
     part = min(pixels, max(_BLOCK_M, most // _BLOCK_M * _BLOCK_M))
+    if not pixels:
+        return
     samples = source.new_empty(part, geometry.taps * depth)
     for start in range(0, pixels, part):
         count = min(part, pixels - start)

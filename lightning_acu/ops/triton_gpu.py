@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import shutil
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor
 from ..geometry import ConvGeometry
 from . import dense
 from .triton_choices import arch_of
-from .triton_whole import plain_plan
+from .triton_whole import known_plan
 
 __all__ = ["MEASURED", "backward", "forward", "measured", "prefers", "why_not"]
 
@@ -37,6 +38,16 @@ def _missing() -> str | None:
     return None
 
 
+@functools.cache
+def _lacking(device: torch.device) -> str | None:
+    """What this GPU, or this machine, does not have."""
+    if not (os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang", "cc")))):
+        return "Triton needs a C compiler for its launchers, and there is none; install gcc or clang, or set CC"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"it needs compute capability 8.0, and {torch.cuda.get_device_name(device)} is older"
+    return None
+
+
 def _interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, which takes CPU tensors: for tests, and for debugging."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -49,9 +60,11 @@ def why_not(input: Tensor) -> str | None:
     if input.device.type != "cuda" and not (_interpreted() and input.device.type == "cpu"):
         driver = "" if torch.cuda.is_available() else " (torch finds no GPU driver here)"
         return f"it runs on GPUs, and `input` is on {input.device}{driver}"
+    if input.is_cuda and (lacking := _lacking(input.device)) is not None:
+        return lacking
     if input.dtype not in _DTYPES:
         return f"it knows float32, bfloat16 and float16, and `input` is {input.dtype}"
-    if max(input.shape[1:].numel(), input.numel() // max(input.shape[1], 1)) >= 2**31:
+    if _too_large(input):
         return f"an image of 2^31 numbers or a batch of 2^31 pixels is too large for it, got {tuple(input.shape)}"
     return None
 
@@ -74,13 +87,14 @@ def forward(input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None,
 
     size = (input.shape[0], weight.shape[0], *geometry.output_size(input.shape[2:]))
     output = torch.empty(size, dtype=input.dtype, device=input.device, memory_format=torch.channels_last)
+    _check_size(output)
     if not output.numel():
         return output
     if not weight.numel():  # no input channels
         return output.zero_() if bias is None else output.copy_(bias[:, None, None].expand_as(output))
-    plain = plain_plan(offsets, geometry)
-    if plain is not None:
-        return dense.convolve(_image(input), weight, offsets, bias, geometry, plain)
+    known = known_plan(offsets, geometry) if input.numel() else None
+    if known is not None:
+        return dense.convolve(_image(input), known.checked(weight, offsets), offsets, bias, geometry, known.plan)
     route = triton_channelwise if _channelwise(weight, geometry) else triton_product
     with _on(input):
         bias = None if bias is None else bias.contiguous()
@@ -94,13 +108,14 @@ def backward(
     """Gradients of input, weight and offsets; None for those that ``needs`` does not ask for."""
     from . import triton_cells, triton_channelwise, triton_product
 
-    if not weight.numel() or not grad.numel():
+    _check_size(grad)
+    if not weight.numel() or not grad.numel() or not input.numel():
         return torch.zeros_like(input), torch.zeros_like(weight), torch.zeros_like(offsets)
     grad_input = grad_weight = grad_offsets = None
     gradient, kernel, positions = _image(grad), weight.contiguous(), _positions(offsets)
-    plain = None if needs[2] else plain_plan(offsets, geometry)
-    if plain is not None:
-        given = gradient, _image(input), weight, offsets, plain, geometry
+    known = None if needs[2] else known_plan(offsets, geometry)
+    if known is not None:
+        given = gradient, _image(input), known.checked(weight, offsets), offsets, known.plan, geometry
         return (
             dense.input_gradient(*given) if needs[0] else None,
             dense.weight_gradient(*given)[0] if needs[1] else None,
@@ -124,6 +139,23 @@ def backward(
         grad_weight if needs[1] else None,
         grad_offsets.to(offsets.dtype) if needs[2] and grad_offsets is not None else None,
     )
+
+
+def _check_size(output: Tensor) -> None:
+    """Kernels count pixels, and numbers of an image, in 32 bits.
+
+    Raises:
+        RuntimeError: there are too many.
+    """
+    if _too_large(output):
+        raise RuntimeError(
+            f"an output of shape {tuple(output.shape)} is too large for backend='triton': 2^31 numbers an image, or "
+            "pixels; use backend='dense' or fewer images at a time"
+        )
+
+
+def _too_large(image: Tensor) -> bool:
+    return max(image.shape[1:].numel(), image.numel() // max(image.shape[1], 1)) >= 2**31 - 2**16
 
 
 def _channelwise(weight: Tensor, geometry: ConvGeometry) -> bool:

@@ -35,7 +35,7 @@ def _neighbour(
     return row + r, column + s, share, valid
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pad_top", "pad_left"])
 def _find_cells_kernel(
     offsets, rows, columns, shares, index, counts, pad_top, pad_left, TAPS: tl.constexpr, COLUMNS: tl.constexpr,
     DILATION_Y: tl.constexpr, DILATION_X: tl.constexpr, ALL: tl.constexpr, BLOCK: tl.constexpr,
@@ -102,30 +102,34 @@ def find_cells(offsets: Tensor, geometry: ConvGeometry, *, all_neighbours: bool)
     return cells
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["elements"])
 def _spread_kernel(
-    weight, shares, index, spread, elements, TAPS: tl.constexpr, BLOCK: tl.constexpr, NEIGHBOURS: tl.constexpr
+    weight, shares, index, spread, elements, TAPS: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr
 ):
     """spread[cell, p, e] = sum of share * weight[p, e, k] over the neighbours on the cell."""
-    e, j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, NEIGHBOURS)
-    cell, position, positions = tl.program_id(1), tl.program_id(2), tl.num_programs(2)
-    at, known = position * 4 * TAPS + j, j < 4 * TAPS
-    ours = tl.load(index + at, mask=known, other=-1) == cell
-    share = tl.where(ours, tl.load(shares + at, mask=known, other=0.0), 0.0)
+    e, k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, ROUND)
+    position, positions, known = tl.program_id(1), tl.num_programs(1), k < TAPS
     here = (position.to(tl.int64) * elements + e) * TAPS
-    mask = (e < elements)[:, None] & ours[None, :]
-    values = tl.load(weight + here[:, None] + (j // 4)[None, :], mask=mask, other=0.0).to(tl.float32)
-    place = (cell.to(tl.int64) * positions + position) * elements + e
-    tl.store(spread + place, tl.sum(values * share[None, :], axis=1).to(spread.dtype.element_ty), mask=e < elements)
+    mask = (e < elements)[:, None] & known[None, :]
+    values = tl.load(weight + here[:, None] + k[None, :], mask=mask, other=0.0).to(tl.float32)
+    for cell in range(4 * TAPS):
+        share = tl.zeros((ROUND,), tl.float32)
+        for neighbour in range(4):
+            at = (position * TAPS + k) * 4 + neighbour
+            ours = tl.load(index + at, mask=known, other=-1) == cell
+            share += tl.where(ours, tl.load(shares + at, mask=known, other=0.0), 0.0)
+        # A tap that does not reach the cell adds nothing, whatever its weight is.
+        products = tl.where(share[None, :] != 0, values * share[None, :], 0.0)
+        place = (cell * positions.to(tl.int64) + position) * elements + e
+        tl.store(spread + place, tl.sum(products, axis=1).to(spread.dtype.element_ty), mask=e < elements)
 
 
 def spread_weight(weight: Tensor, cells: Cells, dtype: torch.dtype) -> Tensor:
     """Weight (C_out, C_in/groups, kh, kw), contiguous, to (S, C_out, C_in/groups): 0 beyond a group's cells."""
     spread = weight.new_empty(cells.size, *weight.shape[:2], dtype=dtype)
-    elements = weight.shape[0] * weight.shape[1] // cells.positions
-    neighbours = triton.next_power_of_2(cells.size)
-    block = max(1, 4096 // neighbours)
-    _spread_kernel[(triton.cdiv(elements, block), cells.size, cells.positions)](
-        weight, cells.shares, cells.index, spread, elements, TAPS=cells.taps, BLOCK=block, NEIGHBOURS=neighbours
+    elements, taps = weight.shape[0] * weight.shape[1] // cells.positions, triton.next_power_of_2(cells.taps)
+    block = min(triton.next_power_of_2(elements), max(1, 2048 // taps))
+    _spread_kernel[(triton.cdiv(elements, block), cells.positions)](
+        weight, cells.shares, cells.index, spread, elements, TAPS=cells.taps, ROUND=taps, BLOCK=block
     )
     return spread

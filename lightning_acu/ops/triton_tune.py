@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -45,6 +46,9 @@ LAYERS = (
 )
 _BATCH = 16
 
+#: Whether the GEMM route pays is known once so many channels have been measured.
+_MANY = 512
+
 
 def candidates(role: str, dtype: torch.dtype, depth: int, columns: int) -> Iterator[Tile]:
     """Tiles to try, none larger than the layer."""
@@ -61,17 +65,14 @@ def candidates(role: str, dtype: torch.dtype, depth: int, columns: int) -> Itera
 
 
 def _milliseconds(call: Callable[[], Any]) -> float:
-    from triton.runtime.errors import OutOfResources
-    from triton.testing import do_bench
+    """By the GPU's clock, without the launches: as in a CUDA graph."""
+    from triton.testing import do_bench_cudagraph
 
-    try:
-        return float(do_bench(call, warmup=5, rep=20))
-    except OutOfResources:  # the tile does not fit the chip
-        return float("inf")
+    return float(do_bench_cudagraph(call, rep=20))
 
 
-def _calls(layer: Layer, dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], Any]]:
-    """What to time for each role."""
+def _calls(layer: Layer, dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], list[Tensor]]]:
+    """What to time for each role; gives what it computed."""
     from . import triton_cells, triton_channelwise, triton_product
 
     (c_in, c_out), size = layer.channels, layer.size
@@ -87,26 +88,54 @@ def _calls(layer: Layer, dtype: torch.dtype, device: torch.device) -> dict[str, 
     source, target, grad_input = image(c_in, size), image(c_out, size), image(c_in, size)
     if layer.groups > 1:
 
-        def channelwise() -> None:
+        def channelwise() -> list[Tensor]:
             triton_channelwise.forward(source, weight, offsets, None, geometry, target)
             triton_channelwise.input_gradient(target, weight, offsets, geometry, grad_input)
-            triton_channelwise.weight_gradient(target, source, weight, offsets, geometry)
+            return [target, grad_input, *triton_channelwise.weight_gradient(target, source, weight, offsets, geometry)]
 
         return {"channelwise": channelwise}
-    half = image(c_out, (size + 1) // 2)
+
+    def product() -> list[Tensor]:
+        triton_product.forward(source, weight, offsets, None, geometry, target)
+        return [target]
+
+    def cells() -> list[Tensor]:  # (its depth is the output's channels, its columns are the input's)
+        triton_cells.input_gradient(half, weight, offsets, strided, grad_input)
+        return [grad_input]
+
+    half, grad = image(c_out, (size + 1) // 2), image(c_out, size)
     return {
-        "product": lambda: triton_product.forward(source, weight, offsets, None, geometry, target),
-        "weight": lambda: triton_cells.weight_gradient(target, source, weight, offsets, geometry),
-        # (its depth is the output's channels, its columns are the input's)
-        "cells": lambda: triton_cells.input_gradient(half, weight, offsets, strided, grad_input),
+        "product": product,
+        "weight": lambda: list(triton_cells.weight_gradient(grad, source, weight, offsets, geometry)),
+        "cells": cells,
     }
+
+
+def _time(
+    call: Callable[[], list[Tensor]], expected: list[Tensor], milliseconds: Callable[[Callable[[], Any]], float]
+) -> float:
+    """Infinite for a kernel that does not compile, does not fit the chip, or computes something else."""
+    import triton
+    from triton.runtime.errors import TritonError
+
+    try:
+        found = call()
+    except (TritonError, triton.CompilationError) as error:
+        print(f"  left out: {type(error).__name__}")
+        return math.inf
+    for one, other in zip(found, expected, strict=True):
+        off = (one.double() - other.double()).norm() / other.double().norm()
+        if not off < 0.02:  # roundings of bfloat16, summed in another order, are below a tenth of that
+            print(f"  left out: off by {off:.1e}")
+            return math.inf
+    return milliseconds(call)
 
 
 def tune(
     device: torch.device,
     dtypes: list[torch.dtype],
     out: Path,
-    seconds: float = float("inf"),
+    seconds: float = math.inf,
     layers: tuple[Layer, ...] = LAYERS,
     milliseconds: Callable[[Callable[[], Any]], float] = _milliseconds,
 ) -> dict[str, Any]:
@@ -118,8 +147,10 @@ def tune(
     deadline = time.monotonic() + seconds
     arch = str(triton_choices.arch_of(device))
     table = triton_choices.table(triton_choices.arch_of(device))
-    tiles = table.setdefault("tiles", {})
+    tiles, gemm = table.setdefault("tiles", {}), table.setdefault("gemm_from", {})
+    faster: dict[str, dict[int, bool]] = {}
     for dtype, layer in itertools.product(dtypes, layers):
+        kind = str(dtype).removeprefix("torch.")
         for role, call in _calls(layer, dtype, device).items():
             depth, columns = layer.channels if role != "cells" else layer.channels[::-1]
             depth, columns = (1, columns) if role == "channelwise" else (depth, columns)
@@ -127,32 +158,41 @@ def tune(
                 print("out of time; the rest keeps its rules")
                 return table
             name = shape_class(role, dtype, depth, columns)
-            table["gemm_from"] = 2**31  # the fused product is what is timed
-            before, times = tile_for(role, dtype, depth, columns, device), {}
+            before = tile_for(role, dtype, depth, columns, device)
+            gemm[kind] = 2**31  # the fused product is what is timed
+            _try(tiles, name, before)
+            expected, times = [result.clone() for result in call()], {}
             for tile in dict.fromkeys([before, *candidates(role, dtype, depth, columns)]):
-                tiles[name] = list(tile)
-                times[tile] = milliseconds(call)
+                _try(tiles, name, tile)
+                times[tile] = _time(call, expected, milliseconds)
             best = min(times, key=times.__getitem__)
-            tiles[name] = list(best)
+            _try(tiles, name, best)
             print(f"{name}: {times[before]:.4f} ms with {tuple(before)}, {times[best]:.4f} ms with {tuple(best)}")
-            if role == "product" and dtype != torch.float32 and layer.channels[0] == layer.channels[1]:
-                table["gemm_from"] = 1
-                by_gemm = milliseconds(call)
+            if role == "product" and dtype != torch.float32 and depth == columns:
+                gemm[kind] = 1
+                by_gemm = _time(call, expected, milliseconds)
                 print(f"{name}: {by_gemm:.4f} ms interpolated first")
-                faster = table.setdefault("gemm", {})
-                faster[str(depth)] = by_gemm < times[best]
-            _settle(table)
+                faster.setdefault(kind, {})[depth] = by_gemm < times[best]
+            _settle(gemm, faster)
             _write(out, arch, table)
     return table
 
 
-def _settle(table: dict[str, Any]) -> None:
-    """From how many channels on interpolating first has won throughout."""
-    table["gemm_from"] = 2**31
-    for depth, faster in sorted(((int(d), f) for d, f in table.get("gemm", {}).items()), reverse=True):
-        if not faster:
-            break
-        table["gemm_from"] = depth
+def _try(tiles: dict[str, Any], name: str, tile: Tile) -> None:
+    tiles[name] = list(tile)
+    tile_for.cache_clear()
+
+
+def _settle(gemm: dict[str, int], faster: dict[str, dict[int, bool]]) -> None:
+    """From how many channels on interpolating first has won throughout; the rule where so many were not measured."""
+    gemm.clear()
+    for kind, measured in faster.items():
+        if max(measured) >= _MANY:
+            gemm[kind] = 2**31
+            for depth in sorted(measured, reverse=True):
+                if not measured[depth]:
+                    break
+                gemm[kind] = depth
 
 
 def _write(out: Path, arch: str, table: dict[str, Any]) -> None:
@@ -168,7 +208,7 @@ def main(arguments: list[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no further class after that")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start no further class after that")
     parser.add_argument("--out", type=Path, default=triton_choices.tuned_tiles(), help="default: the user's cache")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():

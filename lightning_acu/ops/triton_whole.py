@@ -8,7 +8,8 @@ replayed with other positions.
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,35 +18,45 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..geometry import ConvGeometry
 from ..positions import Plan, plan_windows
 
-__all__ = ["plain_plan"]
+__all__ = ["Known", "known_plan"]
 
 _ASK_AT = 3  # times that positions came unchanged: reentrant checkpoints bring learning ones without gradient too
 
-#: Of a tensor of positions: [what it was, how often it came so, the plan found].
-_known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+class Known(NamedTuple):
+    """The one plain convolution of at most K cells that positions formed, and those positions; all on the device."""
+
+    plan: Plan
+    offsets: Tensor
+
+    def checked(self, weight: Tensor, offsets: Tensor) -> Tensor:
+        """``weight``, or NaN where positions have changed all the same: torch counts no version for ``.data``."""
+        return weight * torch.where((offsets == self.offsets).all(), 1.0, torch.nan).to(weight.dtype)
 
 
-def plain_plan(offsets: Tensor, geometry: ConvGeometry) -> Plan | None:
-    """The one plain convolution of at most K cells that ``offsets`` are known to form, or None.
+#: Of a tensor of positions: what it was, how often it came so, and what is known of it.
+_entries: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
-    Writing to positions through ``.data`` goes unnoticed, as torch counts no version then, until they are used with a
-    gradient again.
-    """
+
+def known_plan(offsets: Tensor, geometry: ConvGeometry) -> Known | None:
+    """What is known of ``offsets`` without asking too often, or None."""
     # A layer's offsets are made anew for each call; their parameter stays, and has a version.
     source: Tensor = getattr(offsets, "source", offsets if offsets._base is None else offsets._base)
     if offsets.requires_grad:
-        _known.pop(source, None)
+        _entries.pop(source, None)
         return None
     if source.is_inference() or (offsets.is_cuda and torch.cuda.is_current_stream_capturing()):
         return None
-    state = source._version, source.data_ptr(), offsets.shape, geometry
-    entry: list[Any] = _known.get(source, [None])
-    if entry[0] != state:
-        entry = _known[source] = [state, 0, None]
-    entry[1] += 1
-    if entry[1] == _ASK_AT and not offsets.isnan().any():
+    # (views of one tensor are different positions)
+    place = None if hasattr(offsets, "source") else (offsets.data_ptr(), offsets.stride())
+    state = source._version, source.data_ptr(), place, offsets.shape, geometry
+    before, times, known = _entries.get(source, (None, 0, None))
+    if before != state:
+        times, known = 0, None
+    if times + 1 == _ASK_AT and not offsets.isnan().any():
         plan = plan_windows(offsets, geometry)
         if len(plan.windows) == 1 and plan.windows[0].area <= geometry.taps:
-            entry[2] = plan
-    found: Plan | None = entry[2]
-    return found
+            there = dataclasses.replace(plan, index=plan.index.to(offsets.device))
+            known = Known(there, offsets.detach().clone())
+    _entries[source] = state, min(times + 1, _ASK_AT), known
+    return known  # type: ignore[no-any-return]

@@ -80,6 +80,45 @@ def test_a_gradient_makes_it_forget(asked, plain):
     assert len(plain) == 1
 
 
+def test_positions_written_behind_its_back_are_never_silently_stale(plain):
+    layer, image = make_layer(), torch.randn(2, 3, 5, 4, device=DEVICE)
+    with torch.no_grad():
+        for _ in range(3):
+            layer(image)
+        layer.offsets.data.add_(0.4)
+        assert layer(image).isnan().all()
+    assert len(plain) == 2
+
+
+def test_views_of_one_tensor_are_different_positions():
+    table = torch.zeros(2, 9, 2, device=DEVICE)
+    table[1, :, 0] = 1.0
+    image, weight = torch.randn(1, 3, 5, 4, device=DEVICE), torch.randn(2, 3, 3, 3, device=DEVICE)
+    rounds = [[acu_conv2d(image, weight, row, padding=1, backend="triton") for row in table] for _ in range(4)]
+    for later in rounds[1:]:
+        for first, again in zip(rounds[0], later, strict=True):
+            torch.testing.assert_close(first, again, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_without_a_fixed_tap_too(plain):
+    layer, image = make_layer(fixed_centre=False), torch.randn(2, 3, 5, 4, device=DEVICE)
+    with torch.no_grad():
+        for _ in range(3):
+            layer(image)
+    assert len(plain) == 1
+    assert layer(image).requires_grad
+
+
+def test_empty_images():
+    layer = make_layer().requires_grad_(False)
+    for _ in range(4):
+        image = torch.randn(2, 3, 0, 4, device=DEVICE, requires_grad=True)
+        output = acu_conv2d(image, layer.weight, layer.active_offsets(), padding=2, backend="triton")
+        assert output.shape == (2, 4, 2, 6)
+        assert not output.any()
+        output.sum().backward()
+
+
 def test_frozen_whole_positions_train_the_weights_by_a_plain_convolution(plain):
     layer, image = make_layer(position_groups=2), torch.randn(2, 3, 5, 4, device=DEVICE, requires_grad=True)
     layer.offsets.requires_grad_(False)
@@ -101,25 +140,30 @@ def test_scattered_whole_positions_stay_with_the_kernels(asked, plain):
     assert (len(asked), plain) == (1, [])
 
 
+def forget():
+    triton_choices.table.cache_clear()
+    tile_for.cache_clear()
+
+
 def test_tiles_of_a_users_table_override_the_rule(monkeypatch, tmp_path):
     device = torch.device("cpu")
     rule = tile_for("product", torch.bfloat16, 48, 64, device)
     assert rule == Tile(64, 64, 64, 4)
     monkeypatch.setenv("LIGHTNING_ACU_CACHE", str(tmp_path))
     monkeypatch.setattr(triton_choices, "arch_of", lambda device: "sm_90")
-    triton_choices.table.cache_clear()
+    forget()
     tiles = {shape_class("product", torch.bfloat16, 48, 64): [128, 64, 64, 4, 2]}
-    triton_choices.tuned_tiles().write_text(json.dumps({"sm_90": {"tiles": tiles, "gemm_from": 256}}))
+    triton_choices.tuned_tiles().write_text(json.dumps({"sm_90": {"tiles": tiles, "gemm_from": {"bfloat16": 256}}}))
     try:
         assert tile_for("product", torch.bfloat16, 64, 64, device) == Tile(128, 64, 64, 4, 2)  # the same class
         assert tile_for("product", torch.bfloat16, 100, 64, device) == rule
         assert triton_choices.gemm_from(torch.bfloat16, device) == 256
-        triton_choices.table.cache_clear()
+        forget()
         triton_choices.tuned_tiles().write_text('{"sm_90": {"tiles": {"x": [1, "a"]}}}')
         with pytest.raises(RuntimeError, match=r"triton_tiles\.json is damaged .*; delete it, or tune again"):
             tile_for("product", torch.bfloat16, 64, 64, device)
     finally:
-        triton_choices.table.cache_clear()
+        forget()
 
 
 def test_auto_takes_it_on_gpus_that_have_measured_it_and_says_once_what_is_missing(monkeypatch):
@@ -140,26 +184,35 @@ def test_tuning_keeps_the_fastest_tile_of_each_class(monkeypatch, tmp_path):
     """With a clock that likes large steps, and the GEMM route only from 16 channels on."""
     tuned = {}
     monkeypatch.setattr(triton_choices, "table", lambda arch: tuned)
+    monkeypatch.setattr(triton_tune, "_BATCH", 1)
+    monkeypatch.setattr(triton_tune, "_MANY", 16)
+    monkeypatch.setattr(triton_tune, "candidates", lambda *layer: few[layer[0]])
+    few = {role: [Tile(16, 16, 16, 4), Tile(16, 16, 32, 4)] for role in ("product", "weight", "cells")}
+    few["channelwise"] = [Tile(8, 16, 0, 4)]
     layers = (triton_tune.Layer((8, 8), 3), triton_tune.Layer((16, 16), 3), triton_tune.Layer((4, 4), 3, 4))
-    ran = set()
 
     def clock(call):
-        if (id(call), tuned["gemm_from"]) not in ran:  # once is enough, in the interpreter
-            ran.add((id(call), tuned["gemm_from"]))
-            call()
-        if tuned["gemm_from"] == 1:
+        if tuned["gemm_from"].get("float16") == 1:
             return 0.0 if len(tuned["tiles"]) > 2 else 9.0  # slow for the first layer
         *_, tile = tuned["tiles"].values()
-        return 1 / (1 + tile[2] + tile[3])
+        return 1 / (1 + tile[2])
 
     out = tmp_path / "new" / "tiles.json"
-    monkeypatch.setattr(triton_tune, "_BATCH", 1)
+    tile_for.cache_clear()
     triton_tune.tune(torch.device(DEVICE), [torch.float16], out, layers=layers, milliseconds=clock)
     arch = str(triton_choices.arch_of(torch.device(DEVICE)))
     assert json.loads(out.read_text()) == {arch: tuned}
     assert set(tuned["tiles"]) == {f"{role} float16 16x16" for role in ("product", "weight", "cells", "channelwise")}
-    assert tuned["tiles"]["weight float16 16x16"][2:4] == [64, 8]
-    assert tuned["gemm_from"] == 16
+    assert tuned["tiles"]["product float16 16x16"] == [16, 16, 32, 4, 1]
+    assert tuned["gemm_from"] == {"float16": 16}
+    tile_for.cache_clear()
+
+
+def test_tuning_leaves_out_what_is_wrong():
+    right, wrong = torch.ones(3), torch.ones(3) * 1.1
+    assert triton_tune._time(lambda: [right], [right], lambda call: 1.0) == 1.0
+    assert triton_tune._time(lambda: [wrong], [right], lambda call: 1.0) == float("inf")
+    assert triton_tune._time(lambda: [right * torch.nan], [right], lambda call: 1.0) == float("inf")
 
 
 def test_tuning_needs_a_gpu(capsys):
