@@ -187,7 +187,7 @@ def _draw_table(name: str, lines: Sequence[dict[str, Any]], folder: Path) -> lis
     compared = [line for line in lines if line["improvement"] is not None]
     if not compared:
         return []
-    figure, axes = plt.subplots(figsize=(1.5 + 1.1 * len(compared), 3.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(2 + 1.1 * len(compared), 3.4), layout="constrained")
     places = range(len(compared))
     ours = [line["improvement"] for line in compared]
     spread = [line["improvement_std"] or 0.0 for line in compared]
@@ -198,7 +198,7 @@ def _draw_table(name: str, lines: Sequence[dict[str, Any]], folder: Path) -> lis
     axes.set_xticks(list(places), [line["row"] for line in compared])
     axes.set_ylabel("improvement over base, points")
     axes.set_title(f"{name}, {compared[0]['seeds']} seeds", fontsize=10)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return [_save(figure, folder / "table.png")]
 
 
