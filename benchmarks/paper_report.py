@@ -206,9 +206,12 @@ def _draw_shapes(folder: Path, runs: Sequence[dict[str, Any]]) -> list[Path]:
     """For each row with learned shapes, those of its first seed under each other, as OffsetLogger drew them."""
     pictures = {}
     for run in runs:
-        attempt = folder / run["row"] / f"seed{run['seed']}" / f"attempt_{run['attempts'] - 1}" / "shapes.png"
-        if attempt.exists():
-            pictures.setdefault(run["row"], attempt)
+        attempts = (
+            folder / run["row"] / f"seed{run['seed']}" / f"attempt_{n}" for n in reversed(range(run["attempts"]))
+        )
+        drawn = [attempt / "shapes.png" for attempt in attempts if (attempt / "shapes.png").exists()]
+        if drawn:  # the last attempt has none if it was for the test only
+            pictures.setdefault(run["row"], drawn[0])
     if not pictures:
         return []
     images = {row: plt.imread(path) for row, path in pictures.items()}
