@@ -7,6 +7,7 @@ import json
 import statistics
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,34 @@ __all__ = ["compare", "finished_runs", "report"]
 _OURS, _POSTER = "tab:blue", "0.7"
 
 
+@dataclass
+class _Cells:
+    """A table as text, for the screen and for Markdown; the first ``names`` columns hold no numbers."""
+
+    title: str
+    columns: list[str]
+    cells: list[list[str]]
+    names: int
+
+    def show(self) -> None:
+        made = Table(title=self.title, pad_edge=False)
+        for number, column in enumerate(self.columns):
+            made.add_column(column, justify="left" if number < self.names else "right")
+        for row in self.cells:
+            made.add_row(*row)
+        Console(width=None if sys.stdout.isatty() else 120).print(made)
+
+    def markdown(self) -> str:
+        rule = ["---"] * self.names + ["---:"] * (len(self.columns) - self.names)
+        lines = [self.columns, rule, *self.cells]
+        return f"{self.title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 def report(name: str, rows: Sequence[Row], folder: Path) -> None:
-    """Print the table of the runs in ``folder`` and write it there: runs.csv, table.csv, displacement.csv, figures.
+    """Print the table of the runs in ``folder`` and write it there, with figures.
+
+    runs.csv: a line for each run. table.csv, table.png: their means. layers.csv: how far the taps of each layer moved;
+    displacement.csv, displacement.png: over the steps; shapes.png: where to. tables.md: both tables.
 
     Raises:
         FileNotFoundError: no run is finished.
@@ -31,7 +58,7 @@ def report(name: str, rows: Sequence[Row], folder: Path) -> None:
     if not any(runs.values()):
         raise FileNotFoundError(f"{folder} has no finished run (ROW/seedN/result.json) of {', '.join(runs)}")
     lines = [compare(row, runs) for row in rows if runs[row.name]]
-    Console(width=None if sys.stdout.isatty() else 120).print(_table(name, lines))
+    tables = [_table(name, lines)]
     every = [run for row in rows for run in runs[row.name]]
     written = [folder / f"{file}.csv" for file in ("runs", "table")]
     _write(written[0], [_flat(run) for run in every])
@@ -41,11 +68,15 @@ def report(name: str, rows: Sequence[Row], folder: Path) -> None:
         written.append(folder / "displacement.csv")
         _write(written[-1], moved)
         if learned := layers_learned(moved, every):
-            Console(width=None if sys.stdout.isatty() else 120).print(_table_of_layers(learned))
+            tables.append(_table_of_layers(learned))
             written.append(folder / "layers.csv")
             _write(written[-1], learned)
             written.append(draw_displacements(moved, every, folder / "displacement.png"))
         written += _draw_shapes(folder, every)
+    for table in tables:
+        table.show()
+    written.append(folder / "tables.md")
+    written[-1].write_text("\n".join(table.markdown() for table in tables))
     print("written:", *(str(path) for path in written), sep="\n  ")
 
 
@@ -85,13 +116,12 @@ def _table_of(row: Row) -> list[Row]:
     return next(rows for rows in TABLES.values() if row in rows)
 
 
-def _table(name: str, lines: Sequence[dict[str, Any]]) -> Table:
+def _table(name: str, lines: Sequence[dict[str, Any]]) -> _Cells:
     metric = "top-5 accuracy" if "top5" in lines[0]["metric"] else "error"
-    made = Table(title=f"{name}: {metric} on the test images, mean ± standard deviation over seeds", pad_edge=False)
-    for text in ("row", "parameters", "steps", "seeds", f"{metric} %", "gain on base", "poster %", "poster's gain"):
-        made.add_column(text, justify="left" if text == "row" else "right")
-    for line in lines:
-        made.add_row(
+    title = f"{name}: {metric} on the test images, mean ± standard deviation over seeds"
+    columns = ["row", "parameters", "steps", "seeds", f"{metric} %", "gain on base", "poster %", "poster's gain", "min"]
+    cells = [
+        [
             line["row"],
             f"{line['parameters']:,}",
             f"{line['steps']:,}",
@@ -100,19 +130,26 @@ def _table(name: str, lines: Sequence[dict[str, Any]]) -> Table:
             _with_spread(line["improvement"], line["improvement_std"], "+"),
             f"{line['poster']:.2f}",
             _with_spread(line["poster_improvement"], None, "+"),
-        )
-    return made
+            f"{line['minutes']:.0f}",
+        ]
+        for line in lines
+    ]
+    return _Cells(title, columns, cells, names=1)
 
 
-def _table_of_layers(lines: Sequence[dict[str, Any]]) -> Table:
-    made = Table(title="how far taps moved, in pixels", pad_edge=False)
-    for text in ("row", "layer", "in warm-up", "mean at the end", "furthest", "walked", "in the last third"):
-        made.add_column(text, justify="left" if text in ("row", "layer") else "right")
-    for line in lines:
-        numbers = [f"{line[key]:.2f}" for key in ("furthest", "walked", "walked_last_third")]
-        spread = _with_spread(line["mean"], line["std"])
-        made.add_row(line["row"], line["layer"], f"{line['in_warm_up']:.2f}", spread, *numbers)
-    return made
+def _table_of_layers(lines: Sequence[dict[str, Any]]) -> _Cells:
+    columns = ["row", "layer", "in warm-up", "mean at the end", "furthest", "walked", "in the last third"]
+    cells = [
+        [
+            line["row"],
+            line["layer"],
+            f"{line['in_warm_up']:.2f}",
+            _with_spread(line["mean"], line["std"]),
+            *(f"{line[key]:.2f}" for key in ("furthest", "walked", "walked_last_third")),
+        ]
+        for line in lines
+    ]
+    return _Cells("how far taps moved, in pixels", columns, cells, names=2)
 
 
 def _with_spread(mean: float | None, std: float | None, sign: str = "") -> str:
@@ -150,7 +187,7 @@ def _draw_table(name: str, lines: Sequence[dict[str, Any]], folder: Path) -> lis
     compared = [line for line in lines if line["improvement"] is not None]
     if not compared:
         return []
-    figure, axes = plt.subplots(figsize=(1.5 + 1.1 * len(compared), 3.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(2 + 1.1 * len(compared), 3.4), layout="constrained")
     places = range(len(compared))
     ours = [line["improvement"] for line in compared]
     spread = [line["improvement_std"] or 0.0 for line in compared]
@@ -161,7 +198,7 @@ def _draw_table(name: str, lines: Sequence[dict[str, Any]], folder: Path) -> lis
     axes.set_xticks(list(places), [line["row"] for line in compared])
     axes.set_ylabel("improvement over base, points")
     axes.set_title(f"{name}, {compared[0]['seeds']} seeds", fontsize=10)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return [_save(figure, folder / "table.png")]
 
 
@@ -169,9 +206,12 @@ def _draw_shapes(folder: Path, runs: Sequence[dict[str, Any]]) -> list[Path]:
     """For each row with learned shapes, those of its first seed under each other, as OffsetLogger drew them."""
     pictures = {}
     for run in runs:
-        attempt = folder / run["row"] / f"seed{run['seed']}" / f"attempt_{run['attempts'] - 1}" / "shapes.png"
-        if attempt.exists():
-            pictures.setdefault(run["row"], attempt)
+        attempts = (
+            folder / run["row"] / f"seed{run['seed']}" / f"attempt_{n}" for n in reversed(range(run["attempts"]))
+        )
+        drawn = [attempt / "shapes.png" for attempt in attempts if (attempt / "shapes.png").exists()]
+        if drawn:  # the last attempt has none if it was for the test only
+            pictures.setdefault(run["row"], drawn[0])
     if not pictures:
         return []
     images = {row: plt.imread(path) for row, path in pictures.items()}

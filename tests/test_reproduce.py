@@ -237,7 +237,7 @@ def test_rows_beside_each_other(whole):
     for text in ("base, seed 0: done", "acu-round", "8.01", "+0.68", "+0.32"):
         assert text in printed
     names = {path.name for path in (out / "cifar10-ablation").iterdir() if path.is_file()}
-    tables = {"runs.csv", "table.csv", "displacement.csv", "layers.csv"}
+    tables = {"runs.csv", "table.csv", "displacement.csv", "layers.csv", "tables.md"}
     assert names == tables | {"table.png", "displacement.png", "shapes.png"}
 
 
