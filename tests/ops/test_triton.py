@@ -111,21 +111,14 @@ def test_what_it_does_not_know():
         acu_conv2d(*tensors, backend="triton")
 
 
-@pytest.mark.parametrize(
-    ("target", "dtypes", "layers"),
-    [
-        ("sm_80", "bfloat16 float16", "0 1 2 3 5"),
-        ("sm_90", "bfloat16", "0 1 2 3 4 5 6 7"),
-        ("sm_90", "float16 float32", "0 1 5"),
-        ("gfx942", "bfloat16", "0 1 3 5"),
-    ],
-)
-def test_kernels_compile_without_spills(target, dtypes, layers):
-    """Without a GPU, as layers launch them. `scripts/compile_kernels.py` also has the combinations left out here."""
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_kernels_compile_without_spills(target, dtype):
+    """Without a GPU, as layers of networks launch them."""
     script = Path(__file__).parents[2] / "scripts" / "compile_kernels.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    chosen = "--targets", target, "--dtypes", *dtypes.split(), "--layers", *layers.split()
-    done = subprocess.run([sys.executable, str(script), *chosen], capture_output=True, text=True, env=environment)
+    command = [sys.executable, str(script), "--targets", target, "--dtypes", dtype]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     for kernel in ("_product_kernel", "triton_cells._input_kernel", "triton_channelwise._weight_kernel"):
         assert kernel in done.stdout
