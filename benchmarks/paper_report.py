@@ -13,11 +13,12 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from paper_layers import callbacks_of, displacements, draw_displacements, layers_learned
+from paper_settings import settings_of
 from paper_tables import TABLES, Row
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["compare", "finished_runs", "report"]
+__all__ = ["check_settings", "compare", "finished_runs", "report"]
 
 _OURS, _POSTER = "tab:blue", "0.7"
 
@@ -45,18 +46,20 @@ class _Cells:
         return f"{self.title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def report(name: str, rows: Sequence[Row], folder: Path) -> None:
-    """Print the table of the runs in ``folder`` and write it there, with figures.
+def report(name: str, rows: Sequence[Row], folder: Path, seeds: int | None = None) -> None:
+    """Print the table of the runs in ``folder`` and write it there, with figures. ``seeds``: below this; None: all.
 
     runs.csv: a line for each run. table.csv, table.png: their means. layers.csv: how far the taps of each layer moved;
     displacement.csv, displacement.png: over the steps; shapes.png: where to. tables.md: both tables.
 
     Raises:
         FileNotFoundError: no run is finished.
+        ValueError: runs that are to be compared were made with other settings.
     """
-    runs = {row.name: finished_runs(folder, row) for row in rows}
+    runs = {row.name: finished_runs(folder, row, seeds) for row in rows}
     if not any(runs.values()):
         raise FileNotFoundError(f"{folder} has no finished run (ROW/seedN/result.json) of {', '.join(runs)}")
+    check_settings(rows, runs)
     lines = [compare(row, runs) for row in rows if runs[row.name]]
     tables = [_table(name, lines)]
     every = [run for row in rows for run in runs[row.name]]
@@ -80,10 +83,31 @@ def report(name: str, rows: Sequence[Row], folder: Path) -> None:
     print("written:", *(str(path) for path in written), sep="\n  ")
 
 
-def finished_runs(folder: Path, row: Row) -> list[dict[str, Any]]:
-    """The results of ``row``, by seed."""
+def finished_runs(folder: Path, row: Row, seeds: int | None = None) -> list[dict[str, Any]]:
+    """The results of ``row``, by seed, of those below ``seeds``."""
     found = [json.loads(path.read_text()) for path in folder.glob(f"{row.name}/seed*/result.json")]
-    return sorted(found, key=lambda run: run["seed"])
+    return sorted((run for run in found if seeds is None or run["seed"] < seeds), key=lambda run: run["seed"])
+
+
+def check_settings(rows: Sequence[Row], runs: dict[str, list[dict[str, Any]]]) -> None:
+    """That the runs of a row, and those of its base, differ in nothing that the command line decides.
+
+    Raises:
+        ValueError: they do; the message names two of them and what they differ in.
+    """
+    first: dict[tuple[str, str], tuple[str, Any]] = {}
+    for row in rows:
+        for run in runs[row.name]:
+            folder = f"{row.name}/seed{run['seed']}"
+            for option, value in settings_of(run["config"]).items():
+                if option == "--multiplier" and value is None:  # no positions to learn
+                    continue
+                other, theirs = first.setdefault((row.base or row.name, option), (folder, value))
+                if theirs != value:
+                    raise ValueError(
+                        f"{other} and {folder} cannot be compared: {option} was {theirs} there and {value} here; "
+                        "take other --rows or --seeds, or run one of them again with another --out"
+                    )
 
 
 def compare(row: Row, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ OUT/TABLE/ROW/seedN/ holds
     attempt_0/ attempt_1/ ...  what each wrote: metrics.csv, shapes.png, shapes.gif, summary.json
     attempt_0.log ...          what each printed
     metrics.csv, result.json   of the finished run, from all attempts
+    lock                       held while a process works here
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import fcntl
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,22 +51,41 @@ def run_row(row: Row, seed: int, folder: Path, options: argparse.Namespace, say:
     """Train and collect ``row`` in ``folder``/ROW/seedN, or what is missing of it; False where it was finished before.
 
     Raises:
-        RuntimeError: the training failed; the message has the end of what it printed.
+        RuntimeError: the training failed (the message has the end of what it printed), another process trains in that
+            folder, or the checkpoint to go on from is damaged.
         ValueError: the folder holds a run with other settings.
     """
     run = folder / row.name / f"seed{seed}"
-    config = effective_config(row, seed, options)
-    _claim(run, config)
-    if (run / "result.json").exists():
-        return False
+    run.mkdir(parents=True, exist_ok=True)
+    with _only_one(run):
+        config = effective_config(row, seed, options)
+        _claim(run, config)
+        if (run / "result.json").exists():
+            return False
+        _run(row, seed, run, config, say)
+        return True
+
+
+@contextmanager
+def _only_one(run: Path) -> Iterator[None]:
+    """Until this ends, or its process does, no other one works in the folder."""
+    with (run / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(f"another process trains in {run} now: wait for it, or give another --out") from None
+        yield
+
+
+def _run(row: Row, seed: int, run: Path, config: dict[str, Any], say: Callable[[str], None]) -> None:
     start = run / "checkpoints" / "last.ckpt"
     if not start.exists() and row.continues is not None:
-        start = folder / row.continues / f"seed{seed}" / "checkpoints" / "last.ckpt"
+        start = run.parents[1] / row.continues / f"seed{seed}" / "checkpoints" / "last.ckpt"
     attempts = _attempts(run)
     if attempts and attempts[-1]["seconds"] is None:  # killed: what came after its last checkpoint is lost
         last = start.stat().st_mtime if start.exists() else 0.0
         attempts[-1]["seconds"] = round(max(0.0, last - attempts[-1]["began"]), 1)
-    step = torch.load(start, map_location="cpu", weights_only=False)["global_step"] if start.exists() else 0
+    step = _step_of(start) if start.exists() else 0
     number = len(attempts)
     attempts.append({"began": time.time(), "from_step": step, "seconds": None})
     _write_json(run / "attempts.json", attempts)
@@ -71,7 +93,16 @@ def run_row(row: Row, seed: int, folder: Path, options: argparse.Namespace, say:
     attempts[-1]["seconds"] = round(time.time() - attempts[-1]["began"], 1)
     _write_json(run / "attempts.json", attempts)
     _collect(row, seed, run, config, attempts)
-    return True
+
+
+def _step_of(checkpoint: Path) -> int:
+    try:
+        step: int = torch.load(checkpoint, map_location="cpu", weights_only=False)["global_step"]
+    except Exception as error:  # whatever torch and pickle raise for a damaged file
+        raise RuntimeError(
+            f"{checkpoint} is damaged ({error}): delete {checkpoint.parents[1]} to begin again"
+        ) from error
+    return step
 
 
 def _claim(run: Path, config: dict[str, Any]) -> None:
@@ -82,9 +113,8 @@ def _claim(run: Path, config: dict[str, Any]) -> None:
             keys = ", ".join(sorted(_differences(found, config)))
             raise ValueError(f"{run} holds a run with other settings ({keys}): give these again, or another --out")
         return
-    run.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(config, sort_keys=False)
-    path.write_text(f"# Made by benchmarks/reproduce.py, to be run in this folder.\n{text}")
+    _write_whole(path, f"# Made by benchmarks/reproduce.py, to be run in this folder.\n{text}")
 
 
 def _differences(one: Any, other: Any, name: str = "") -> list[str]:
@@ -139,8 +169,9 @@ def _progress(metrics: Path, steps: tuple[int, int], seconds: float) -> str:
     if metrics.exists():
         with metrics.open(newline="") as file:
             for row in csv.DictReader(file):
-                if row.get("train/loss"):
-                    step, loss = int(row["step"]) + 1, f", loss {float(row['train/loss']):.3f}"
+                with suppress(ValueError):  # a line that is being written
+                    if row.get("train/loss"):
+                        step, loss = int(row["step"]) + 1, f", loss {float(row['train/loss']):.3f}"
     left = f", {seconds / (step - first) * (last - step) / 60:.0f} min left" if step > first else ""
     return f"step {step:,} of {last:,}{loss}{left}"
 
@@ -206,7 +237,11 @@ def _write_rows(path: Path, rows: list[dict[str, str]]) -> None:
 
 
 def _write_json(path: Path, content: Any) -> None:
+    _write_whole(path, json.dumps(content, indent=2) + "\n")
+
+
+def _write_whole(path: Path, text: str) -> None:
     """Whole or not at all, whenever the process is killed."""
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.write_text(text)
     partial.replace(path)

@@ -12,7 +12,7 @@ from paper_tables import Row
 from lightning_acu.commands import configs_directory
 from lightning_acu.config_files import load_config
 
-__all__ = ["checkpoint_interval", "effective_config", "length_of"]
+__all__ = ["classes_of", "effective_config", "length_of", "settings_of"]
 
 #: Arguments that count steps, by the last part of a callback's class path.
 _STEPS = {
@@ -29,16 +29,14 @@ def effective_config(row: Row, seed: int, options: argparse.Namespace) -> dict[s
     ``options``: ``steps`` (None: the paper's), ``batch_size``, ``lr``, ``multiplier``, ``data``, ``preprocessing``,
     ``compile_mode`` and ``device`` of the command line, each None where the configuration decides.
     """
-    config = load_config(configs_directory() / "paper" / f"{row.config}.yaml")
+    config = load_config(_file(row))
     config["seed_everything"] = seed
     trainer, optimizer = config["trainer"], config["model"]["init_args"]["optimizer"]["init_args"]
     published = _learning_steps(config)
     steps = options.steps or published
     _shorten(config, steps / published)
+    _set_checkpoints(trainer["callbacks"], steps)
     for callback, arguments in _callbacks(config):
-        if callback == "ModelCheckpoint":
-            arguments["dirpath"] = "checkpoints"
-            arguments["every_n_train_steps"] = checkpoint_interval(steps)
         if callback == "PositionLRSchedule":
             # Another learning rate of the weights is none of the positions.
             arguments["multiplier"] *= 1 if options.lr is None else optimizer["lr"] / options.lr
@@ -68,9 +66,39 @@ def length_of(config: dict[str, Any]) -> int:
     return steps
 
 
-def checkpoint_interval(steps: int) -> int:
-    """About a twentieth of ``steps`` and a divisor of it, so that the last checkpoint is the trained network."""
-    return next(n for n in range(max(1, steps // 20), steps + 1) if steps % n == 0)
+def classes_of(row: Row) -> int:
+    """How many kinds of images the network of ``row`` tells apart."""
+    classes: int = load_config(_file(row))["model"]["init_args"]["num_classes"]
+    return classes
+
+
+def settings_of(config: dict[str, Any]) -> dict[str, Any]:
+    """What the command line decides, of a run's configuration: rows that are compared have it in common."""
+    optimizer, data = config["model"]["init_args"]["optimizer"]["init_args"], config["data"]["init_args"]
+    callbacks = dict(_callbacks(config))
+    return {
+        "--steps": _learning_steps(config),
+        "--batch-size": data["batch_size"],
+        "--lr": optimizer["lr"],
+        "--multiplier": callbacks.get("PositionLRSchedule", {}).get("multiplier"),
+        "--data": data.get("path", data.get("root")),
+        "--preprocessing": data.get("preprocessing"),
+        "--compile-mode": config["model"]["init_args"].get("compile_mode"),
+    }
+
+
+def _file(row: Row) -> Path:
+    return configs_directory() / "paper" / f"{row.config}.yaml"
+
+
+def _set_checkpoints(callbacks: list[dict[str, Any]], steps: int) -> None:
+    """At least each twentieth of ``steps``, and after the last of them, which is the trained network."""
+    saving = next(callback for callback in callbacks if callback["class_path"].endswith(".ModelCheckpoint"))
+    arguments = saving["init_args"]
+    arguments["dirpath"] = "checkpoints"
+    interval = arguments["every_n_train_steps"] = min(max(1, steps // 20), arguments["every_n_train_steps"])
+    if steps % interval:  # within the training: what is saved after it does not go on exactly
+        callbacks.append({**saving, "init_args": arguments | {"every_n_train_steps": steps}})
 
 
 def _learning_steps(config: dict[str, Any]) -> int:

@@ -22,7 +22,10 @@ from pathlib import Path
 
 from paper_report import report
 from paper_runs import run_row
+from paper_settings import classes_of
 from paper_tables import TABLES, find_rows
+
+from lightning_acu.data.npz import read_npz
 
 _OUT = Path(__file__).parent / "results" / "paper"
 
@@ -36,7 +39,7 @@ def arguments(args=None):
     )
     parser.add_argument("--table", required=True, help=", ".join(TABLES))
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="default: all of the table")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each row: seeds 0 ... N-1")
+    parser.add_argument("--seeds", type=int, metavar="N", help="runs of each row: seeds 0 ... N-1; 3, or all finished")
     parser.add_argument("--steps", type=int, metavar="N", help="a shortened training; default: as published")
     parser.add_argument("--batch-size", type=int, metavar="N", help="default: as published")
     parser.add_argument("--lr", type=float, help="learning rate; that of a fine-tuning keeps its ratio to it")
@@ -62,9 +65,22 @@ def arguments(args=None):
         parser.error(f"--data {options.data}: there is no such folder or file")
     if options.data is not None and options.data.suffix == ".npz" and options.table == "places365":
         parser.error(f"--data {options.data}: Places365 needs a folder of images, not an .npz file")
+    if options.data is not None and options.data.suffix == ".npz":
+        try:
+            check_classes(options.rows, options.data)
+        except ValueError as error:
+            parser.error(f"--data {options.data}: {error}")
     if options.preprocessing is not None and options.table == "places365":
         parser.error(f"--preprocessing {options.preprocessing}: is for CIFAR's small images, not for Places365")
     return options
+
+
+def check_classes(rows, path):
+    """That the images of ``path`` are of as many classes as each row's network tells apart."""
+    found = int(read_npz(path).y_train.max()) + 1
+    if wrong := {row.name: count for row in rows if (count := classes_of(row)) != found}:
+        name, count = next(iter(wrong.items()))
+        raise ValueError(f"it has {found} classes, and {name} is for {count}; choose other --rows or other images")
 
 
 def speaker(name):
@@ -87,7 +103,7 @@ def main(args=None):
     options = arguments(args)
     folder = options.out.expanduser().resolve() / options.table
     # One seed of all rows after the other: after the first there is something to compare.
-    plan = [(seed, row) for seed in range(options.seeds) for row in options.rows]
+    plan = [(seed, row) for seed in range(options.seeds or 3) for row in options.rows]
     for number, (seed, row) in enumerate([] if options.report else plan, start=1):
         name = f"[{number}/{len(plan)}] {row.name}, seed {seed}"
         try:
@@ -96,8 +112,8 @@ def main(args=None):
             sys.exit(f"\n{name}: {error}")
         print(f"\n{name}: {'done' if ran else 'was done before'}", flush=True)
     try:
-        report(options.table, options.rows, folder)
-    except FileNotFoundError as error:
+        report(options.table, options.rows, folder, options.seeds)
+    except (FileNotFoundError, ValueError) as error:
         sys.exit(str(error))
 
 

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from timm.layers import create_classifier
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 __all__ = ["CIFARResNet", "PlainNet"]
 
@@ -57,7 +58,10 @@ class _CIFARNet(nn.Module):
     #: Modules from the image to the features, in this order.
     stages: tuple[str, ...]
     #: How many of them, at the beginning, are no stage of ``feature_info``.
-    stem = 0
+    skipped = 0
+    #: Names of the parameters of the first layer.
+    stem: str
+    grad_checkpointing = False
 
     def _finish(self, num_features: int, num_classes: int, in_chans: int, global_pool: str, drop_rate: float) -> None:
         self.num_classes = num_classes
@@ -83,14 +87,21 @@ class _CIFARNet(nn.Module):
         self.num_classes = num_classes
         self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=global_pool)
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
-        """Parameters by depth, for timm's layer-wise learning rates."""
-        return {"stem": rf"^{self.stages[0]}\.", "blocks": r"^(\w+?)(\d)\." if coarse else r"^(\w+?\d\.\d)\."}
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Parameters by depth, for timm's layer-wise learning rates: by stage, or by block."""
+        by_block = [(r"^(?:conv|layer)(\d)\.(\d+)\.", None), (r"^conv4\.", (4,))]
+        return {"stem": self.stem, "blocks": r"^(?:conv|layer)(\d)\." if coarse else by_block}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether training keeps what goes from stage to stage only, and computes the rest again going back."""
+        self.grad_checkpointing = enable
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(N, in_chans, H, W) to (N, num_features, H/4, W/4)."""
         for name in self.stages:
-            x = getattr(self, name)(x)
+            stage = getattr(self, name)
+            saves = self.grad_checkpointing and self.training
+            x = checkpoint(stage, x, use_reentrant=False) if saves else stage(x)
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -119,6 +130,7 @@ class PlainNet(_CIFARNet):
     """
 
     stages = ("conv1", "conv2", "conv3", "conv4")
+    stem = r"^conv1\.0\."
 
     def __init__(
         self,
@@ -179,7 +191,8 @@ class CIFARResNet(_CIFARNet):
     """
 
     stages = ("conv1", "layer1", "layer2", "layer3")
-    stem = 1
+    skipped = 1
+    stem = r"^conv1\."
 
     def __init__(
         self,
@@ -240,7 +253,7 @@ default_cfgs = generate_default_cfgs(
 
 def _build(network: type[_Network], name: str, pretrained: bool, **kwargs: Any) -> _Network:
     """As timm builds its models; ``features_only`` gives all stages."""
-    stages = tuple(range(len(network.stages) - network.stem))
+    stages = tuple(range(len(network.stages) - network.skipped))
     return build_model_with_cfg(network, name, pretrained, feature_cfg={"out_indices": stages}, **kwargs)
 
 

@@ -57,8 +57,9 @@ class ImageClassifier(pl.LightningModule):
         pretrained: start from published weights.
         convert: how to turn the convolutions into active ones: a :class:`lightning_acu.ConvertConfig` or a dict of
             its fields, the arguments of :func:`lightning_acu.convert_to_acu`. None leaves the model plain.
-        optimizer: from parameters to an optimizer; in a configuration, ``class_path`` and ``init_args``. Checkpoints
-            of a module made in Python do not hold it: to train on, give it again to ``load_from_checkpoint``.
+        optimizer: from parameters to an optimizer; in a configuration, ``class_path`` and ``init_args``. None: AdamW
+            as torch has it. Checkpoints of a module made in Python do not hold it: to train on, give it again to
+            ``load_from_checkpoint``.
         lr_scheduler: from an optimizer to a scheduler, or None.
         lr_scheduler_interval: "epoch" or "step": how often the scheduler steps.
         label_smoothing: share of the target spread over all classes, in training.
@@ -79,7 +80,8 @@ class ImageClassifier(pl.LightningModule):
         in_chans: int = 3,
         pretrained: bool = False,
         convert: ConvertConfig | None = None,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
+        # None, for jsonargparse hands arguments of a default class, such as its weight decay, on to the one chosen.
+        optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_scheduler_interval: str = "epoch",
         label_smoothing: float = 0.0,
@@ -176,7 +178,7 @@ class ImageClassifier(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """What ``optimizer`` and ``lr_scheduler`` make."""
-        optimizer = self.optimizer(self.parameters())
+        optimizer = (self.optimizer or torch.optim.AdamW)(self.parameters())
         if self.lr_scheduler is None:
             return optimizer
         scheduler = {"scheduler": self.lr_scheduler(optimizer), "interval": self.lr_scheduler_interval}

@@ -44,6 +44,9 @@ class ACULightningCLI(LightningCLI):
     rounding, where a RoundThenFinetune callback kept them), a table on the screen and ``summary.json`` in the log
     directory. The test images play no part before (ImageFolderDataModule without a ``test`` folder has no others than
     those for validation).
+
+    With ``--ckpt_path``, the configuration says what the model is and the checkpoint brings its state: LightningCLI's
+    own way, hyperparameters of the checkpoint over those of the command line, would drop what is said there.
     """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -51,6 +54,9 @@ class ACULightningCLI(LightningCLI):
         parser.add_argument(
             "--test_after_fit", type=bool, default=False, help="test the models of this fit, as a table"
         )
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: see above."""
 
     def after_fit(self) -> None:
         """Test, if asked to."""

@@ -50,19 +50,24 @@ def _configs(arguments: Sequence[str]) -> None:
     if name not in known:
         parser.error(f"no configuration is called {options.name!r}; there are {', '.join(known)}")
     target = options.to / known[name].name
-    if target.exists():
-        parser.error(f"{target} exists already; remove it or choose another directory with --to")
+    if _differs(target, known[name]):
+        parser.error(f"{target} exists already, and differs; remove it or choose another directory with --to")
     bases = []
     source = known[name]
     while (base := base_of(source)) is not None:  # next to it, where the copy looks for them
         bases.append(source := base)
         copy = options.to / base.name
-        if copy.exists() and copy.read_bytes() != base.read_bytes():
+        if _differs(copy, base):
             parser.error(f"{copy} exists already, and differs from what {name} builds on; choose another --to")
     options.to.mkdir(parents=True, exist_ok=True)
     for path in (known[name], *bases):
         shutil.copyfile(path, options.to / path.name)
     print(f"copied to {target}; run: lightning-acu fit --config {target}")
+
+
+def _differs(copy: Path, source: Path) -> bool:
+    """Whether ``copy`` is there and is something else."""
+    return copy.exists() and not (copy.is_file() and copy.read_bytes() == source.read_bytes())
 
 
 def _report(arguments: Sequence[str]) -> None:

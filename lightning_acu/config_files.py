@@ -16,14 +16,14 @@ nothing to another.
 
 from __future__ import annotations
 
-import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import get_loader
-from yaml import YAMLError
+from yaml import SafeDumper, YAMLError, dump
 
 __all__ = ["BASE", "base_of", "expand_configs", "load_config"]
 
@@ -35,8 +35,8 @@ def load_config(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the file or a base does not exist; the message says which file asks for it.
-        ValueError: a file is no YAML or no mapping, a base is no file name, files are the base of each other, or "+" is
-            used where the base has no list.
+        ValueError: a file is no YAML or no mapping, a base is no file name, files are the base of each other, "+" is
+            used where the base has no list, or a key stands there with and without it.
     """
     chain: list[Path] = []
     configs = []
@@ -81,11 +81,21 @@ def expand_configs(arguments: Sequence[str]) -> list[str]:
 
 
 def _expand(value: str) -> str:
-    """JSON, which is YAML on one line; what is no file, or has no base, is left to LightningCLI."""
+    """YAML on one line; what is no file, or has no base, is left to LightningCLI."""
     if not os.path.isfile(value):  # not Path's, which raises for a text that is too long to be a name
         return value
     config = _load(Path(value))
-    return json.dumps(load_config(value)) if isinstance(config, dict) and BASE in config else value
+    if not isinstance(config, dict) or BASE not in config:
+        return value
+    style: dict[str, Any] = {"default_flow_style": True, "sort_keys": False, "allow_unicode": True, "width": math.inf}
+    return str(dump(load_config(value), Dumper=_Dumper, **style)).strip()
+
+
+class _Dumper(SafeDumper):
+    """Quotes every string: "1e-4" is one in YAML 1.1, and a number to LightningCLI."""
+
+
+_Dumper.add_representer(str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"'))
 
 
 def _load(path: Path) -> Any:
@@ -116,13 +126,19 @@ def _merge(base: dict[str, Any], config: dict[str, Any], source: str) -> dict[st
     """``config`` over ``base``, neither of which changes."""
     merged = dict(base)
     for key, value in config.items():
-        known = merged.get(key.removesuffix("+"))
-        if key.endswith("+"):
+        name = str(key).removesuffix("+")
+        known = merged.get(name)
+        if name != str(key):
+            if name in config:
+                raise ValueError(
+                    f"`{name}` and `{key}` both stand in {source}: say what replaces the list, or is added"
+                )
             if not isinstance(known, list) or not isinstance(value, list):
-                raise ValueError(f"`{key}` in {source} needs a list here and a list `{key[:-1]}` in the base")
-            merged[key[:-1]] = [*known, *value]
-        elif isinstance(known, dict) and isinstance(value, dict) and not _another_class(known, value):
-            merged[key] = _merge(known, value, source)
+                raise ValueError(f"`{key}` in {source} needs a list here and a list `{name}` in the base")
+            merged[name] = [*known, *value]
+        elif isinstance(value, dict):
+            kept = known if isinstance(known, dict) and not _another_class(known, value) else {}
+            merged[key] = _merge(kept, value, source)
         else:
             merged[key] = value
     return merged

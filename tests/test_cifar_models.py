@@ -6,6 +6,7 @@ import sys
 import pytest
 import timm
 import torch
+from timm.optim import create_optimizer_v2
 from torch import nn
 
 from lightning_acu import acu_layers, convert_to_acu, create_model, load_acu, save_acu
@@ -130,6 +131,33 @@ def test_what_timm_knows_of_them(name):
     assert model.get_submodule(model.pretrained_cfg["classifier"]) is model.get_classifier()
     with pytest.raises(ValueError, match="has no weights called 'no_such_tag', but none"):
         create_model(f"{name}.no_such_tag")
+
+
+@pytest.mark.parametrize(("name", "depth"), [("acu_plain", 8), ("acu_plain_f5", 8), ("acu_resnet32", 16)])
+def test_layer_wise_learning_rates(name, depth):
+    model = timm.create_model(name)
+    optimizer = create_optimizer_v2(model, opt="sgd", lr=1.0, layer_decay=0.5)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    scales = {names[p]: group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    assert sorted(set(scales.values())) == [0.5**k for k in reversed(range(depth + 1))]
+    in_order = [scales[name] for name, _ in model.named_parameters()]
+    assert in_order == sorted(in_order)
+    assert scales["conv1.0.conv.weight" if name != "acu_resnet32" else "conv1.conv.weight"] == 0.5**depth
+    by_stage = timm.models.group_parameters(model, model.group_matcher(coarse=True))
+    assert len(by_stage) == (6 if name != "acu_resnet32" else 5)  # with stem and classifier
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_checkpointing_changes_no_gradient(name):
+    model = convert_to_acu(timm.create_model(name)).double()
+    x, gradients = torch.randn(2, 3, 12, 8, dtype=torch.double), []
+    for enable in (False, True):
+        model.zero_grad()
+        model.set_grad_checkpointing(enable)
+        model(x).square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
 def test_names_that_are_nearly_right_are_suggested():

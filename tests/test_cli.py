@@ -5,12 +5,13 @@ import shutil
 import sys
 from pathlib import Path
 
-import lightning
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lightning_acu import ImageClassifier
 from lightning_acu.cli import main
 from lightning_acu.commands import configs_directory
 
@@ -63,13 +64,43 @@ def test_quickstart_stages_differ_as_they_should(quickstart):
     assert not torch.equal(rounded["model.conv1.0.weight"], final["model.conv1.0.weight"])
 
 
-@pytest.mark.skipif(
-    lightning.__version__ < "2.6", reason="Lightning 2.5 cannot read a model's class path from a checkpoint"
-)
 @pytest.mark.parametrize("command", ["test", "validate", "predict"])
 def test_the_other_commands_take_the_saved_config_and_checkpoint(quickstart, tmp_path, monkeypatch, command):
     saved = ["--config", str(quickstart / "config.yaml"), "--ckpt_path", str(quickstart / "final.ckpt")]
     run(tmp_path, monkeypatch, command, *saved, *QUIET)
+
+
+def test_the_command_line_has_the_last_word_about_the_model(quickstart, tmp_path, monkeypatch):
+    """Also when a training goes on from a checkpoint, whose hyperparameters say something else."""
+    saved = ["--config", str(quickstart / "config.yaml"), "--ckpt_path", str(quickstart / "before_rounding.ckpt")]
+    run(tmp_path, monkeypatch, "validate", *saved, "--model.init_args.label_smoothing=0.25", *QUIET)
+    (written,) = tmp_path.glob("runs/quickstart/*/config.yaml")
+    assert yaml.safe_load(written.read_text())["model"]["init_args"]["label_smoothing"] == 0.25
+
+
+def test_a_checkpoint_of_a_module_made_in_python(quickstart, tmp_path, monkeypatch):
+    config = yaml.safe_load((quickstart / "config.yaml").read_text())["model"]["init_args"]
+    kept = {name: config[name] for name in ("model", "num_classes", "in_chans", "convert", "model_kwargs")}
+    module = ImageClassifier(**kept)
+    trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "python.ckpt")
+    arguments = ["--config", str(quickstart / "config.yaml"), "--ckpt_path", str(tmp_path / "python.ckpt")]
+    run(tmp_path, monkeypatch, "test", *arguments, *QUIET)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "weight_decay"), [("SGD", 0), ("Adam", 0), ("AdamW", 0.01), ("RMSprop", 0), ("NAdam", 0)]
+)
+def test_an_optimizer_has_its_own_defaults(tmp_path, monkeypatch, capsys, optimizer, weight_decay):
+    """Those of another class must not get in between, such as AdamW's weight decay."""
+    config = {"class_path": "lightning_acu.ImageClassifier", "init_args": {"model": "acu_plain"}}
+    config["init_args"]["optimizer"] = {"class_path": f"torch.optim.{optimizer}", "init_args": {"lr": 0.5}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": config}))
+    with pytest.raises(SystemExit):
+        run(tmp_path, monkeypatch, "fit", "--config", "config.yaml", "--data=DigitsDataModule", "--print_config")
+    printed = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["optimizer"]["init_args"]
+    assert (printed["lr"], printed["weight_decay"]) == (0.5, weight_decay)
 
 
 def test_baseline_differs_from_the_quickstart_only_where_it_says():
@@ -155,9 +186,12 @@ def test_configs_errors(tmp_path, monkeypatch, capsys):
         run(tmp_path, monkeypatch, "configs", "nothing")
     assert "no configuration is called 'nothing'; there are quickstart.yaml" in capsys.readouterr().err
     run(tmp_path, monkeypatch, "configs", "quickstart")
+    run(tmp_path, monkeypatch, "configs", "quickstart")  # the same file
+    (tmp_path / "quickstart.yaml").write_text("mine: 1\n")
     with pytest.raises(SystemExit):
         run(tmp_path, monkeypatch, "configs", "quickstart")
-    assert "quickstart.yaml exists already" in capsys.readouterr().err
+    assert "quickstart.yaml exists already, and differs" in capsys.readouterr().err
+    assert (tmp_path / "quickstart.yaml").read_text() == "mine: 1\n"
 
 
 def test_configs_are_found_inside_an_installed_package(tmp_path, monkeypatch):

@@ -1,10 +1,12 @@
 """Configurations with a base: merging, errors, and how the command line sees them."""
 
 import json
+import math
 import sys
 
 import pytest
 import yaml
+from jsonargparse import get_loader
 
 from lightning_acu.cli import main
 from lightning_acu.config_files import base_of, expand_configs, load_config
@@ -68,6 +70,12 @@ def test_numbers_are_read_as_lightning_reads_them(write):
         ({"top": "base: b.yaml", "b": "- 1"}, r"b\.yaml must hold a mapping of options, and holds list"),
         ({"top": "base: b.yaml\nx+: [1]", "b": "y: 1"}, r"`x\+` in .*top\.yaml needs a list"),
         ({"top": "base: b.yaml\nx+: 1", "b": "x: [1]"}, r"`x\+` in .*top\.yaml needs a list"),
+        ({"top": "base: b.yaml\ny: {x+: [1]}", "b": "z: 1"}, r"`x\+` in .*top\.yaml needs a list"),
+        (
+            {"top": "base: b.yaml\ny: {class_path: A, x+: [1]}", "b": "y: {x: [1]}"},
+            r"`x\+` in .*top\.yaml needs a list",
+        ),
+        ({"top": "base: b.yaml\nx+: [1]\nx: [2]", "b": "x: [1]"}, r"`x` and `x\+` both stand in .*top\.yaml"),
     ],
 )
 def test_errors_name_the_file(write, files, message):
@@ -93,8 +101,18 @@ def test_only_files_with_a_base_are_expanded(write):
     merged = {"a": 2, "name": "base: none"}
     expanded = expand_configs(given)
     assert [expanded[i] for i in (0, 1, 2, 4, 6, 7, 8)] == [given[i] for i in (0, 1, 2, 4, 6, 7, 8)]
-    assert json.loads(expanded[3].removeprefix("--config=")) == merged
-    assert json.loads(expanded[5]) == merged
+    assert get_loader("yaml")(expanded[3].removeprefix("--config=")) == merged
+    assert get_loader("yaml")(expanded[5]) == merged
+
+
+def test_values_reach_lightning_as_they_stand_in_the_file(write):
+    lines = ["clip: .inf", "rate: 1e-4", "name: '1e-4'", "path: a/🙂 b/é", "day: '2020-01-02'", "none: null"]
+    write("below.yaml", "\n".join([*lines, "long: " + "word " * 99]))
+    (_, text) = expand_configs(["--config", str(write("top.yaml", "base: below.yaml\nmany: [1, [], {}, true]"))])
+    assert "\n" not in text
+    expected = {"clip": math.inf, "rate": 1e-4, "name": "1e-4", "path": "a/🙂 b/é", "day": "2020-01-02"}
+    expected |= {"long": ("word " * 99).strip(), "none": None, "many": [1, [], {}, True]}
+    assert get_loader("yaml")(text) == expected
 
 
 @pytest.mark.parametrize("text", ["a: 1\nb: 2", json.dumps({"a": "x" * 5000}), "no/such/file.yaml", ""])

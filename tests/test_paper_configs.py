@@ -128,6 +128,7 @@ def test_a_copied_config_brings_its_bases(tmp_path, monkeypatch, capsys):
     assert load_config("here/cifar100_plain_acu.yaml") == load_config(PAPER / "cifar100_plain_acu.yaml")
     # Another of the same bases; one that was edited is not lost.
     main(["configs", "paper/cifar10_plain_acu_c23", "--to", "here"])
+    main(["configs", "paper/cifar10_plain_acu", "--to", "here"])  # which came as a base
     (tmp_path / "here" / "cifar10_plain.yaml").write_text("mine: 1\n")
     capsys.readouterr()
     with pytest.raises(SystemExit):

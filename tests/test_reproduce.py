@@ -76,7 +76,7 @@ def test_as_published():
     assert config["trainer"]["max_steps"] == 84_000
     assert callbacks["PositionLRSchedule"] == {"multiplier": 0.01, "warmup_steps": 10_000, "normalize": True}
     assert callbacks["RoundThenFinetune"]["at_step"] == 64_000
-    assert callbacks["ModelCheckpoint"]["every_n_train_steps"] == 3_200
+    assert callbacks["ModelCheckpoint"]["every_n_train_steps"] == 2_000
     assert config["data"]["init_args"]["root"] == str(Path("data").resolve())
 
 
@@ -86,7 +86,7 @@ def test_a_shortened_training_keeps_the_proportions():
     assert config["model"]["init_args"]["lr_scheduler"]["init_args"]["milestones"] == [640, 960]
     assert callbacks["RoundThenFinetune"]["at_step"] == 1280
     assert callbacks["OffsetLogger"]["every_n_steps"] == 10
-    assert callbacks["ModelCheckpoint"]["every_n_train_steps"] == 64
+    assert callbacks["ModelCheckpoint"]["every_n_train_steps"] == 40
     # 50 times fewer steps: taps wander as far with sqrt(50) times the rate.
     assert callbacks["PositionLRSchedule"] == {"multiplier": 0.0707, "warmup_steps": 200, "normalize": True}
     assert config["data"]["init_args"]["batch_size"] == 32
@@ -111,13 +111,16 @@ def test_ones_own_images_and_preprocessing():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("steps", [1, 19, 20, 23, 1280, 64_000, 450_000])
-def test_the_last_checkpoint_is_the_trained_network(steps):
-    from paper_settings import checkpoint_interval
-
-    interval = checkpoint_interval(steps)
-    assert steps % interval == 0
-    assert interval >= steps / 20 - 1
+@pytest.mark.parametrize("steps", [1, 19, 20, 23, 1279, 1280, 2018, 64_000, 450_000])
+@pytest.mark.parametrize(("name", "table"), [("acu-round", "cifar10-ablation"), ("alexnet", "places365")])
+def test_checkpoints_are_at_most_a_twentieth_apart_and_the_last_is_the_trained_network(steps, name, table):
+    config, _ = config_of(name, table, steps=steps)
+    saving = [c["init_args"] for c in config["trainer"]["callbacks"] if c["class_path"].endswith(".ModelCheckpoint")]
+    intervals = [arguments["every_n_train_steps"] for arguments in saving]
+    assert intervals[0] <= max(1, steps / 20)
+    assert any(steps % interval == 0 for interval in intervals)
+    assert all(arguments["dirpath"] == "checkpoints" for arguments in saving)
+    assert len({arguments["filename"] for arguments in saving}) == 1
 
 
 def test_a_row_brings_the_one_it_continues():
@@ -141,15 +144,20 @@ def test_a_row_brings_the_one_it_continues():
         (["--table", "cifar", "--lr", "-1"], "--lr -1.0: must be positive"),
         (["--table", "places365", "--preprocessing", "whiten"], "is for CIFAR's small images"),
         (["--table", "places365", "--data", "{npz}"], "Places365 needs a folder of images"),
+        (
+            ["--table", "cifar", "--data", "{npz}"],
+            "it has 10 classes, and cifar100-plain is for 100; choose other --rows",
+        ),
+        (["--table", "cifar10-ablation", "--data", "{empty}"], "is not an .npz archive"),
     ],
 )
-def test_bad_arguments(arguments, message, tmp_path, capsys):
+def test_bad_arguments(arguments, message, images, tmp_path, capsys):
     from reproduce import main
 
-    npz = tmp_path / "images.npz"
-    npz.touch()
+    empty = tmp_path / "empty.npz"
+    empty.touch()
     with pytest.raises(SystemExit):
-        main([argument.format(npz=npz) for argument in arguments])
+        main([argument.format(npz=images, empty=empty) for argument in arguments])
     assert message in capsys.readouterr().err
 
 
@@ -158,6 +166,60 @@ def test_a_report_of_nothing_says_so(tmp_path):
 
     with pytest.raises(SystemExit, match="has no finished run"):
         main(["--table", "cifar10-ablation", "--report", "--out", str(tmp_path)])
+
+
+def finished(folder, name, seed, table="cifar10-ablation", **settings):
+    """A result as run_row writes it, as far as the report reads it before it draws."""
+    config, _ = config_of(name, table, **settings)
+    path = folder / table / name / f"seed{seed}" / "result.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"row": name, "seed": seed, "config": config}))
+
+
+@pytest.mark.parametrize(
+    ("names", "settings", "message"),
+    [
+        (("base", "base"), ({"steps": 1280}, {}), "base/seed0 and base/seed1 cannot .* --steps was 1280 .* and 64000"),
+        (("base", "acu-all"), ({}, {"lr": 0.02}), "base/seed0 and acu-all/seed1 cannot .* --lr was 0.1 there and 0.02"),
+        (("base", "acu-round"), ({}, {"batch_size": 8}), "--batch-size was 64 there and 8 here"),
+        (("acu-all", "acu-c23"), ({}, {"multiplier": 0.5}), "--multiplier was 0.01 there and 0.5 here"),
+        (("base", "acu-f5"), ({}, {"preprocessing": "normalize"}), "--preprocessing was whiten"),
+        (("base-d2", "base-f5"), ({}, {"data": Path("a.npz")}), "--data was "),
+    ],
+)
+def test_runs_of_other_settings_are_not_compared(names, settings, message, tmp_path):
+    from reproduce import main
+
+    for seed, (name, given) in enumerate(zip(names, settings, strict=True)):
+        finished(tmp_path, name, seed, **given)
+    with pytest.raises(SystemExit, match=message):
+        main(["--table", "cifar10-ablation", "--report", "--out", str(tmp_path)])
+
+
+def test_what_rows_have_of_their_own_is_compared():
+    from paper_report import check_settings
+    from paper_tables import TABLES
+
+    for table, rows in TABLES.items():
+        runs = {row.name: [{"seed": 0, "config": config_of(row.name, table)[0]}] for row in rows}
+        check_settings(rows, runs)
+
+
+def test_a_report_of_some_seeds(tmp_path, monkeypatch):
+    import paper_report
+
+    for seed in range(3):
+        finished(tmp_path, "base", seed, steps=1280 if seed < 2 else 640)
+    seen = []
+
+    def compare(row, runs):
+        seen.extend(run["seed"] for run in runs["base"])
+        raise StopIteration
+
+    monkeypatch.setattr(paper_report, "compare", compare)
+    with pytest.raises(StopIteration):
+        paper_report.report("cifar10-ablation", [row("base")], tmp_path / "cifar10-ablation", 2)
+    assert seen == [0, 1]
 
 
 def test_mean_and_spread_are_those_of_the_seeds():
@@ -193,7 +255,7 @@ def images(tmp_path_factory):
 
 def command(images, out, *rows):
     script = [sys.executable, str(BENCHMARKS / "reproduce.py"), "--table", "cifar10-ablation", "--rows", *rows]
-    settings = ["--seeds", "1", "--steps", "40", "--batch-size", "4", "--preprocessing", "normalize"]
+    settings = ["--seeds", "1", "--steps", "41", "--batch-size", "4", "--preprocessing", "normalize"]
     return [*script, *settings, "--device", "cpu", "--data", str(images), "--out", str(out)]
 
 
@@ -225,8 +287,8 @@ def test_rows_beside_each_other(whole):
     out, printed = whole
     found = results(out)
     assert set(found) == {"base", "acu-all", "acu-round"}
-    assert found["acu-all"]["steps"] == found["base"]["steps"] == 40
-    assert found["acu-round"]["steps"] == 52
+    assert found["acu-all"]["steps"] == found["base"]["steps"] == 41
+    assert found["acu-round"]["steps"] == 54
     assert found["base"]["parameters"] == 855_162
     # Rounding starts from the trained network: nothing was trained twice.
     assert found["acu-round"]["test"]["before rounding"] == found["acu-all"]["test"]["final"]
@@ -272,7 +334,7 @@ def test_displacement_is_recorded_from_the_grid_on(whole):
     )
     assert set(warm) == {0.0}
     assert later[-1] > 0.01
-    assert int(found[-1]["step"]) == 40
+    assert int(found[-1]["step"]) == 41
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(whole, images, tmp_path):
@@ -290,7 +352,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(whole, images, tmp_
     assert "acu-all, seed 0: was done before" in second.stdout
     attempts = json.loads((run / "attempts.json").read_text())
     assert len(attempts) == 2
-    assert 0 < attempts[1]["from_step"] < 40
+    assert 0 < attempts[1]["from_step"] < 41
     ours, expected = results(tmp_path)["acu-all"], results(whole[0])["acu-all"]
     assert ours["attempts"] == 2
     assert ours["test"] == expected["test"]
@@ -301,6 +363,37 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(whole, images, tmp_
 def _without_epochs(found):
     """What is recorded at steps; metrics of an epoch know of the batches since the last start only."""
     return [record for record in found if "train/loss" in record or "acu/mean_displacement" in record]
+
+
+def test_a_folder_is_trained_in_by_one_process(tmp_path, monkeypatch):
+    import paper_runs
+
+    def meanwhile(*given):
+        with pytest.raises(RuntimeError, match=r"another process trains in .*base/seed3 now"):
+            paper_runs.run_row(row("base"), 3, tmp_path, options(), print)
+
+    monkeypatch.setattr(paper_runs, "_run", meanwhile)
+    for _ in range(2):  # free again
+        assert paper_runs.run_row(row("base"), 3, tmp_path, options(), print)
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    import paper_runs
+
+    checkpoint = tmp_path / "base" / "seed3" / "checkpoints" / "last.ckpt"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_bytes(b"PK")
+    with pytest.raises(RuntimeError, match=r"(?s)last\.ckpt is damaged .*: delete .*seed3 to begin again"):
+        paper_runs.run_row(row("base"), 3, tmp_path, options(), print)
+
+
+@pytest.mark.parametrize("last", ["", "0", "0,19", "0,19,", "0,19,1e-", "0,1-,2", "0,,1.5"])
+def test_progress_while_a_line_is_being_written(tmp_path, last):
+    from paper_runs import _progress
+
+    path = tmp_path / "metrics.csv"
+    path.write_text(f"epoch,step,train/loss\n0,9,1.5\n{last}")
+    assert _progress(path, (0, 20), 60.0) == "step 10 of 20, loss 1.500, 1 min left"
 
 
 def test_a_training_ends_with_the_process_that_began_it():
@@ -332,11 +425,11 @@ def test_other_settings_do_not_mix_with_what_is_there(whole, images):
 
 def test_a_training_that_fails_says_why(tmp_path):
     path = tmp_path / "images.npz"
-    x, y = np.random.default_rng(0).integers(0, 256, (24, 3, 8, 8), dtype=np.uint8), np.arange(24) % 12
+    x, y = np.zeros((20, 3, 8, 8), dtype=np.uint8), np.arange(20) % 10  # nothing to normalise by
     np.savez(path, x_train=x, y_train=y, x_test=x, y_test=y)
     run = subprocess.run(
         command(path, tmp_path, "base"), capture_output=True, text=True, env=environment(), check=False
     )
     assert run.returncode != 0
     assert "base, seed 0: the training in" in run.stderr
-    assert "`num_classes` (=10) is too small: the data have 12" in run.stderr
+    assert "`std` (=[0.0, 0.0, 0.0]), computed from `x_train`" in run.stderr

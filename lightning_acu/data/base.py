@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sized
 from typing import Any, ClassVar, cast
 
+import numpy as np
 import torch
 from lightning.fabric.utilities import suggested_max_num_workers
 from lightning.pytorch import LightningDataModule
@@ -117,12 +118,21 @@ class ImageDataModule(LightningDataModule, ABC):
             dataset,
             batch_size=self.batch_size,
             shuffle=shuffle,
+            generator=self._resumed_generator() if shuffle else None,
             drop_last=drop_last,
             num_workers=workers,
             # Asked without CUDA, torch would warn and go on without: the outcome that is documented above.
             pin_memory=torch.cuda.is_available() and self.pin_memory is not False,
             persistent_workers=workers > 0,
         )
+
+    def _resumed_generator(self) -> torch.Generator | None:
+        """For a training that goes on: with the seed alone, it would see the orders of its first epochs again."""
+        step = self.trainer.global_step if self.trainer is not None else 0
+        if not step:
+            return None
+        (seed,) = np.random.SeedSequence((torch.initial_seed(), step)).generate_state(1)
+        return torch.Generator().manual_seed(int(seed))
 
     def _workers(self) -> int:
         if self.num_workers is not None:

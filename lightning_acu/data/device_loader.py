@@ -108,7 +108,10 @@ class DeviceLoader:
         drop_last: leave an incomplete last batch out.
         seed: of order and augmentation; the same in all processes.
         rank: of this process.
-        replicas: processes, which get disjoint shares of each epoch.
+        replicas: processes, which get disjoint shares of each epoch. None: this is the only one.
+
+    Raises:
+        RuntimeError: batches are asked for with ``replicas=None``, and there are several processes.
     """
 
     def __init__(
@@ -121,7 +124,7 @@ class DeviceLoader:
         drop_last: bool = False,
         seed: int = 0,
         rank: int = 0,
-        replicas: int = 1,
+        replicas: int | None = None,
     ) -> None:
         self.device = torch.device(device)
         source, chosen = _resolve(dataset)
@@ -130,8 +133,9 @@ class DeviceLoader:
             images, labels, chosen = images[chosen], labels[chosen], torch.arange(len(chosen))
         self.images, self.labels, self._chosen = (t.to(self.device) for t in (images, labels, chosen))
         self.batch_sampler = EpochSampler(
-            len(chosen), batch_size, shuffle=shuffle, drop_last=drop_last, seed=seed, rank=rank, replicas=replicas
+            len(chosen), batch_size, shuffle=shuffle, drop_last=drop_last, seed=seed, rank=rank, replicas=replicas or 1
         )
+        self._alone = replicas is None
         #: The epoch begun last, and the batches that were taken from it.
         self._epoch, self._batches = 0, 0
         self._resuming = False
@@ -159,6 +163,8 @@ class DeviceLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         # Nothing here happens before the first batch is taken: Lightning calls iter() just to see whether it can.
+        if self._alone and torch.distributed.is_available() and torch.distributed.is_initialized():
+            _check_alone(torch.distributed.get_world_size())
         sampler, first = self.batch_sampler, 0
         if self._resuming:
             self._resuming = False
@@ -213,6 +219,14 @@ class DeviceLoader:
                 stacklevel=2,
             )
             self._resuming = False
+
+
+def _check_alone(processes: int) -> None:
+    if processes > 1:
+        raise RuntimeError(
+            f"this loader was made for one process, and there are {processes}, which would all see the same images; "
+            "give the data module itself to the Trainer, as `datamodule`, or `rank` and `replicas` to DeviceLoader"
+        )
 
 
 def _resolve(dataset: TensorImages | Subset[Any]) -> tuple[TensorImages, Tensor]:

@@ -96,7 +96,7 @@ class InMemoryDataModule(ImageDataModule):
     def _loader(self, dataset: Dataset[Any], shuffle: bool = False, drop_last: bool = False) -> Any:
         if not self.on_device:
             return super()._loader(dataset, shuffle, drop_last)
-        device, seed, shares = torch.device("cpu"), 0, {}
+        device, seed, shares = torch.device("cpu"), 0, {}  # the loader asks that there be one process
         trainer = self.trainer
         if shuffle:
             seed = int(torch.empty((), dtype=torch.int64).random_())

@@ -73,10 +73,20 @@ def _load(path: Path) -> dict[str, NDArray[Any]]:
                 f"`path` (={str(path)!r}) lacks {', '.join(missing)}; it has {', '.join(archive.files) or 'no arrays'}"
             )
         try:
-            return {key: archive[key] for key in _KEYS}
+            return {key: _numbers(archive, key) for key in _KEYS}
         # Checksums and compressed data that are wrong; NumPy's headers are behind the checksums.
         except (zipfile.BadZipFile, zlib.error, EOFError) as error:
             raise ValueError(f"`path` (={str(path)!r}) is damaged ({error}); get or write it again") from error
+
+
+def _numbers(archive: Any, key: str) -> NDArray[Any]:
+    try:
+        array: NDArray[Any] = archive[key]
+    except ValueError as error:  # NumPy's refusal of pickled objects; it has no class of its own
+        raise ValueError(
+            f"`{key}` cannot be read ({error}): store numbers, converted with .astype('int64') or .astype('uint8')"
+        ) from error
+    return array
 
 
 def _check_labels(name: str, y: NDArray[Any]) -> None:

@@ -48,7 +48,7 @@ def cached_whitening(
     whitening = ZCAWhitening.fit(images, indices, bias=bias, contrast_scale=contrast_scale)
     try:
         _write(path, key, whitening)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         warnings.warn(
             f"the whitening could not be kept in {folder} ({error}) and will be fitted again next time; "
             "give `whitening_cache`, a folder to write to",

@@ -89,6 +89,24 @@ def test_training_is_shuffled_by_the_global_seed_and_not_by_ours():
     assert sorted(first) == list(range(10)) != first
 
 
+def test_a_training_that_goes_on_sees_other_orders(monkeypatch):
+    """Seeded as the first time, it would begin with the first epoch's again."""
+    seed_everything(1)
+    data = module(batch_size=5)
+    first = numbers(data.train_dataloader())
+
+    def resumed(step, seed=1):
+        seed_everything(seed)
+        data.trainer = SimpleNamespace(global_step=step, world_size=1, num_devices=1)
+        return numbers(data.train_dataloader())
+
+    assert resumed(0) == first
+    assert resumed(7) == resumed(7)
+    assert sorted(resumed(7)) == sorted(first)
+    assert len({tuple(resumed(step, seed)) for step in (0, 7, 8) for seed in (1, 2)}) == 6
+    assert numbers(data.val_dataloader()) == list(range(10))
+
+
 @pytest.mark.parametrize(("batch_size", "seen"), [(4, 8), (5, 10), (9, 9), (10, 10), (11, 10), (64, 10)])
 def test_incomplete_training_batch_is_dropped_unless_it_is_the_only_one(batch_size, seen):
     assert len(numbers(module(batch_size=batch_size).train_dataloader())) == seen
@@ -98,7 +116,7 @@ def test_incomplete_training_batch_is_dropped_unless_it_is_the_only_one(batch_si
 def test_incomplete_batch_among_two_devices(images, dropped):
     # Each of two processes gets half of the images.
     data = module(images=images, batch_size=10, num_workers=0)
-    data.trainer = SimpleNamespace(world_size=2, num_devices=2)
+    data.trainer = SimpleNamespace(world_size=2, num_devices=2, global_step=0)
     assert data.train_dataloader().drop_last is dropped
 
 

@@ -175,6 +175,18 @@ def test_resuming_with_other_batches_begins_the_epoch_again():
     assert torch.equal(labels[:4], first)
 
 
+def test_made_for_one_process_and_used_by_more(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    loader = DeviceLoader(dataset(8), 4)
+    with pytest.raises(
+        RuntimeError, match=r"made for one process, and there are 2, .* to the Trainer, as `datamodule`"
+    ):
+        next(iter(loader))
+    for replicas in (1, 2):
+        assert len(next(iter(DeviceLoader(dataset(8), 4, replicas=replicas)))) == 2
+
+
 def test_nothing_is_copied_or_converted_on_the_cpu():
     data = dataset(10, **STATISTICS)
     loader = DeviceLoader(subset(data, torch.arange(5)), 2)

@@ -183,7 +183,17 @@ def test_missing_root(tmp_path):
 def test_missing_images(lists):
     for path in (lists / "val_256").iterdir():
         path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"^Places365 is incomplete: .*/val_256/0.png does not exist. Put"):
+    with pytest.raises(FileNotFoundError, match=r"^Places365 is incomplete: .*/val_256/0.png does not exist. Delete "):
+        ready(lists, "test")
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_images_that_were_unpacked_in_part(lists, number):
+    (lists / "val_256" / f"{number}.png").unlink()
+    message = (
+        rf"^Places365 is incomplete: .*/val_256/{number}.png does not exist. Delete .*/val_256, if .* in part. Put"
+    )
+    with pytest.raises(FileNotFoundError, match=message):
         ready(lists, "test")
 
 

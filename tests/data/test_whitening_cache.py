@@ -1,4 +1,5 @@
 import pickle
+import resource
 
 import pytest
 import torch
@@ -99,12 +100,14 @@ def test_folder_that_cannot_be_written_to(tmp_path):
     assert same(fitted, ZCAWhitening.fit(IMAGES, TRAIN, contrast_scale=55.0))
 
 
-def test_nothing_is_left_of_a_file_that_was_not_finished(tmp_path, monkeypatch):
-    def full(tensors, path, metadata):
-        path.write_bytes(b"half of it")
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr("lightning_acu.data.whitening_cache.save_file", full)
-    with pytest.warns(UserWarning, match="no space left on device"):
-        cached_whitening(IMAGES, TRAIN, tmp_path)
+def test_nothing_is_left_of_a_file_that_was_not_finished(tmp_path):
+    images = torch.rand(40, 3, 9, 9)  # the matrix has 236 kB
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, limits[1]))  # as a full disk, to whoever writes
+    try:
+        with pytest.warns(UserWarning, match=r"could not be kept in .* \(.*File too large.*\)"):
+            fitted = cached_whitening(images, torch.arange(40), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert files(tmp_path) == []
+    assert same(fitted, cached_whitening(images, torch.arange(40), tmp_path))
