@@ -21,7 +21,7 @@ def callbacks_of(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def displacements(folder: Path, runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """How far the taps of each layer were from the grid, and how fast they moved, at each record of each run."""
+    """How far the taps of each layer were from grid and centre, and how fast they moved, at each record of each run."""
     found = []
     for run in runs:
         with (folder / run["row"] / f"seed{run['seed']}" / "metrics.csv").open(newline="") as file:
@@ -34,6 +34,7 @@ def displacements(folder: Path, runs: Sequence[dict[str, Any]]) -> list[dict[str
                         "layer": _short(key.removeprefix(_MEAN)),
                         "mean_displacement": float(value),
                         "max_displacement": float(record[key.replace("mean", "max")]),
+                        "receptive_radius": float(record[key.replace("mean_displacement", "receptive_radius")]),
                         "step_speed": float(record[key.replace("mean_displacement", "step_speed")]),
                     }
                     for key, value in record.items()
@@ -46,7 +47,8 @@ def layers_learned(moved: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any
     """For each row whose positions learn and each layer, over the seeds, in pixels:
 
     ``in_warm_up``: the furthest tap of any seed in the warm-up; ``mean`` and ``std``: of the mean displacement at the
-    end; ``furthest``: the mean over seeds of the furthest tap; ``walked``: the mean length of the way of a tap, and
+    end; ``furthest``: the mean over seeds of the furthest tap; ``radius_before`` and ``radius``: how far the outermost
+    tap was from the centre at first, and is at the end; ``walked``: the mean length of the way of a tap, and
     ``walked_last_third`` the part of it in the last third of the steps (between records a way counts as straight).
     """
     found = []
@@ -70,6 +72,8 @@ def layers_learned(moved: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any
                     "mean": statistics.fmean(ends),
                     "std": statistics.stdev(ends) if len(ends) > 1 else None,
                     "furthest": statistics.fmean(way[-1]["max_displacement"] for way in ways),
+                    "radius_before": statistics.fmean(way[0]["receptive_radius"] for way in ways),
+                    "radius": statistics.fmean(way[-1]["receptive_radius"] for way in ways),
                     "walked": statistics.fmean(_walked(way, 0) for way in ways),
                     "walked_last_third": statistics.fmean(_walked(way, steps * 2 / 3) for way in ways),
                 }

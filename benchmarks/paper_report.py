@@ -162,14 +162,14 @@ def _table(name: str, lines: Sequence[dict[str, Any]]) -> _Cells:
 
 
 def _table_of_layers(lines: Sequence[dict[str, Any]]) -> _Cells:
-    columns = ["row", "layer", "in warm-up", "mean at the end", "furthest", "walked", "in the last third"]
+    columns = ["row", "layer", "in warm-up", "mean at end", "furthest", "radius", "at first", "walked", "last third"]
     cells = [
         [
             line["row"],
             line["layer"],
             f"{line['in_warm_up']:.2f}",
             _with_spread(line["mean"], line["std"]),
-            *(f"{line[key]:.2f}" for key in ("furthest", "walked", "walked_last_third")),
+            *(f"{line[key]:.2f}" for key in ("furthest", "radius", "radius_before", "walked", "walked_last_third")),
         ]
         for line in lines
     ]

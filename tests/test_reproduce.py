@@ -309,7 +309,7 @@ def test_how_far_each_layer_moved():
     def record(seed, step, mean, furthest, speed):
         return {
             "row": "acu-all", "seed": seed, "step": step, "layer": "conv1/1", "mean_displacement": mean,
-            "max_displacement": furthest, "step_speed": speed,
+            "max_displacement": furthest, "receptive_radius": 1.4 + furthest, "step_speed": speed,
         }  # fmt: skip
 
     moved = [record(0, 10, 0.0, 0.0, 0.0), record(0, 50, 0.4, 0.6, 0.02), record(0, 90, 0.5, 0.7, 0.005)]
@@ -322,6 +322,8 @@ def test_how_far_each_layer_moved():
     assert line["mean"] == pytest.approx(0.7)
     assert line["std"] == pytest.approx(np.std([0.5, 0.9], ddof=1))
     assert line["furthest"] == pytest.approx(1.1)
+    assert line["radius_before"] == pytest.approx(1.4 + 0.05)
+    assert line["radius"] == pytest.approx(1.4 + 1.1)
     # Seed 0: 40 steps at 0.02 and 40 at 0.005, of which 30 are in the last third; seed 1: 80 at 0.01.
     assert line["walked"] == pytest.approx((40 * 0.02 + 40 * 0.005 + 80 * 0.01) / 2)
     assert line["walked_last_third"] == pytest.approx((30 * 0.005 + 30 * 0.01) / 2)
