@@ -9,6 +9,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Triton 3.9 warns where it is unset; this is what it then takes.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
 # LightningCLI 2.6 calls what jsonargparse 4.49 deprecates; as errors, these would end up in its own error messages.
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 

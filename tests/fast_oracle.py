@@ -262,12 +262,20 @@ def _lay_out(dice, array, dtype):
 
 def run(one, backend, device="cpu"):
     """{name: output or gradient} of a case, without the gradients that it does not ask for."""
-    given = [tensor if tensor is None else tensor.detach().to(device) for tensor in one.tensors]
+    given = [tensor if tensor is None else _moved(tensor.detach(), device) for tensor in one.tensors]
     leaves = [t if t is None else t.requires_grad_(n) for t, n in zip(given, one.needs, strict=True)]
     output = acu_conv2d(*leaves, **one.arguments, backend=backend)
     wanted = {name: t for name, t in zip(NAMES[1:], leaves, strict=True) if t is not None and t.requires_grad}
-    grads = torch.autograd.grad(output, list(wanted.values()), one.direction.to(device)) if wanted else ()
+    grads = torch.autograd.grad(output, list(wanted.values()), _moved(one.direction, device)) if wanted else ()
     return {"output": output.detach().cpu(), **dict(zip(wanted, (grad.cpu() for grad in grads), strict=True))}
+
+
+def _moved(tensor, device):
+    """On the device with its gaps and its place in the storage, which ``Tensor.to`` gives up."""
+    if tensor.device.type == device:
+        return tensor
+    whole = tensor.new_empty(0).set_(tensor.untyped_storage()).to(device)
+    return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def each(seeds, body, **how):

@@ -120,7 +120,7 @@ def _time(
 
     try:
         found = call()
-    except (TritonError, triton.CompilationError) as error:
+    except (TritonError, triton.CompilationError, RuntimeError) as error:  # the last by compiler passes and the driver
         print(f"  left out: {type(error).__name__}")
         return math.inf
     for one, other in zip(found, expected, strict=True):
@@ -161,8 +161,11 @@ def tune(
             before = tile_for(role, dtype, depth, columns, device)
             gemm[kind] = 2**31  # the fused product is what is timed
             _try(tiles, name, before)
-            expected, times = [result.clone() for result in call()], {}
+            expected = [result.clone() for result in call()]
+            times: dict[Tile, float] = {}
             for tile in dict.fromkeys([before, *candidates(role, dtype, depth, columns)]):
+                if times and time.monotonic() > deadline:
+                    break
                 _try(tiles, name, tile)
                 times[tile] = _time(call, expected, milliseconds)
             best = min(times, key=times.__getitem__)
@@ -208,7 +211,7 @@ def main(arguments: list[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--seconds", type=float, default=math.inf, help="start no further class after that")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="try no further tile after that")
     parser.add_argument("--out", type=Path, default=triton_choices.tuned_tiles(), help="default: the user's cache")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():

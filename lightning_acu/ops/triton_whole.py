@@ -1,9 +1,9 @@
 """Positions on whole pixels that stay where they are: one plain convolution, for which torch has the fastest kernel.
 
-Whether positions form one is known on the host only, and asking waits for the GPU. So it is asked once for each version
-of a tensor, when it comes back unchanged for the third time without asking for a gradient: in evaluation, or frozen
-with ``requires_grad=False``. Never while positions learn, and never while a CUDA graph is captured, which may be
-replayed with other positions.
+Whether positions form one is known on the host only, and asking waits for the GPU. So it is asked once for each
+version of a tensor, when it comes back unchanged for the third time without asking for a gradient: in evaluation, or
+frozen with ``requires_grad=False``. Never while positions learn, never while a CUDA graph is captured, which may be
+replayed with other positions, and never again for positions that learn in one.
 """
 
 from __future__ import annotations
@@ -36,16 +36,25 @@ class Known(NamedTuple):
 
 #: Of a tensor of positions: what it was, how often it came so, and what is known of it.
 _entries: WeakIdKeyDictionary = WeakIdKeyDictionary()
+#: Positions that learned inside a CUDA graph: never asked.
+_moved_by_graphs: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _capturing(offsets: Tensor) -> bool:
+    return offsets.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def known_plan(offsets: Tensor, geometry: ConvGeometry) -> Known | None:
     """What is known of ``offsets`` without asking too often, or None."""
     # A layer's offsets are made anew for each call; their parameter stays, and has a version.
     source: Tensor = getattr(offsets, "source", offsets if offsets._base is None else offsets._base)
+    capturing = _capturing(offsets)
     if offsets.requires_grad:
         _entries.pop(source, None)
+        if capturing:  # an optimizer in the graph moves them, and no version tells
+            _moved_by_graphs[source] = True
         return None
-    if source.is_inference() or (offsets.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if source.is_inference() or capturing or source in _moved_by_graphs:
         return None
     # (views of one tensor are different positions)
     place = None if hasattr(offsets, "source") else (offsets.data_ptr(), offsets.stride())

@@ -90,6 +90,20 @@ def test_positions_written_behind_its_back_are_never_silently_stale(plain):
     assert len(plain) == 2
 
 
+def test_positions_that_learn_inside_a_cuda_graph_are_never_asked(plain, monkeypatch):
+    """Its replays move them, and no version tells."""
+    layer, image = make_layer(), torch.randn(2, 3, 5, 4, device=DEVICE)
+    with monkeypatch.context() as capture:
+        capture.setattr(triton_whole, "_capturing", lambda offsets: True)
+        layer(image)
+    with torch.no_grad():
+        for _ in range(4):
+            layer(image)
+        layer.offsets.data.add_(0.4)  # as a replay does
+        torch.testing.assert_close(layer(image).double().cpu(), expected(layer, image), rtol=1e-5, atol=1e-5)
+    assert not plain
+
+
 def test_views_of_one_tensor_are_different_positions():
     table = torch.zeros(2, 9, 2, device=DEVICE)
     table[1, :, 0] = 1.0
