@@ -9,15 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+from paper_settings import callbacks_of
 
-__all__ = ["callbacks_of", "displacements", "draw_displacements", "layers_learned"]
+__all__ = ["displacements", "draw_displacements", "layers_learned"]
 
 _MEAN = "acu/mean_displacement/"
-
-
-def callbacks_of(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The arguments of each callback, by the name of its class."""
-    return {c["class_path"].rpartition(".")[2]: c["init_args"] for c in config["trainer"]["callbacks"]}
 
 
 def displacements(folder: Path, runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-from paper_layers import callbacks_of, displacements, draw_displacements, layers_learned
-from paper_settings import settings_of
+from paper_layers import displacements, draw_displacements, layers_learned
+from paper_settings import callbacks_of, settings_of
 from paper_tables import TABLES, Row
 from rich.console import Console
 from rich.table import Table

@@ -12,7 +12,7 @@ from paper_tables import Row
 from lightning_acu.commands import configs_directory
 from lightning_acu.config_files import load_config
 
-__all__ = ["classes_of", "effective_config", "length_of", "settings_of"]
+__all__ = ["callbacks_of", "classes_of", "effective_config", "length_of", "settings_of"]
 
 #: Arguments that count steps, by the last part of a callback's class path.
 _STEPS = {
@@ -72,10 +72,15 @@ def classes_of(row: Row) -> int:
     return classes
 
 
+def callbacks_of(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The arguments of each callback, by the name of its class."""
+    return dict(_callbacks(config))
+
+
 def settings_of(config: dict[str, Any]) -> dict[str, Any]:
     """What the command line decides, of a run's configuration: rows that are compared have it in common."""
     optimizer, data = config["model"]["init_args"]["optimizer"]["init_args"], config["data"]["init_args"]
-    callbacks = dict(_callbacks(config))
+    callbacks = callbacks_of(config)
     return {
         "--steps": _learning_steps(config),
         "--batch-size": data["batch_size"],

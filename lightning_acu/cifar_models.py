@@ -98,9 +98,9 @@ class _CIFARNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(N, in_chans, H, W) to (N, num_features, H/4, W/4)."""
+        saves = self.grad_checkpointing and self.training
         for name in self.stages:
             stage = getattr(self, name)
-            saves = self.grad_checkpointing and self.training
             x = checkpoint(stage, x, use_reentrant=False) if saves else stage(x)
         return x
 

@@ -163,8 +163,8 @@ class DeviceLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         # Nothing here happens before the first batch is taken: Lightning calls iter() just to see whether it can.
-        if self._alone and torch.distributed.is_available() and torch.distributed.is_initialized():
-            _check_alone(torch.distributed.get_world_size())
+        if self._alone:
+            _check_alone()
         sampler, first = self.batch_sampler, 0
         if self._resuming:
             self._resuming = False
@@ -221,8 +221,9 @@ class DeviceLoader:
             self._resuming = False
 
 
-def _check_alone(processes: int) -> None:
-    if processes > 1:
+def _check_alone() -> None:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed and (processes := torch.distributed.get_world_size()) > 1:
         raise RuntimeError(
             f"this loader was made for one process, and there are {processes}, which would all see the same images; "
             "give the data module itself to the Trainer, as `datamodule`, or `rank` and `replicas` to DeviceLoader"

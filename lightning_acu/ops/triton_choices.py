@@ -21,6 +21,7 @@ __all__ = [
     "gemm_from",
     "interpolates_in_half",
     "precision",
+    "rounded",
     "set_interpolation",
     "shape_class",
     "table",
@@ -70,7 +71,7 @@ def tile_for(role: str, dtype: torch.dtype, depth: int, columns: int, device: to
 
 def shape_class(role: str, dtype: torch.dtype, depth: int, columns: int) -> str:
     """The entry of the table: layers whose channels round up to the same powers of 2, 16 to 512, share one."""
-    shape = "x".join(str(min(max(_power_of_2(n), 16), 512)) for n in (depth, columns))
+    shape = "x".join(str(min(rounded(n), 512)) for n in (depth, columns))
     return f"{role} {str(dtype).removeprefix('torch.')} {shape}"
 
 
@@ -79,7 +80,7 @@ def _rule(role: str, dtype: torch.dtype, depth: int, columns: int) -> Tile:
     if role == "channelwise":
         return Tile(32, 64, 0, 4)
     n, k = (64, 32) if dtype == torch.float32 else (128, 64)
-    depth, columns = (max(_power_of_2(channels), 16) for channels in (depth, columns))
+    depth, columns = rounded(depth), rounded(columns)
     if role == "weight":
         return Tile(min(columns, 64), min(depth, 64), k, 4)
     return Tile(64, min(columns, n), min(depth, k), 4)
@@ -164,5 +165,6 @@ def table(arch: str | None) -> dict[str, Any]:
     return found
 
 
-def _power_of_2(number: int) -> int:
-    return 1 << max(number - 1, 0).bit_length()
+def rounded(channels: int) -> int:
+    """Channels as tiles cover them: the next power of 2, at least the 16 of a tensor core."""
+    return max(1 << max(channels - 1, 0).bit_length(), 16)

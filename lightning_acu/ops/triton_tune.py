@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..geometry import ConvGeometry
 from . import triton_choices
-from .triton_choices import Tile, shape_class, tile_for
+from .triton_choices import Tile, rounded, shape_class, tile_for
 
 __all__ = ["LAYERS", "candidates", "main", "tune"]
 
@@ -55,7 +55,7 @@ def candidates(role: str, dtype: torch.dtype, depth: int, columns: int) -> Itera
     if role == "channelwise":
         yield from (Tile(m, n, 0, warps) for m in (8, 16, 32, 64) for n in (32, 64, 128) for warps in (4, 8))
         return
-    depth, columns = (max(16, 1 << (channels - 1).bit_length()) for channels in (depth, columns))
+    depth, columns = rounded(depth), rounded(columns)
     steps = (16, 32, 64) if dtype == torch.float32 else (32, 64, 128)
     if role == "weight":
         sizes = itertools.product({min(n, columns) for n in (64, 128)}, {min(n, depth) for n in (64, 128)}, steps[:2])
