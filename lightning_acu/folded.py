@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .geometry import ConvGeometry, same_padding
 from .ops.dense import pad_or_crop
-from .positions import Plan, expand_kernel, plan_windows
+from .expansion import Plan, expand_kernel, plan_windows
 
 __all__ = ["FoldedConv2d", "PadSame2d", "fold_conv2d", "padding_layer"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .geometry import ConvGeometry, Padding, resolve_padding
-from .lattice import round_offsets
+from .rounding import round_offsets
 from .sharded import copy_whole_, whole
 
 __all__ = ["PositionedConv2d"]

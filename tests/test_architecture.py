@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 #: From the ground up: a module may import those of its own level's room and of lower levels.
 LEVELS = [
     {"geometry", "sharded"},
-    {"positions", "lattice"},
+    {"expansion", "rounding"},
     {"ops"},
     {"functional"},
     {"folded", "taps"},
@@ -37,7 +37,7 @@ ALLOWED = {
     "timm": {"timm_convs", "surgery", "cifar_models", "models", "data", "architecture", "commands"},
     "torchvision": {"models", "data", "commands"},
     "torchmetrics": {"classifier", "metrics", "callbacks"},
-    "scipy": {"lattice"},
+    "scipy": {"rounding"},
     "triton": {"ops"},
     "matplotlib": {"figures"},
     "rich": {"surgery", "commands", "cli"},

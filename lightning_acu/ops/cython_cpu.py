@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..geometry import ConvGeometry
-from ..positions import FAR, nan_where_lost, plan_windows
+from ..expansion import FAR, nan_where_lost, plan_windows
 from .layout import images_per_block, is_native, memory_format, preserved_format
 
 try:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..geometry import ConvGeometry
-from ..positions import (
+from ..expansion import (
     Plan,
     Window,
     expand_kernel,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..geometry import ConvGeometry
-from ..positions import nan_where_lost, split_offsets
+from ..expansion import nan_where_lost, split_offsets
 
 __all__ = ["acu_conv2d"]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..geometry import ConvGeometry
-from ..positions import Plan, plan_windows
+from ..expansion import Plan, plan_windows
 
 __all__ = ["Known", "known_plan"]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..conv import ACUConv2d
 from ..geometry import ConvGeometry, integers
-from ..positions import plan_windows
+from ..expansion import plan_windows
 from .rules import named_conv2ds
 
 __all__ = [

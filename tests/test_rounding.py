@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_acu import ACUConv2d, convert_to_acu, round_acu
-from lightning_acu.lattice import round_offsets
+from lightning_acu.rounding import round_offsets
 
 
 def grid_of(kernel, dilation):
