@@ -21,7 +21,7 @@ lint: setup
 
 setup: $(VENV)/.installed
 
-KERNELS := $(wildcard lightning_acu/ops/*.pyx lightning_acu/ops/*.pxd lightning_acu/ops/*.h)
+KERNELS := $(wildcard lightning_acu/ops/cpu/*.pyx lightning_acu/ops/cpu/*.pxd lightning_acu/ops/cpu/*.h)
 
 # torch and torchvision in one command, so that pip finds builds that fit each other. Changed kernels are compiled again.
 $(VENV)/.installed: pyproject.toml setup.py $(KERNELS)

@@ -9,7 +9,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
-ROOM = "lightning_acu/ops/"
+ROOM = "lightning_acu/ops/cpu/"
 HEADERS = [f"{ROOM}{name}.h" for name in ("_vectors", "_vector_isa", "_vector_types", "_vector_routines", "_transpose")]
 SHARED = [f"{ROOM}{name}.pxd" for name in ("_vectors", "_sampling", "_packing", "_cells", "_bands", "_jobs")]
 
@@ -59,10 +59,10 @@ def kernels() -> list[Extension]:
         print("lightning_acu: no Cython, so the CPU kernels are left out", file=sys.stderr)
         return []
     names = ["_vectors", "_memory", "_positions"]
-    names += ["_cpu_kernels", "_cpu_kernels_weight", "_cpu_channelwise", "_cpu_channelwise_weight"]
+    names += ["_product", "_product_weight", "_channelwise", "_channelwise_weight"]
     extensions = [
         Extension(
-            f"lightning_acu.ops.{name}",
+            f"lightning_acu.ops.cpu.{name}",
             [f"{ROOM}{name}.pyx"],
             depends=[*HEADERS, *SHARED],
             include_dirs=[ROOM],

@@ -1,6 +1,6 @@
 """The Cython backend's time divided by the dense one's, where it is not obvious which is faster.
 
-This is what the rule of ``backend="auto"`` rests on (``lightning_acu/ops/cython_cpu.py``, ``prefers``): narrow groups,
+This is what the rule of ``backend="auto"`` rests on (``lightning_acu/ops/cpu/backend.py``, ``prefers``): narrow groups,
 many position groups, positions on the lattice, few channels, low precision.
 
     python benchmarks/auto_rule.py --threads 1
@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_acu.geometry import ConvGeometry
-from lightning_acu.ops import cython_cpu, dense
+from lightning_acu.ops import dense
+from lightning_acu.ops.cpu import backend as cpu_backend
 
 #: (C_in, C_out, image side, kernel side, groups, position groups)
 LAYERS = [
@@ -53,11 +54,11 @@ def ratios(layer: tuple[int, ...], batch: int, kind: str, dtype: torch.dtype, re
     geometry = ConvGeometry((kernel, kernel), padding=(kernel // 2,) * 4, groups=groups)
     grad = torch.randn_like(dense.forward(input, weight, offsets, None, geometry))
     calls = [
-        (backend.forward, (input, weight, offsets, None, geometry)) for backend in (cython_cpu, dense)
+        (backend.forward, (input, weight, offsets, None, geometry)) for backend in (cpu_backend, dense)
     ] + [
         (backend.backward, (grad, input, weight, offsets, geometry, needs))
         for needs in ((True, True, True), (True, True, False))
-        for backend in (cython_cpu, dense)
+        for backend in (cpu_backend, dense)
     ]  # fmt: skip
     times: list[list[float]] = [[] for _ in calls]
     for repetition in range(repetitions + 1):
@@ -91,7 +92,7 @@ def main() -> None:
             offsets = draw_offsets(kind, position_groups, kernel * kernel)
             weight = torch.empty(c_out, c_in // groups, kernel, kernel)
             chosen = [
-                "cython" if cython_cpu.prefers(weight, weight, offsets, geometry, needs) else "dense"
+                "cython" if cpu_backend.prefers(weight, weight, offsets, geometry, needs) else "dense"
                 for needs in (None, (True, True, True))
             ]
             size = f"{c_in}->{c_out} {kernel}x{kernel} @{side}"

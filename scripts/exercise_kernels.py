@@ -23,7 +23,8 @@ from torch import Tensor
 import lightning_acu
 from lightning_acu import acu_conv2d
 from lightning_acu.geometry import ConvGeometry
-from lightning_acu.ops import _vectors, cython_cpu  # type: ignore[attr-defined]
+from lightning_acu.ops.cpu import _vectors  # type: ignore[attr-defined]
+from lightning_acu.ops.cpu import backend as cpu_backend
 
 #: (C_in, C_out, groups); channels around multiples of 4, 8, 16 and 32, both ways through the kernels.
 PRODUCT = [(3, 8, 1), (16, 16, 1), (17, 33, 1), (32, 31, 1), (8, 24, 2), (10, 15, 5), (5, 64, 1), (70, 12, 2)]
@@ -73,7 +74,7 @@ class Case:
         assert weight is not None
         assert offsets is not None
         geometry = ConvGeometry(tuple(weight.shape[2:]), groups=self.arguments["groups"])  # type: ignore[arg-type]
-        yield "channelwise" if cython_cpu._channelwise(weight, geometry) else "product"
+        yield "channelwise" if cpu_backend._is_channelwise(weight, geometry) else "product"
         yield str(input.dtype).removeprefix("torch.")
         yield f"{self.kind} offsets"
         yield from ["empty batch"] * (len(input) == 0)
@@ -136,14 +137,14 @@ def _offsets(kind: str, shape: tuple[int, ...], numbers: torch.Generator) -> Ten
 @contextmanager
 def settings() -> Iterator[None]:
     """Two threads also for little work; instruction set and threads as before afterwards."""
-    isa, threads, limit = _vectors.current(), torch.get_num_threads(), cython_cpu._THREAD_WORK
-    cython_cpu._THREAD_WORK = 0
+    isa, threads, limit = _vectors.current(), torch.get_num_threads(), cpu_backend._THREAD_WORK
+    cpu_backend._THREAD_WORK = 0
     try:
         yield
     finally:
         _vectors.use(isa)
         torch.set_num_threads(threads)
-        cython_cpu._THREAD_WORK = limit
+        cpu_backend._THREAD_WORK = limit
 
 
 def check(seed: int, one: Case, expected: dict[str, Tensor], what: str) -> None:
@@ -226,7 +227,7 @@ def main() -> None:
     package = Path(lightning_acu.__file__).resolve()
     if options.built_in and not package.is_relative_to(Path(options.built_in).resolve()):
         raise SystemExit(f"{package} is not the package built in {options.built_in}")
-    if reason := cython_cpu.why_not(torch.zeros(1, 1, 1, 1)):
+    if reason := cpu_backend.why_not(torch.zeros(1, 1, 1, 1)):
         raise SystemExit(f"there are no kernels to check: {reason}")
     if options.leaks:
         leaks(options.leaks, warm_up=500, limit=2)

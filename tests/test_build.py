@@ -9,22 +9,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_acu.ops import cython_cpu
+from lightning_acu.ops.cpu import backend as cpu_backend
 
 ROOT = Path(__file__).parents[1]
-OPS = "lightning_acu/ops/"
+OPS = "lightning_acu/ops/cpu/"
 KERNELS = {path.stem for path in (ROOT / OPS).glob("*.pyx")}
 SOURCES = (".pyx", ".pxd", ".h", ".c")
 
 USE = """
 import sys, torch, lightning_acu
-from lightning_acu.ops import available_backends, cython_cpu
+from lightning_acu.ops import available_backends
+from lightning_acu.ops.cpu import backend as cpu_backend
 
 assert lightning_acu.__file__.startswith(sys.argv[1]), lightning_acu.__file__
 assert "cython" in available_backends()
 case = torch.randn(2, 4, 6, 5), torch.randn(6, 2, 3, 3), torch.randn(9, 2)
 expected = lightning_acu.acu_conv2d(*case, groups=2, backend="reference")
-reason = cython_cpu.why_not(case[0])
+reason = cpu_backend.why_not(case[0])
 for backend in ("auto", "dense", *(["cython"] if reason is None else [])):
     torch.testing.assert_close(lightning_acu.acu_conv2d(*case, groups=2, backend=backend), expected)
 if reason is not None:
@@ -92,13 +93,13 @@ def pure_wheel(sdist, tmp_path_factory):
 
 
 def test_the_kernels_are_built_here():
-    assert cython_cpu.why_not(torch.zeros(1, 1, 1, 1)) is None
+    assert cpu_backend.why_not(torch.zeros(1, 1, 1, 1)) is None
 
 
 def test_the_sdist_holds_what_a_build_needs(sdist):
     names = files(sdist)
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / OPS).iterdir() if path.suffix in SOURCES}
-    assert f"{OPS}_cpu_kernels.pyx" in sources
+    assert f"{OPS}_product.pyx" in sources
     assert sources | {"LICENSE", "setup.py", "pyproject.toml", "configs/quickstart.yaml"} <= names
     assert not compiled(names)
 

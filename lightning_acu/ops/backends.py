@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..geometry import ConvGeometry
-from . import cython_cpu, dense, triton_gpu
-from .layout import memory_format, preserved_format
+from . import dense, triton_gpu
+from .cpu import backend as cpu_backend
+from .memory_format import memory_format, preserved_format
 
 __all__ = ["BACKENDS", "Backend", "available_backends", "backward", "check_backend", "forward", "without_autocast"]
 
@@ -63,7 +64,7 @@ class Backend(Protocol):
 
 #: "auto" takes the first that can run and prefers to. ("reference" is no entry: autograd runs through it directly.)
 BACKENDS: dict[str, Backend] = {
-    "cython": cast(Backend, cython_cpu),
+    "cython": cast(Backend, cpu_backend),
     "triton": cast(Backend, triton_gpu),
     "dense": cast(Backend, dense),
 }

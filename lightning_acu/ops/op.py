@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..geometry import ConvGeometry
 from . import backends
-from .layout import memory_format, preserved_format
+from .memory_format import memory_format, preserved_format
 
 __all__ = ["acu_conv2d_backward_op", "acu_conv2d_op"]
 

@@ -7,7 +7,8 @@ from fast_oracle import LARGE, NAMES, NEAR, acu_conv2d_closed_form, case, each, 
 from oracle import GEOMETRY, acu_conv2d_loops
 from torchvision.ops import deform_conv2d
 
-from lightning_acu.ops import _vectors, cython_cpu
+from lightning_acu.ops.cpu import _vectors
+from lightning_acu.ops.cpu import backend as cpu_backend
 
 BACKENDS = ["cython", "dense"]
 SEEDS = {"cython": [range(first, first + 500) for first in range(0, 10_000, 500)], "dense": [range(300)]}
@@ -57,7 +58,7 @@ def test_one_thread_equals_many_threads_bit_for_bit(fixed):
 
 
 def test_one_thread_equals_many_threads_bit_for_bit_in_small_cases(monkeypatch):
-    monkeypatch.setattr(cython_cpu, "_THREAD_WORK", 0)  # below it, one thread does it all
+    monkeypatch.setattr(cpu_backend, "_THREAD_WORK", 0)  # below it, one thread does it all
     each(range(60), _check_threads)
 
 

@@ -7,7 +7,8 @@ from oracle import assert_close
 
 from lightning_acu import acu_conv2d
 from lightning_acu.geometry import ConvGeometry
-from lightning_acu.ops import acu_conv2d_op, cython_cpu
+from lightning_acu.ops import acu_conv2d_op
+from lightning_acu.ops.cpu import backend as cpu_backend
 
 backends = pytest.mark.parametrize("backend", ["cython", "dense", "auto"])
 
@@ -73,8 +74,8 @@ def test_auto_counts_runs_of_channels_that_share_both_groups():
     """48 channels in 3 groups and 2 position groups make 4 runs: 16, 8, 8, 16."""
     geometry = ConvGeometry((3, 3), groups=3)
     input, weight, offsets = torch.randn(1, 48, 5, 5), torch.randn(48, 16, 3, 3), torch.rand(2, 9, 2)
-    assert not cython_cpu.prefers(input, weight, offsets, geometry)
-    assert cython_cpu.prefers(input, weight, offsets[:1], geometry)
+    assert not cpu_backend.prefers(input, weight, offsets, geometry)
+    assert cpu_backend.prefers(input, weight, offsets[:1], geometry)
 
 
 def test_auto_is_conv2d_bit_for_bit_where_the_taps_form_one():

@@ -1,7 +1,7 @@
 """The Cython backend: taps interpolated into the cache and multiplied there, with a plain convolution's arithmetic.
 
-This module allocates and chooses the route; the loops are in ``_cpu_kernels*.pyx`` (a matrix product over interpolated
-taps) and ``_cpu_channelwise*.pyx`` (depthwise layers: weights spread over integer cells). Both work on channels_last
+This module allocates and chooses the route; the loops are in ``_product*.pyx`` (a matrix product over interpolated
+taps) and ``_channelwise*.pyx`` (depthwise layers: weights spread over integer cells). Both work on channels_last
 images; others are converted a few images at a time.
 """
 
@@ -15,16 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..geometry import ConvGeometry
-from ..expansion import FAR, nan_where_lost, plan_windows
-from .layout import images_per_block, is_native, memory_format, preserved_format
+from ...geometry import ConvGeometry
+from ...expansion import FAR, nan_where_lost, plan_windows
+from ..memory_format import images_per_block, is_native, memory_format, preserved_format
 
 try:
     from . import (  # type: ignore[attr-defined]
-        _cpu_channelwise,
-        _cpu_channelwise_weight,
-        _cpu_kernels,
-        _cpu_kernels_weight,
+        _channelwise,
+        _channelwise_weight,
+        _product,
+        _product_weight,
         _positions,
         _vectors,
     )
@@ -75,7 +75,7 @@ def prefers(
         return False  # exactly F.conv2d, bit for bit
     groups, position_groups = geometry.groups, offsets.shape[0]
     runs = groups + position_groups - math.gcd(groups, position_groups)
-    return _channelwise(weight, geometry) or runs == 1 or weight.shape[0] // runs >= 16
+    return _is_channelwise(weight, geometry) or runs == 1 or weight.shape[0] // runs >= 16
 
 
 def _is_plain(offsets: Tensor, geometry: ConvGeometry) -> bool:
@@ -89,7 +89,7 @@ def _is_plain(offsets: Tensor, geometry: ConvGeometry) -> bool:
     return len(plan.windows) == 1 and plan.cells <= geometry.taps
 
 
-def _channelwise(weight: Tensor, geometry: ConvGeometry) -> bool:
+def _is_channelwise(weight: Tensor, geometry: ConvGeometry) -> bool:
     """Which of the two routes: channel by channel, or a matrix product for each group."""
     return weight.shape[1] * weight.shape[0] <= 4 * geometry.groups
 
@@ -104,7 +104,7 @@ def forward(input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None,
     cell, fraction, lost = _taps(offsets, geometry)
     weights = Memory(weight.to(dtype).flatten(2))
     biases = None if bias is None else Memory(bias.to(dtype).contiguous())
-    kernels = _cpu_channelwise if _channelwise(weight, geometry) else _cpu_kernels
+    kernels = _channelwise if _is_channelwise(weight, geometry) else _product
     for image, result in _blocks(dtype, input, output):
         target = result if is_native(result, dtype) else _empty(result, dtype)
         kernels.forward(
@@ -126,7 +126,7 @@ def backward(
     cell, fraction, _ = _taps(offsets, geometry)
     common = (cell, fraction, geometry.groups, geometry.stride)
     weights, threads = weight.to(dtype).flatten(2), _threads(grad, weight)
-    route = _backward_channelwise if _channelwise(weight, geometry) else _backward_product
+    route = _backward_channelwise if _is_channelwise(weight, geometry) else _backward_product
     grad_input = torch.empty_like(input, memory_format=preserved_format(input)) if needs[0] else None
     grad_weight: Tensor | None = None
     grad_cell = np.zeros(offsets.shape)
@@ -159,11 +159,11 @@ def _backward_product(
     if grad_image is not None or needs[2]:
         target = None if grad_image is None else _pixels(grad_image.zero_(), weight.dtype)
         sums = grad_cell if needs[2] else None
-        _cpu_kernels.backward_image(grad, image, Memory(weight), *common, target, sums, threads)
+        _product.backward_image(grad, image, Memory(weight), *common, target, sums, threads)
     if not needs[1]:
         return None
     grad_weight = weight.new_empty(weight.shape[0], weight.shape[2], weight.shape[1])
-    _cpu_kernels_weight.backward_weight(grad, image, *common, Memory(grad_weight), threads)
+    _product_weight.backward_weight(grad, image, *common, Memory(grad_weight), threads)
     return grad_weight.transpose(1, 2)
 
 
@@ -180,11 +180,11 @@ def _backward_channelwise(
     """The same, channel by channel."""
     if grad_image is not None:
         target = _pixels(grad_image, weight.dtype)
-        _cpu_channelwise.backward_image(grad, Memory(weight), *common, target, threads)
+        _channelwise.backward_image(grad, Memory(weight), *common, target, threads)
     if not needs[1] and not needs[2]:
         return None
     grad_weight = weight.new_zeros(weight.shape)
-    _cpu_channelwise_weight.backward_kernel(
+    _channelwise_weight.backward_kernel(
         grad, image, Memory(weight), *common, Memory(grad_weight), grad_cell, threads
     )  # fmt: skip
     return grad_weight if needs[1] else None

@@ -1,5 +1,5 @@
 # distutils: language = c
-"""Active convolution as a matrix product: the gradient of the weights. Names and rules as in `_cpu_kernels.pyx`."""
+"""Active convolution as a matrix product: the gradient of the weights. Names and rules as in `_product.pyx`."""
 
 from cython.parallel cimport prange
 from libc.string cimport memset

@@ -4,7 +4,7 @@
 Every tap's weight is spread over the integer cells around it, and each distinct cell costs one load and one
 multiply-add for a block of LANES channels: no matrix product. A band of rows of such a block is copied with a rim of
 zeros first: it stays in the cache, and no cell needs a test for the border. Work is cut by geometry alone and no two
-threads add to the same number: results do not depend on their number. Arguments as in `_cpu_kernels.pyx`.
+threads add to the same number: results do not depend on their number. Arguments as in `_product.pyx`.
 """
 
 from cython.parallel cimport prange, threadid

@@ -1,5 +1,5 @@
 # distutils: language = c
-"""Active convolution channel by channel: the gradients of weights and positions. See `_cpu_channelwise.pyx`."""
+"""Active convolution channel by channel: the gradients of weights and positions. See `_channelwise.pyx`."""
 
 from cython.parallel cimport prange, threadid
 from libc.string cimport memcpy, memset

@@ -3,7 +3,7 @@
 
 A block of output pixels is interpolated at every tap into a buffer that stays in the cache and is multiplied there by
 the packed weight. Work is cut by geometry alone and no two threads add to the same number, so results do not depend on
-the number of threads. Arrays are allocated and checked by the caller (`cython_cpu.py`).
+the number of threads. Arrays are allocated and checked by the caller (`backend.py`).
 
 Names: N images, K taps, P position groups; a *piece* is a run of output channels that share one convolution group and
 one position group; a *panel* is WIDTH = 2 * lanes columns of a packed matrix, the last one of a run filled with zeros.
