@@ -29,7 +29,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from lightning_acu.geometry import ConvGeometry
-from lightning_acu.ops import triton_choices, triton_gpu
+from lightning_acu.ops.triton import backend as triton_backend
+from lightning_acu.ops.triton import tiles as triton_tiles
 
 #: (C_in, C_out, size, kernel, stride, groups, position groups)
 LAYERS = [
@@ -48,8 +49,8 @@ TARGETS = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
 }
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
-PRODUCTS = {"_product_kernel", "triton_cells._input_kernel", "triton_cells._weight_kernel"}
-IMAGES = PRODUCTS | {"_forward_kernel", "triton_channelwise._input_kernel", "triton_channelwise._weight_kernel"}
+PRODUCTS = {"_product_kernel", "cells._input_kernel", "cells._weight_kernel"}
+IMAGES = PRODUCTS | {"_forward_kernel", "channelwise._input_kernel", "channelwise._weight_kernel"}
 
 
 def launches(target, dtype, layers):
@@ -70,7 +71,7 @@ def launches(target, dtype, layers):
 
     with (
         mock.patch.object(JITFunction, "run", record),
-        mock.patch.object(triton_choices, "arch_of", return_value=target),
+        mock.patch.object(triton_tiles, "arch_of", return_value=target),
     ):
         for c_in, c_out, size, kernel, stride, groups, positions in layers:
             geometry = ConvGeometry((kernel, kernel), (stride, stride), (kernel // 2,) * 4, (1, 1), groups)
@@ -78,8 +79,8 @@ def launches(target, dtype, layers):
             weight = torch.empty(c_out, c_in // groups, kernel, kernel, dtype=dtype)
             offsets = torch.zeros(positions, kernel * kernel, 2)
             bias = torch.empty(c_out, dtype=dtype) if groups == 1 else None
-            output = triton_gpu.forward(input, weight, offsets, bias, geometry)
-            triton_gpu.backward(output, input, weight, offsets, geometry, [True] * 3)
+            output = triton_backend.forward(input, weight, offsets, bias, geometry)
+            triton_backend.backward(output, input, weight, offsets, geometry, [True] * 3)
     return list(found.values())
 
 
@@ -162,7 +163,7 @@ def main():
     parser.add_argument("--layers", type=int, nargs="+", default=range(len(LAYERS)), help="indices into LAYERS")
     parser.add_argument("--interpolation", default="float32", choices=["float32", "half"])
     options = parser.parse_args()
-    triton_choices.set_interpolation(options.interpolation)
+    triton_tiles.set_interpolation(options.interpolation)
     torch.backends.cudnn.allow_tf32 = True  # otherwise float32 products have no tensor cores
     failures = 0
     for target, dtype in itertools.product(options.targets, options.dtypes):

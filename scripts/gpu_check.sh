@@ -98,7 +98,7 @@ fi
 
 layers bfloat16 80 --dtype bfloat16 --kind dense3x3 depthwise dense5x5
 step train 105 "$python" benchmarks/train_step.py "${train[@]}" --models "${models[@]}" --limit 70 --out "$out"
-step tiles 65 "$python" -m lightning_acu.ops.triton_tune --out "$out/triton_tiles.json" --seconds 50
+step tiles 65 "$python" -m lightning_acu.ops.triton.tune --out "$out/triton_tiles.json" --seconds 50
 layers float16 28 --dtype float16 --launch graph "${some[@]}"
 layers tf32 28 --dtype float32 --launch graph "${some[@]}"
 layers float32 28 --dtype float32 --no-tf32 --launch graph "${some[@]}"

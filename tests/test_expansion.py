@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lightning_acu.geometry import ConvGeometry
 from lightning_acu.expansion import Window, expand_kernel, plan_windows, split_offsets
+from lightning_acu.geometry import ConvGeometry
 
 THREE = ConvGeometry((3, 3), padding=(1, 1, 1, 1))
 

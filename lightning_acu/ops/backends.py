@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ..geometry import ConvGeometry
-from . import dense, triton_gpu
+from . import dense
 from .cpu import backend as cpu_backend
 from .memory_format import memory_format, preserved_format
+from .triton import backend as triton_backend
 
 __all__ = ["BACKENDS", "Backend", "available_backends", "backward", "check_backend", "forward", "without_autocast"]
 
@@ -65,7 +66,7 @@ class Backend(Protocol):
 #: "auto" takes the first that can run and prefers to. ("reference" is no entry: autograd runs through it directly.)
 BACKENDS: dict[str, Backend] = {
     "cython": cast(Backend, cpu_backend),
-    "triton": cast(Backend, triton_gpu),
+    "triton": cast(Backend, triton_backend),
     "dense": cast(Backend, dense),
 }
 
@@ -108,7 +109,7 @@ def _select(
 def _fastest(input: Tensor) -> str | None:
     """The backend that ``input`` should have; "auto" says once why it goes without."""
     if input.is_cuda:
-        return "triton" if triton_gpu.measured(input) and input.dtype != torch.float64 else None
+        return "triton" if triton_backend.measured(input) and input.dtype != torch.float64 else None
     return "cython" if input.device.type == "cpu" else None
 
 

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..geometry import ConvGeometry
 from ..expansion import (
     Plan,
     Window,
@@ -23,6 +22,7 @@ from ..expansion import (
     plan_windows,
     regular_window,
 )
+from ..geometry import ConvGeometry
 
 __all__ = ["backward", "convolve", "forward", "input_gradient", "pad_or_crop", "prefers", "weight_gradient", "why_not"]
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..geometry import ConvGeometry
 from ..expansion import nan_where_lost, split_offsets
+from ..geometry import ConvGeometry
 
 __all__ = ["acu_conv2d"]
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..conv import ACUConv2d
-from ..geometry import ConvGeometry, integers
 from ..expansion import plan_windows
+from ..geometry import ConvGeometry, integers
 from .rules import named_conv2ds
 
 __all__ = [

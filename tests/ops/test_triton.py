@@ -11,14 +11,14 @@ from fast_oracle import NEAR, each, run
 from triton_cases import DEVICE, SMALL, exact  # noqa: F401
 
 from lightning_acu import acu_conv2d
-from lightning_acu.ops import triton_gpu
-from lightning_acu.ops.triton_choices import set_interpolation
+from lightning_acu.ops.triton import backend as triton_backend
+from lightning_acu.ops.triton.tiles import set_interpolation
 
 pytest.importorskip("triton")
 # Triton 3.6's interpreter does what NumPy 1.25 deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
-triton_gemm = pytest.importorskip("lightning_acu.ops.triton_gemm")
-triton_product = pytest.importorskip("lightning_acu.ops.triton_product")
+triton_gemm = pytest.importorskip("lightning_acu.ops.triton.gemm")
+triton_product = pytest.importorskip("lightning_acu.ops.triton.product")
 SEEDS = [range(first, first + 5) for first in range(5_000_000, 5_000_200, 5)]
 #: More pixels and channels than one program has.
 LARGE = [
@@ -100,7 +100,7 @@ def test_where_it_cannot_run(monkeypatch):
         RuntimeError, match=r"`backend` \(='triton'\) cannot run here: it runs on GPUs, and `input` is on"
     ):
         acu_conv2d(*tensors, backend="triton")
-    monkeypatch.setattr(triton_gpu, "_missing", lambda: "Triton is not installed")
+    monkeypatch.setattr(triton_backend, "_missing", lambda: "Triton is not installed")
     with pytest.raises(RuntimeError, match="Triton is not installed"):
         acu_conv2d(*tensors, backend="triton")
 
@@ -120,5 +120,5 @@ def test_kernels_compile_without_spills(target, dtype):
     command = [sys.executable, str(script), "--targets", target, "--dtypes", dtype]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    for kernel in ("_product_kernel", "triton_cells._input_kernel", "triton_channelwise._weight_kernel"):
+    for kernel in ("_product_kernel", "cells._input_kernel", "channelwise._weight_kernel"):
         assert kernel in done.stdout

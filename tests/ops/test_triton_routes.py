@@ -9,8 +9,12 @@ from oracle import acu_conv2d_loops
 from triton_cases import DEVICE, exact  # noqa: F401
 
 from lightning_acu import ACUConv2d, acu_conv2d
-from lightning_acu.ops import backends, dense, triton_choices, triton_gpu, triton_tune, triton_whole
-from lightning_acu.ops.triton_choices import Tile, shape_class, tile_for
+from lightning_acu.ops import backends, dense
+from lightning_acu.ops.triton import backend as triton_backend
+from lightning_acu.ops.triton import tiles as triton_tiles
+from lightning_acu.ops.triton import tune as triton_tune
+from lightning_acu.ops.triton import whole as triton_whole
+from lightning_acu.ops.triton.tiles import Tile, shape_class, tile_for
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
@@ -155,7 +159,7 @@ def test_scattered_whole_positions_stay_with_the_kernels(asked, plain):
 
 
 def forget():
-    triton_choices.table.cache_clear()
+    triton_tiles.table.cache_clear()
     tile_for.cache_clear()
 
 
@@ -164,16 +168,16 @@ def test_tiles_of_a_users_table_override_the_rule(monkeypatch, tmp_path):
     rule = tile_for("product", torch.bfloat16, 48, 64, device)
     assert rule == Tile(64, 64, 64, 4)
     monkeypatch.setenv("LIGHTNING_ACU_CACHE", str(tmp_path))
-    monkeypatch.setattr(triton_choices, "arch_of", lambda device: "sm_90")
+    monkeypatch.setattr(triton_tiles, "arch_of", lambda device: "sm_90")
     forget()
     tiles = {shape_class("product", torch.bfloat16, 48, 64): [128, 64, 64, 4, 2]}
-    triton_choices.tuned_tiles().write_text(json.dumps({"sm_90": {"tiles": tiles, "gemm_from": {"bfloat16": 256}}}))
+    triton_tiles.tuned_tiles().write_text(json.dumps({"sm_90": {"tiles": tiles, "gemm_from": {"bfloat16": 256}}}))
     try:
         assert tile_for("product", torch.bfloat16, 64, 64, device) == Tile(128, 64, 64, 4, 2)  # the same class
         assert tile_for("product", torch.bfloat16, 100, 64, device) == rule
-        assert triton_choices.gemm_from(torch.bfloat16, device) == 256
+        assert triton_tiles.gemm_from(torch.bfloat16, device) == 256
         forget()
-        triton_choices.tuned_tiles().write_text('{"sm_90": {"tiles": {"x": [1, "a"]}}}')
+        triton_tiles.tuned_tiles().write_text('{"sm_90": {"tiles": {"x": [1, "a"]}}}')
         with pytest.raises(RuntimeError, match=r"triton_tiles\.json is damaged .*; delete it, or tune again"):
             tile_for("product", torch.bfloat16, 64, 64, device)
     finally:
@@ -183,7 +187,7 @@ def test_tiles_of_a_users_table_override_the_rule(monkeypatch, tmp_path):
 def test_auto_takes_it_on_gpus_that_have_measured_it_and_says_once_what_is_missing(monkeypatch):
     tensors = [torch.randn(1, 3, 5, 5), torch.randn(4, 3, 3, 3), torch.zeros(9, 2)]
     monkeypatch.setattr(backends, "_fastest", lambda input: "triton")
-    monkeypatch.setattr(triton_gpu, "_missing", lambda: "Triton is not installed")
+    monkeypatch.setattr(triton_backend, "_missing", lambda: "Triton is not installed")
     monkeypatch.setitem(backends.BACKENDS, "cython", dense)
     monkeypatch.setattr(dense, "prefers", lambda *args: False)
     backends._say_once.cache_clear()
@@ -197,7 +201,7 @@ def test_auto_takes_it_on_gpus_that_have_measured_it_and_says_once_what_is_missi
 def test_tuning_keeps_the_fastest_tile_of_each_class(monkeypatch, tmp_path):
     """With a clock that likes large steps, and the GEMM route only from 16 channels on."""
     tuned = {}
-    monkeypatch.setattr(triton_choices, "table", lambda arch: tuned)
+    monkeypatch.setattr(triton_tiles, "table", lambda arch: tuned)
     monkeypatch.setattr(triton_tune, "_BATCH", 1)
     monkeypatch.setattr(triton_tune, "_MANY", 16)
     monkeypatch.setattr(triton_tune, "candidates", lambda *layer: few[layer[0]])
@@ -214,7 +218,7 @@ def test_tuning_keeps_the_fastest_tile_of_each_class(monkeypatch, tmp_path):
     out = tmp_path / "new" / "tiles.json"
     tile_for.cache_clear()
     triton_tune.tune(torch.device(DEVICE), [torch.float16], out, layers=layers, milliseconds=clock)
-    arch = str(triton_choices.arch_of(torch.device(DEVICE)))
+    arch = str(triton_tiles.arch_of(torch.device(DEVICE)))
     assert json.loads(out.read_text()) == {arch: tuned}
     assert set(tuned["tiles"]) == {f"{role} float16 16x16" for role in ("product", "weight", "cells", "channelwise")}
     assert tuned["tiles"]["product float16 16x16"] == [16, 16, 32, 4, 1]

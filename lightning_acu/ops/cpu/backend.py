@@ -15,17 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...geometry import ConvGeometry
 from ...expansion import FAR, nan_where_lost, plan_windows
+from ...geometry import ConvGeometry
 from ..memory_format import images_per_block, is_native, memory_format, preserved_format
 
 try:
     from . import (  # type: ignore[attr-defined]
         _channelwise,
         _channelwise_weight,
+        _positions,
         _product,
         _product_weight,
-        _positions,
         _vectors,
     )
     from ._memory import Memory  # type: ignore[import-not-found]

@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..geometry import ConvGeometry
-from .triton_choices import precision, tile_for
-from .triton_product import columns, piece_of, programs
-from .triton_sampling import tap
-from .triton_taps import Cells, find_cells, spread_weight
+from ...geometry import ConvGeometry
+from .product import columns, piece_of, programs
+from .sampling import tap
+from .spread import Cells, find_cells, spread_weight
+from .tiles import precision, tile_for
 
 __all__ = ["input_gradient", "weight_gradient"]
 

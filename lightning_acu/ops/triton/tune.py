@@ -1,9 +1,9 @@
 """Measures which tiles and routes of the Triton backend are fastest on this GPU, and keeps them for later.
 
-    python -m lightning_acu.ops.triton_tune                # some minutes; into the user's cache
-    python -m lightning_acu.ops.triton_tune --seconds 60 --dtypes bfloat16 --out triton_tiles.json
+    python -m lightning_acu.ops.triton.tune                # some minutes; into the user's cache
+    python -m lightning_acu.ops.triton.tune --seconds 60 --dtypes bfloat16 --out triton_tiles.json
 
-A table of ``triton_tiles.json`` (:mod:`.triton_choices`) for the kind of GPU at hand, one entry for each class of
+A table of ``triton_tiles.json`` (:mod:`.tiles`) for the kind of GPU at hand, one entry for each class of
 layers. Never run by a training step: without a table, or for classes it lacks, the rules there hold.
 """
 
@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..geometry import ConvGeometry
-from . import triton_choices
-from .triton_choices import Tile, rounded, shape_class, tile_for
+from ...geometry import ConvGeometry
+from . import tiles as choices
+from .tiles import Tile, rounded, shape_class, tile_for
 
 __all__ = ["LAYERS", "candidates", "main", "tune"]
 
@@ -73,7 +73,9 @@ def _milliseconds(call: Callable[[], Any]) -> float:
 
 def _calls(layer: Layer, dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], list[Tensor]]]:
     """What to time for each role; gives what it computed."""
-    from . import triton_cells, triton_channelwise, triton_product
+    from . import cells as cell_route
+    from . import channelwise as channelwise_route
+    from . import product as product_route
 
     (c_in, c_out), size = layer.channels, layer.size
 
@@ -89,24 +91,24 @@ def _calls(layer: Layer, dtype: torch.dtype, device: torch.device) -> dict[str, 
     if layer.groups > 1:
 
         def channelwise() -> list[Tensor]:
-            triton_channelwise.forward(source, weight, offsets, None, geometry, target)
-            triton_channelwise.input_gradient(target, weight, offsets, geometry, grad_input)
-            return [target, grad_input, *triton_channelwise.weight_gradient(target, source, weight, offsets, geometry)]
+            channelwise_route.forward(source, weight, offsets, None, geometry, target)
+            channelwise_route.input_gradient(target, weight, offsets, geometry, grad_input)
+            return [target, grad_input, *channelwise_route.weight_gradient(target, source, weight, offsets, geometry)]
 
         return {"channelwise": channelwise}
 
     def product() -> list[Tensor]:
-        triton_product.forward(source, weight, offsets, None, geometry, target)
+        product_route.forward(source, weight, offsets, None, geometry, target)
         return [target]
 
     def cells() -> list[Tensor]:  # (its depth is the output's channels, its columns are the input's)
-        triton_cells.input_gradient(half, weight, offsets, strided, grad_input)
+        cell_route.input_gradient(half, weight, offsets, strided, grad_input)
         return [grad_input]
 
     half, grad = image(c_out, (size + 1) // 2), image(c_out, size)
     return {
         "product": product,
-        "weight": lambda: list(triton_cells.weight_gradient(grad, source, weight, offsets, geometry)),
+        "weight": lambda: list(cell_route.weight_gradient(grad, source, weight, offsets, geometry)),
         "cells": cells,
     }
 
@@ -145,8 +147,8 @@ def tune(
         The table of this kind of GPU.
     """
     deadline = time.monotonic() + seconds
-    arch = str(triton_choices.arch_of(device))
-    table = triton_choices.table(triton_choices.arch_of(device))
+    arch = str(choices.arch_of(device))
+    table = choices.table(choices.arch_of(device))
     tiles, gemm = table.setdefault("tiles", {}), table.setdefault("gemm_from", {})
     faster: dict[str, dict[int, bool]] = {}
     for dtype, layer in itertools.product(dtypes, layers):
@@ -212,7 +214,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--seconds", type=float, default=math.inf, help="try no further tile after that")
-    parser.add_argument("--out", type=Path, default=triton_choices.tuned_tiles(), help="default: the user's cache")
+    parser.add_argument("--out", type=Path, default=choices.tuned_tiles(), help="default: the user's cache")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("torch finds no GPU here, and there is nothing to tune without one")

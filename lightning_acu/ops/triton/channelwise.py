@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..geometry import ConvGeometry
-from .triton_cells import gather
-from .triton_choices import tile_for
-from .triton_taps import find_cells, spread_weight
+from ...geometry import ConvGeometry
+from .cells import gather
+from .spread import find_cells, spread_weight
+from .tiles import tile_for
 
 __all__ = ["forward", "input_gradient", "weight_gradient"]
 

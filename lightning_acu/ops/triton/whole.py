@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..geometry import ConvGeometry
-from ..expansion import Plan, plan_windows
+from ...expansion import Plan, plan_windows
+from ...geometry import ConvGeometry
 
 __all__ = ["Known", "known_plan"]
 

@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..geometry import ConvGeometry
-from . import triton_gemm
-from .triton_choices import gemm_from, interpolates_in_half, precision, tile_for
-from .triton_sampling import interpolate, neighbours, tap
+from ...geometry import ConvGeometry
+from . import gemm
+from .sampling import interpolate, neighbours, tap
+from .tiles import gemm_from, interpolates_in_half, precision, tile_for
 
 __all__ = ["adjoint", "columns", "forward", "piece_of", "programs"]
 
@@ -121,7 +121,7 @@ def _launch(
     count, channels, height, width = target.shape
     groups, positions = geometry.groups, len(offsets)
     if groups == positions == 1 and source.shape[1] >= gemm_from(source.dtype, source.device):
-        triton_gemm.product(source, packed, offsets, bias, geometry, target, stride, mirrored=mirrored)
+        gemm.product(source, packed, offsets, bias, geometry, target, stride, mirrored=mirrored)
         return
     c_out = source.shape[1] if mirrored else channels
     piece = piece_of(c_out, groups, positions)

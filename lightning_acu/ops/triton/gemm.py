@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..geometry import ConvGeometry
-from .triton_choices import interpolates_in_half
-from .triton_sampling import interpolate, neighbours, tap
+from ...geometry import ConvGeometry
+from .sampling import interpolate, neighbours, tap
+from .tiles import interpolates_in_half
 
 __all__ = ["product"]
 

@@ -1,8 +1,8 @@
 """The Triton backend: fused kernels for GPUs. Positions stay on the device, so that no call waits for the host.
 
-This module chooses the route; the kernels are in ``triton_product.py`` (taps interpolated in registers),
-``triton_cells.py`` (products over integer cells: input gradient with a stride, weights and positions) and
-``triton_channelwise.py`` (depthwise layers), all on channels_last images.
+This module chooses the route; the kernels are in ``product.py`` (taps interpolated in registers),
+``cells.py`` (products over integer cells: input gradient with a stride, weights and positions) and
+``channelwise.py`` (depthwise layers), all on channels_last images.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..geometry import ConvGeometry
-from . import dense
-from .triton_choices import arch_of
-from .triton_whole import known_plan
+from ...geometry import ConvGeometry
+from .. import dense
+from .tiles import arch_of
+from .whole import known_plan
 
 __all__ = ["MEASURED", "backward", "forward", "measured", "prefers", "why_not"]
 
@@ -83,7 +83,7 @@ def measured(input: Tensor) -> bool:
 
 def forward(input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, geometry: ConvGeometry) -> Tensor:
     """(N, C_in, H, W) to (N, C_out, H_out, W_out), channels_last."""
-    from . import triton_channelwise, triton_product
+    from . import channelwise, product
 
     size = (input.shape[0], weight.shape[0], *geometry.output_size(input.shape[2:]))
     output = torch.empty(size, dtype=input.dtype, device=input.device, memory_format=torch.channels_last)
@@ -95,7 +95,7 @@ def forward(input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None,
     known = known_plan(offsets, geometry) if input.numel() else None
     if known is not None:
         return dense.convolve(_image(input), known.checked(weight, offsets), offsets, bias, geometry, known.plan)
-    route = triton_channelwise if _channelwise(weight, geometry) else triton_product
+    route = channelwise if _is_channelwise(weight, geometry) else product
     with _on(input):
         bias = None if bias is None else bias.contiguous()
         route.forward(_image(input), weight.contiguous(), _positions(offsets), bias, geometry, output)
@@ -106,7 +106,7 @@ def backward(
     grad: Tensor, input: Tensor, weight: Tensor, offsets: Tensor, geometry: ConvGeometry, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of input, weight and offsets; None for those that ``needs`` does not ask for."""
-    from . import triton_cells, triton_channelwise, triton_product
+    from . import cells, channelwise, product
 
     _check_size(grad)
     if not weight.numel() or not grad.numel() or not input.numel():
@@ -121,18 +121,18 @@ def backward(
             dense.weight_gradient(*given)[0] if needs[1] else None,
             None,
         )
-    depthwise = _channelwise(weight, geometry)
+    depthwise = _is_channelwise(weight, geometry)
     with _on(input):
         if needs[0]:
             grad_input = torch.empty_like(input, memory_format=torch.channels_last)
             if depthwise:
-                triton_channelwise.input_gradient(gradient, kernel, positions, geometry, grad_input)
+                channelwise.input_gradient(gradient, kernel, positions, geometry, grad_input)
             elif geometry.stride == (1, 1):
-                triton_product.adjoint(gradient, kernel, positions, geometry, grad_input)
+                product.adjoint(gradient, kernel, positions, geometry, grad_input)
             else:
-                triton_cells.input_gradient(gradient, kernel, positions, geometry, grad_input)
+                cells.input_gradient(gradient, kernel, positions, geometry, grad_input)
         if needs[1] or needs[2]:
-            route: Any = triton_channelwise if depthwise else triton_cells
+            route: Any = channelwise if depthwise else cells
             grad_weight, grad_offsets = route.weight_gradient(gradient, _image(input), kernel, positions, geometry)
     return (
         grad_input,
@@ -158,7 +158,7 @@ def _too_large(image: Tensor) -> bool:
     return max(image.shape[1:].numel(), image.numel() // max(image.shape[1], 1)) >= 2**31 - 2**16
 
 
-def _channelwise(weight: Tensor, geometry: ConvGeometry) -> bool:
+def _is_channelwise(weight: Tensor, geometry: ConvGeometry) -> bool:
     """Whether each output channel reads one input channel, which few others read."""
     return weight.shape[1] == 1 and weight.shape[0] <= 4 * geometry.groups
 

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..geometry import ConvGeometry
-from .triton_sampling import tap
+from ...geometry import ConvGeometry
+from .sampling import tap
 
 __all__ = ["Cells", "find_cells", "spread_weight"]
 
