@@ -9,8 +9,8 @@ from typing import Any
 
 from paper_tables import Row
 
-from lightning_acu.commands import configs_directory
-from lightning_acu.config_files import load_config
+from lightning_acu.cli.commands import configs_directory
+from lightning_acu.cli.config_files import load_config
 
 __all__ = ["callbacks_of", "classes_of", "effective_config", "length_of", "settings_of"]
 

@@ -15,13 +15,11 @@ if TYPE_CHECKING:
     from .functional import acu_conv2d
     from .metrics import model_statistics
     from .models import create_model
-    from .saving import load_acu, save_acu
+    from .saving import acu_state_dict, load_acu, load_acu_state_dict, save_acu
     from .surgery import (
         ConvertConfig,
-        acu_state_dict,
         convert_to_acu,
         fold_acu,
-        load_acu_state_dict,
         report_acu,
         round_acu,
     )
@@ -67,12 +65,12 @@ _HOME = {
     "plot_shapes": "figures",
     "model_statistics": "metrics",
     "ConvertConfig": "surgery",
-    "acu_state_dict": "surgery",
+    "acu_state_dict": "saving",
     "convert_to_acu": "surgery",
     "export_model": "export",
     "fold_acu": "surgery",
     "load_acu": "saving",
-    "load_acu_state_dict": "surgery",
+    "load_acu_state_dict": "saving",
     "report_acu": "surgery",
     "round_acu": "surgery",
     "save_acu": "saving",

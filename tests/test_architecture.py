@@ -21,26 +21,24 @@ LEVELS = [
     {"timm_convs"},
     {"surgery", "metrics", "figures"},
     {"callbacks", "export"},
-    {"cifar_models"},
     {"models", "data"},
-    {"classifier", "architecture"},
+    {"classifier"},
     {"saving"},
-    {"checkpoint", "config_files"},
-    {"commands"},
+    {"checkpoint"},
     {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 
 #: Third-party packages that only some rooms may use.
 ALLOWED = {
-    "lightning": {"callbacks", "models", "data", "classifier", "checkpoint", "cli"},
-    "timm": {"timm_convs", "surgery", "cifar_models", "models", "data", "architecture", "commands"},
-    "torchvision": {"models", "data", "commands"},
+    "lightning": {"callbacks", "models", "data", "classifier", "saving", "cli"},
+    "timm": {"timm_convs", "surgery", "models", "data", "saving", "cli"},
+    "torchvision": {"models", "data", "cli"},
     "torchmetrics": {"classifier", "metrics", "callbacks"},
     "scipy": {"rounding"},
     "triton": {"ops"},
     "matplotlib": {"figures"},
-    "rich": {"surgery", "commands", "cli"},
+    "rich": {"surgery", "cli"},
     "onnxruntime": {"export"},
     "safetensors": {"saving", "data"},
 }

@@ -1,5 +1,8 @@
 """Surgery on whole models: to active convolutions, and back."""
 
+from importlib import import_module
+from typing import Any
+
 from .convert import ConvertConfig, convert_to_acu
 from .fold import fold_acu, round_acu
 from .loading import convert_like
@@ -7,7 +10,6 @@ from .marks import was_folded
 from .patterns import NoEffectWarning
 from .report import ACUReport, ConvRow, report_acu
 from .rules import register_rule, why_not_convertible
-from .state import acu_state_dict, load_acu_state_dict
 
 __all__ = [
     "ACUReport",
@@ -25,3 +27,9 @@ __all__ = [
     "was_folded",
     "why_not_convertible",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("acu_state_dict", "load_acu_state_dict"):  # where they were before they moved to `saving`
+        return getattr(import_module("lightning_acu.saving"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,8 +14,8 @@ from torchmetrics import Metric
 
 from lightning_acu import ACUConv2d, convert_to_acu, fold_acu
 from lightning_acu.callbacks import ConvertToACU, PositionLRSchedule
-from lightning_acu.checkpoint import load_converted
 from lightning_acu.conv import acu_layers
+from lightning_acu.saving.checkpoint import load_converted
 from lightning_acu.surgery import NoEffectWarning
 
 QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}

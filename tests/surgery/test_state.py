@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_acu import ACUConv2d, acu_layers, convert_to_acu
-from lightning_acu.surgery.state import acu_state_dict, load_acu_state_dict
+from lightning_acu.saving.positions import acu_state_dict, load_acu_state_dict
 
 SIZES = [3, 5, (3, 5)]
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from lightning_acu import ImageClassifier, acu_layers, convert_to_acu, fold_acu
 from lightning_acu.callbacks import ConvertToACU
-from lightning_acu.checkpoint import load_any, load_converted
 from lightning_acu.saving import save_acu
+from lightning_acu.saving.checkpoint import load_any, load_converted
 from lightning_acu.surgery import convert_like
 
 # ImageClassifier could validate; here it only has to be saved.

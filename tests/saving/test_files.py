@@ -125,7 +125,7 @@ def test_buffers_that_no_state_dict_has_keep_their_precision(suffix, build, tmp_
         model.register_buffer("grid", torch.ones(2), persistent=False)
         return model
 
-    monkeypatch.setattr("lightning_acu.architecture.create_model", with_grid)
+    monkeypatch.setattr("lightning_acu.saving.architecture.create_model", with_grid)
     model, path = build(), tmp_path / f"model{suffix}"
     model.register_buffer("grid", torch.ones(2), persistent=False)
     save_acu(model.half(), path)
@@ -176,7 +176,7 @@ def test_a_file_is_replaced_at_once_or_not_at_all(suffix, build, tmp_path, monke
 
     with monkeypatch.context() as patch:
         patch.setattr("torch.save", full)
-        patch.setattr("lightning_acu.saving.save_file", full)
+        patch.setattr("lightning_acu.saving.files.save_file", full)
         with pytest.raises(OSError, match="disk full"):
             save_acu(model, path)
     assert path.read_text() == "an earlier one"

@@ -22,11 +22,11 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from rich.console import Console
 from rich.table import Table
 
-from .callbacks import RoundThenFinetune
-from .callbacks.directory import run_directory
+from ..callbacks import RoundThenFinetune
+from ..callbacks.directory import run_directory
+from ..metrics import model_statistics
 from .commands import COMMANDS
 from .config_files import expand_configs
-from .metrics import model_statistics
 
 __all__ = ["ACULightningCLI", "main"]
 

@@ -15,12 +15,12 @@ import torchvision
 from rich.console import Console
 from torch import nn
 
-from .checkpoint import load_any
+from ..export import FORMATS, export_model
+from ..models import create_model
+from ..saving.checkpoint import load_any
+from ..surgery import ACUReport, ConvertConfig, NoEffectWarning, report_acu
+from ..surgery.arithmetic import default_input_size
 from .config_files import base_of
-from .export import FORMATS, export_model
-from .models import create_model
-from .surgery import ACUReport, ConvertConfig, NoEffectWarning, report_acu
-from .surgery.arithmetic import default_input_size
 
 __all__ = ["COMMANDS", "configs_directory"]
 
@@ -29,8 +29,9 @@ _CLASS_PATH = "the LightningModule of a checkpoint that does not say (default: I
 
 def configs_directory() -> Path:
     """Where the example configurations are: inside an installed package, or at the root of a checkout."""
-    installed = Path(__file__).with_name("configs")
-    return installed if installed.is_dir() else Path(__file__).parents[1] / "configs"
+    package = Path(__file__).parents[1]
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.with_name("configs")
 
 
 def _configs(arguments: Sequence[str]) -> None:

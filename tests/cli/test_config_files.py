@@ -9,7 +9,7 @@ import yaml
 from jsonargparse import get_loader
 
 from lightning_acu.cli import main
-from lightning_acu.config_files import base_of, expand_configs, load_config
+from lightning_acu.cli.config_files import base_of, expand_configs, load_config
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Any timm or torchvision classification model by its name.
 
 Importing this module also registers the networks of the paper's CIFAR experiments with timm
-(:mod:`lightning_acu.cifar_models`); ``import lightning_acu`` alone does not, for it loads nothing.
+(:mod:`lightning_acu.models.cifar`); ``import lightning_acu`` alone does not, for it loads nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from timm.models import adapt_input_conv
 from torch import nn
 
-from . import cifar_models as cifar_models  # registers its networks
+from . import cifar as cifar  # registers its networks
 
 __all__ = ["create_model"]
 

@@ -10,7 +10,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from lightning_acu import acu_layers, convert_to_acu, create_model, load_acu, save_acu
-from lightning_acu.cifar_models import BasicBlock
+from lightning_acu.models.cifar import BasicBlock
 
 PLAIN = ["acu_plain", "acu_plain_d2", "acu_plain_f5"]
 ALL = [*PLAIN, "acu_resnet32"]

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from lightning_acu import __version__
 
+from ..conv import acu_layers
+from ..sharded import is_sharded
+from ..surgery import was_folded
 from .architecture import difference, rebuild, record_of
-from .conv import acu_layers
-from .sharded import is_sharded
-from .surgery import was_folded
 
 __all__ = ["load_acu", "save_acu"]
 

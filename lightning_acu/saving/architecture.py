@@ -11,11 +11,11 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from .conv import acu_layers
-from .models import create_model
-from .surgery.guards import guard_merging
-from .surgery.loading import explain_loading
-from .surgery.rules import find_rule
+from ..conv import acu_layers
+from ..models import create_model
+from ..surgery.guards import guard_merging
+from ..surgery.loading import explain_loading
+from ..surgery.rules import find_rule
 
 __all__ = ["Record", "difference", "rebuild", "record_of", "tied_tensors"]
 

@@ -1,0 +1,5 @@
+"""Models by name: those of timm and torchvision, and the networks of the paper's CIFAR experiments."""
+
+from .create import create_model
+
+__all__ = ["create_model"]
