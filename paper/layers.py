@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-from paper_settings import callbacks_of
+
+from .settings import callbacks_of
 
 __all__ = ["displacements", "draw_displacements", "layers_learned"]
 

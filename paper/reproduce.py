@@ -1,8 +1,8 @@
 """The paper's tables, row by row, beside the poster's numbers.
 
-    python benchmarks/reproduce.py --table cifar10-ablation --seeds 3 --device cuda     # as published: 64,000 steps
-    python benchmarks/reproduce.py --table cifar10-ablation --rows base acu-all --steps 2000 --data cifar10.npz
-    python benchmarks/reproduce.py --table cifar10-ablation --report                    # from finished runs
+    python -m paper.reproduce --table cifar10-ablation --seeds 3 --device cuda     # as published: 64,000 steps
+    python -m paper.reproduce --table cifar10-ablation --rows base acu-all --steps 2000 --data cifar10.npz
+    python -m paper.reproduce --table cifar10-ablation --report                    # from finished runs
 
 Each row is one configuration of configs/paper, trained by ``lightning-acu fit``, one seed of all rows after the other.
 It can be killed at any time: started again, finished runs are skipped and the one that was interrupted goes on from its
@@ -20,14 +20,14 @@ import sys
 import time
 from pathlib import Path
 
-from paper_report import report
-from paper_runs import run_row
-from paper_settings import classes_of
-from paper_tables import TABLES, find_rows
-
 from lightning_acu.data.npz import read_npz
 
-_OUT = Path(__file__).parent / "results" / "paper"
+from .report import report
+from .runs import run_row
+from .settings import classes_of
+from .tables import TABLES, find_rows
+
+_OUT = Path(__file__).parent / "results"
 
 #: Seconds between two lines of progress in a log file.
 _QUIET = 30

@@ -7,10 +7,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-from paper_tables import Row
-
 from lightning_acu.cli.commands import configs_directory
 from lightning_acu.cli.config_files import load_config
+
+from .tables import Row
 
 __all__ = ["callbacks_of", "classes_of", "effective_config", "length_of", "settings_of"]
 

@@ -1,7 +1,7 @@
 """What makes a training step of the paper's CIFAR network short: each option alone and together, in turns.
 
-    python benchmarks/paper_step.py                                   # on the CPU
-    python benchmarks/paper_step.py --device cuda --batch 64          # and CUDA graphs
+    python -m paper.step                                   # on the CPU
+    python -m paper.step --device cuda --batch 64          # and CUDA graphs
 
 A step is forward, cross entropy, backward and SGD with momentum on one batch of 32x32 images that is on the device
 already. The active network's taps are off the grid and stay there while they are timed.
@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from timing import device_name, in_turns, slug
 from torch.nn import functional as F
 
+from benchmarks.timing import device_name, in_turns, slug
 from lightning_acu import acu_layers, convert_to_acu
 from lightning_acu.models import create_model
 

@@ -32,16 +32,17 @@ import numpy as np
 import timm
 import torch
 import yaml
-from paper_settings import effective_config, length_of
-from paper_tables import Row
-from timing import device_name
 
 import lightning_acu
+from benchmarks.timing import device_name
 from lightning_acu.models import create_model
+
+from .settings import effective_config, length_of
+from .tables import Row
 
 __all__ = ["run_row"]
 
-_TRAIN = Path(__file__).with_name("paper_train.py")
+_ROOT = Path(__file__).parents[1]
 
 #: Seconds between two looks at a training.
 _POLL = 2.0
@@ -114,7 +115,7 @@ def _claim(run: Path, config: dict[str, Any]) -> None:
             raise ValueError(f"{run} holds a run with other settings ({keys}): give these again, or another --out")
         return
     text = yaml.safe_dump(config, sort_keys=False)
-    _write_whole(path, f"# Made by benchmarks/reproduce.py, to be run in this folder.\n{text}")
+    _write_whole(path, f"# Made by paper/reproduce.py, to be run in this folder.\n{text}")
 
 
 def _differences(one: Any, other: Any, name: str = "") -> list[str]:
@@ -133,19 +134,21 @@ def _attempts(run: Path) -> list[dict[str, Any]]:
 def _train(run: Path, number: int, start: Path | None, steps: tuple[int, int], say: Callable[[str], None]) -> None:
     """The training as a process; ``say`` hears how far it is."""
     version = f"attempt_{number}"
-    command = [sys.executable, str(_TRAIN), "fit", "--config", "config.yaml"]
+    command = [sys.executable, "-m", "paper.train", "fit", "--config", "config.yaml"]
     command.append(f"--trainer.logger.init_args.version={version}")
     if start is not None:
         command.append(f"--ckpt_path={os.path.relpath(start, run)}")
     # From a checkout that is not installed, too.
-    path = os.pathsep.join(filter(None, (str(Path(lightning_acu.__file__).parents[1]), os.environ.get("PYTHONPATH"))))
+    path = os.pathsep.join(
+        filter(None, (str(_ROOT), os.environ.get("PYTHONPATH")))
+    )
     log = run / f"{version}.log"
     began = time.monotonic()
     with log.open("w") as output:
         process = subprocess.Popen(
             command,
             cwd=run,
-            stdin=subprocess.PIPE,  # see paper_train.py
+            stdin=subprocess.PIPE,  # see train.py
             stdout=output,
             stderr=subprocess.STDOUT,
             env=os.environ | {"PYTHONPATH": path},

@@ -1,4 +1,4 @@
-"""benchmarks/reproduce.py: which runs it makes, how it goes on after a kill, and what it reports."""
+"""paper/reproduce.py: which runs it makes, how it goes on after a kill, and what it reports."""
 
 import argparse
 import csv
@@ -13,14 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _importable():
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.syspath_prepend(str(BENCHMARKS))
-        yield
+ROOT = Path(__file__).parents[2]
 
 
 def options(**given):
@@ -29,13 +22,13 @@ def options(**given):
 
 
 def row(name, table="cifar10-ablation"):
-    from paper_tables import TABLES
+    from paper.tables import TABLES
 
     return next(row for row in TABLES[table] if row.name == name)
 
 
 def config_of(name, table="cifar10-ablation", **given):
-    from paper_settings import effective_config
+    from paper.settings import effective_config
 
     config = effective_config(row(name, table), 3, options(**given))
     callbacks = {c["class_path"].rpartition(".")[2]: c["init_args"] for c in config["trainer"]["callbacks"]}
@@ -43,8 +36,8 @@ def config_of(name, table="cifar10-ablation", **given):
 
 
 def test_every_row_names_a_config_and_a_row_above_it():
-    from paper_settings import effective_config
-    from paper_tables import TABLES
+    from paper.settings import effective_config
+    from paper.tables import TABLES
 
     for rows in TABLES.values():
         names = [row.name for row in rows]
@@ -54,8 +47,8 @@ def test_every_row_names_a_config_and_a_row_above_it():
 
 
 def test_the_posters_improvements():
-    from paper_report import compare
-    from paper_tables import TABLES
+    from paper.report import compare
+    from paper.tables import TABLES
 
     run = {"seed": 0, "value": 1.0, "parameters": 1, "steps": 1, "seconds": 60}
     found = {}
@@ -124,7 +117,7 @@ def test_checkpoints_are_at_most_a_twentieth_apart_and_the_last_is_the_trained_n
 
 
 def test_a_row_brings_the_one_it_continues():
-    from paper_tables import find_rows
+    from paper.tables import find_rows
 
     assert [row.name for row in find_rows("cifar10-ablation", ["acu-round", "base"])] == [
         "base",
@@ -152,7 +145,7 @@ def test_a_row_brings_the_one_it_continues():
     ],
 )
 def test_bad_arguments(arguments, message, images, tmp_path, capsys):
-    from reproduce import main
+    from paper.reproduce import main
 
     empty = tmp_path / "empty.npz"
     empty.touch()
@@ -162,7 +155,7 @@ def test_bad_arguments(arguments, message, images, tmp_path, capsys):
 
 
 def test_a_report_of_nothing_says_so(tmp_path):
-    from reproduce import main
+    from paper.reproduce import main
 
     with pytest.raises(SystemExit, match="has no finished run"):
         main(["--table", "cifar10-ablation", "--report", "--out", str(tmp_path)])
@@ -188,7 +181,7 @@ def finished(folder, name, seed, table="cifar10-ablation", **settings):
     ],
 )
 def test_runs_of_other_settings_are_not_compared(names, settings, message, tmp_path):
-    from reproduce import main
+    from paper.reproduce import main
 
     for seed, (name, given) in enumerate(zip(names, settings, strict=True)):
         finished(tmp_path, name, seed, **given)
@@ -197,8 +190,8 @@ def test_runs_of_other_settings_are_not_compared(names, settings, message, tmp_p
 
 
 def test_what_rows_have_of_their_own_is_compared():
-    from paper_report import check_settings
-    from paper_tables import TABLES
+    from paper.report import check_settings
+    from paper.tables import TABLES
 
     for table, rows in TABLES.items():
         runs = {row.name: [{"seed": 0, "config": config_of(row.name, table)[0]}] for row in rows}
@@ -206,7 +199,7 @@ def test_what_rows_have_of_their_own_is_compared():
 
 
 def test_a_report_of_some_seeds(tmp_path, monkeypatch):
-    import paper_report
+    from paper import report as paper_report
 
     for seed in range(3):
         finished(tmp_path, "base", seed, steps=1280 if seed < 2 else 640)
@@ -223,7 +216,7 @@ def test_a_report_of_some_seeds(tmp_path, monkeypatch):
 
 
 def test_mean_and_spread_are_those_of_the_seeds():
-    from paper_report import compare
+    from paper.report import compare
 
     def runs(*values):
         return [
@@ -254,13 +247,13 @@ def images(tmp_path_factory):
 
 
 def command(images, out, *rows):
-    script = [sys.executable, str(BENCHMARKS / "reproduce.py"), "--table", "cifar10-ablation", "--rows", *rows]
+    script = [sys.executable, "-m", "paper.reproduce", "--table", "cifar10-ablation", "--rows", *rows]
     settings = ["--seeds", "1", "--steps", "41", "--batch-size", "4", "--preprocessing", "normalize"]
     return [*script, *settings, "--device", "cpu", "--data", str(images), "--out", str(out)]
 
 
 def environment():
-    return os.environ | {"PYTHONPATH": str(BENCHMARKS.parent), "OMP_NUM_THREADS": "1"}
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def results(out):
@@ -304,7 +297,7 @@ def test_rows_beside_each_other(whole):
 
 
 def test_how_far_each_layer_moved():
-    from paper_layers import layers_learned
+    from paper.layers import layers_learned
 
     def record(seed, step, mean, furthest, speed):
         return {
@@ -368,7 +361,7 @@ def _without_epochs(found):
 
 
 def test_a_folder_is_trained_in_by_one_process(tmp_path, monkeypatch):
-    import paper_runs
+    from paper import runs as paper_runs
 
     def meanwhile(*given):
         with pytest.raises(RuntimeError, match=r"another process trains in .*base/seed3 now"):
@@ -380,7 +373,7 @@ def test_a_folder_is_trained_in_by_one_process(tmp_path, monkeypatch):
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
-    import paper_runs
+    from paper import runs as paper_runs
 
     checkpoint = tmp_path / "base" / "seed3" / "checkpoints" / "last.ckpt"
     checkpoint.parent.mkdir(parents=True)
@@ -391,7 +384,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
 
 @pytest.mark.parametrize("last", ["", "0", "0,19", "0,19,", "0,19,1e-", "0,1-,2", "0,,1.5"])
 def test_progress_while_a_line_is_being_written(tmp_path, last):
-    from paper_runs import _progress
+    from paper.runs import _progress
 
     path = tmp_path / "metrics.csv"
     path.write_text(f"epoch,step,train/loss\n0,9,1.5\n{last}")
@@ -400,11 +393,11 @@ def test_progress_while_a_line_is_being_written(tmp_path, last):
 
 def test_a_training_ends_with_the_process_that_began_it():
     code = (
-        "import threading, time, paper_train\n"
-        "threading.Thread(target=paper_train.end_with_parent, daemon=True).start()\n"
+        "import threading, time, paper.train\n"
+        "threading.Thread(target=paper.train.end_with_parent, daemon=True).start()\n"
         "time.sleep(120)"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=BENCHMARKS, stdin=subprocess.PIPE, env=environment())
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, env=environment())
     assert process.stdin is not None
     process.stdin.close()  # as when the parent is killed
     assert process.wait(timeout=60) == 1

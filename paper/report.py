@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-from paper_layers import displacements, draw_displacements, layers_learned
-from paper_settings import callbacks_of, settings_of
-from paper_tables import TABLES, Row
 from rich.console import Console
 from rich.table import Table
+
+from .layers import displacements, draw_displacements, layers_learned
+from .settings import callbacks_of, settings_of
+from .tables import TABLES, Row
 
 __all__ = ["check_settings", "compare", "finished_runs", "report"]
 
