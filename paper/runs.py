@@ -139,9 +139,7 @@ def _train(run: Path, number: int, start: Path | None, steps: tuple[int, int], s
     if start is not None:
         command.append(f"--ckpt_path={os.path.relpath(start, run)}")
     # From a checkout that is not installed, too.
-    path = os.pathsep.join(
-        filter(None, (str(_ROOT), os.environ.get("PYTHONPATH")))
-    )
+    path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
     log = run / f"{version}.log"
     began = time.monotonic()
     with log.open("w") as output:

@@ -89,7 +89,7 @@ row warm-ups - $((SECONDS - start)) \
 if command -v compute-sanitizer >/dev/null; then
     step sanitizer 55 env PYTHONPATH="$PYTHONPATH:tests" PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
         compute-sanitizer --error-exitcode 1 --report-api-errors no "$python" -c 'import torch
-from fast_oracle import each, run
+from helpers.fast_oracle import each, run
 torch.backends.cudnn.allow_tf32 = False
 each(range(5_000_000, 5_000_006), lambda seed, one: one.check(run(one, "triton", "cuda")), dtype=torch.float32)'
 else

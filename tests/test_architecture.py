@@ -12,7 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 #: From the ground up: a module may import those of its own level's room and of lower levels.
 LEVELS = [
-    {"geometry", "sharded"},
+    {"checks", "geometry", "sharded"},
     {"expansion", "rounding"},
     {"ops"},
     {"functional"},

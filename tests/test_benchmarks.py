@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from fast_oracle import acu_conv2d_closed_form
-from oracle import assert_close
+from helpers.fast_oracle import acu_conv2d_closed_form
+from helpers.oracle import assert_close
 from torch import nn
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

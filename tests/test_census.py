@@ -1,11 +1,11 @@
-"""The census (census.py) of a sample: every class of convolution, every family that is a trap, both libraries."""
+"""The census (scripts/census.py) of a sample: every class of convolution, every trap of a family, both libraries."""
 
 from importlib.util import find_spec
 
 import pytest
 import timm
 import torch
-from census_model import MERGING, build, examine
+from helpers.census_model import MERGING, build, examine
 
 from lightning_acu.surgery.rules import find_rule
 

@@ -3,7 +3,7 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from tiny import fit
+from helpers.tiny import fit
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_acu import ACUConv2d, ConvertConfig, ImageClassifier, acu_layers

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from layers import CROSS, RING, TAPS_24, asymmetric, perturbed
-from oracle import acu_conv2d_loops, assert_close
+from helpers.layers import CROSS, RING, TAPS_24, asymmetric, perturbed
+from helpers.oracle import acu_conv2d_loops, assert_close
 from torch import nn
 from torch.nn.utils import prune
 

@@ -7,8 +7,8 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from layers import RING, asymmetric, perturbed
-from oracle import assert_close
+from helpers.layers import RING, asymmetric, perturbed
+from helpers.oracle import assert_close
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim.swa_utils import AveragedModel

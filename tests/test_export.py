@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from oracle import assert_close
+from helpers.oracle import assert_close
 from timm import create_model
 from timm.layers import Conv2dSame, ScaledStdConv2d, StdConv2d
 from torch import nn

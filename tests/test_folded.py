@@ -5,9 +5,9 @@ import pickle
 
 import pytest
 import torch
+from helpers.oracle import assert_close
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from oracle import assert_close
 from torch import nn
 
 from lightning_acu import ACUConv2d, FoldedConv2d

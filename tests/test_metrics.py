@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from tiny import TinyModule, fit
+from helpers.tiny import TinyModule, fit
 from torch import nn
 
 from lightning_acu import ACUConv2d, convert_to_acu

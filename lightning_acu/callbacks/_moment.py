@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 import lightning.pytorch as pl
 
-from ._arguments import at_least, whole_number
+from ..checks import at_least, whole_number
 from ._steps import epoch_steps, total_steps
 
 __all__ = ["Moment"]

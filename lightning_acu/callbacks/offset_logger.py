@@ -9,10 +9,10 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from ..checks import whole_number
 from ..conv import ACUConv2d
 from ..figures import animate_shapes, plot_shapes
 from ..metrics import layer_statistics, position_metrics
-from ._arguments import whole_number
 from ._layers import require_layers, require_lightning, require_whole_positions, trained_shapes
 from ._param_groups import held_by
 from .directory import require_local_directory, run_directory

@@ -12,8 +12,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..checks import at_least, whole_number
 from ..conv import ACUConv2d
-from ._arguments import at_least, whole_number
 from ._gradients import GradientGate, normalize_gradients_
 from ._layers import require_layers, require_lightning, require_whole_positions
 from ._pairs import apply_to_pairs_

@@ -12,10 +12,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
+from ..checks import at_least
 from ..conv import ACUConv2d
 from ..figures import plot_shapes
 from ..metrics import LayerStatistics, layer_statistics
-from ._arguments import at_least
 from ._averages import keep_rounded, swapped_in
 from ._evaluate import evaluate, log_evaluation
 from ._gradients import GradientGate

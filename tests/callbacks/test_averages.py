@@ -6,9 +6,9 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.tiny import Spy, TinyModule, fit, loader, validate
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from timm.utils import ModelEma, ModelEmaV2, ModelEmaV3
-from tiny import Spy, TinyModule, fit, loader, validate
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 from lightning_acu import acu_layers

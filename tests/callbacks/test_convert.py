@@ -6,9 +6,9 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.tiny import TinyModule, fit, loader
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.cli import LightningCLI
-from tiny import TinyModule, fit, loader
 from torch import nn
 from torchmetrics import Metric
 

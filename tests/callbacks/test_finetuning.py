@@ -4,8 +4,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.tiny import Spy, TinyModule, fit, loader, validate
 from lightning.pytorch.loggers import CSVLogger, Logger
-from tiny import Spy, TinyModule, fit, loader, validate
 
 from lightning_acu.callbacks import PositionLRSchedule, RoundThenFinetune
 

@@ -7,7 +7,7 @@ import pickle
 import lightning.pytorch as pl
 import pytest
 import torch
-from tiny import TinyModule, fit, loader
+from helpers.tiny import TinyModule, fit, loader
 
 from lightning_acu.callbacks import PositionLRSchedule, RoundThenFinetune
 from lightning_acu.callbacks._gradients import GradientGate, unit_vectors

@@ -7,6 +7,8 @@ import pytest
 import timm.scheduler
 import torch
 import torch.nn.functional as F
+from helpers.schedulers import SCHEDULERS
+from helpers.tiny import STEPS_PER_EPOCH, Spy, TinyModule, fit, loader
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BatchSizeFinder,
@@ -17,8 +19,6 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
-from schedulers import SCHEDULERS
-from tiny import STEPS_PER_EPOCH, Spy, TinyModule, fit, loader
 from torch import nn
 
 from lightning_acu import ConvertConfig

@@ -5,9 +5,9 @@ import itertools
 
 import pytest
 import torch
+from helpers.tiny import ManualModule, Spy, TinyModule, fit
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
-from tiny import ManualModule, Spy, TinyModule, fit
 
 from lightning_acu.callbacks import OffsetLogger, PositionLRSchedule
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from schedulers import SCHEDULERS
+from helpers.schedulers import SCHEDULERS
 from torch.optim import lr_scheduler as lrs
 
 from lightning_acu.callbacks._param_groups import GROUP_NAME, split_off_positions, tie_learning_rates

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import lightning.pytorch as pl
 import pytest
 import torch
+from helpers.tiny import ManualModule, Spy, TinyModule, fit, loader
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
-from tiny import ManualModule, Spy, TinyModule, fit, loader
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_acu.callbacks import PositionLRSchedule, RoundThenFinetune

@@ -3,8 +3,8 @@
 import lightning.pytorch as pl
 import pytest
 import torch
+from helpers.tiny import ManualModule, Spy, TinyModule, fit, loader
 from lightning.pytorch.loggers import Logger
-from tiny import ManualModule, Spy, TinyModule, fit, loader
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_acu.callbacks import OffsetLogger, PositionLRSchedule, RoundThenFinetune

@@ -14,10 +14,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import lightning.pytorch as pl
 import torch
+from helpers.tiny import TinyModule, loader
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from tiny import TinyModule, loader
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_acu.callbacks import OffsetLogger, PositionLRSchedule, RoundThenFinetune

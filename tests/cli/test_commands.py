@@ -4,8 +4,8 @@ import sys
 
 import pytest
 import torch
-from oracle import assert_close
-from tiny import TinyModule, fit
+from helpers.oracle import assert_close
+from helpers.tiny import TinyModule, fit
 from torch import nn
 
 from lightning_acu import ImageClassifier, acu_layers

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from oracle import GEOMETRY
+from helpers.oracle import GEOMETRY
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from fast_oracle import LARGE, NAMES, NEAR, acu_conv2d_closed_form, case, each, run
-from oracle import GEOMETRY, acu_conv2d_loops
+from helpers.fast_oracle import LARGE, NAMES, NEAR, acu_conv2d_closed_form, case, each, run
+from helpers.oracle import GEOMETRY, acu_conv2d_loops
 from torchvision.ops import deform_conv2d
 
 from lightning_acu.ops.cpu import _vectors

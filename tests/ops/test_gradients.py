@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from helpers.oracle import GEOMETRY, assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import GEOMETRY, assert_close
 
 from lightning_acu import acu_conv2d, convert_to_acu
 

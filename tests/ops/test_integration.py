@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import GEOMETRY, assert_close
+from helpers.oracle import GEOMETRY, assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_acu import acu_conv2d

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import assert_close
+from helpers.oracle import assert_close
 
 from lightning_acu import acu_conv2d
 from lightning_acu.geometry import ConvGeometry

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from fast_oracle import NEAR, each, run
-from triton_cases import DEVICE, SMALL, exact  # noqa: F401
+from helpers.fast_oracle import NEAR, each, run
+from helpers.triton_cases import DEVICE, SMALL, exact  # noqa: F401
 
 from lightning_acu import acu_conv2d
 from lightning_acu.ops.triton import backend as triton_backend

@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from triton_cases import DEVICE
+from helpers.triton_cases import DEVICE
 
 from lightning_acu import ACUConv2d, acu_conv2d
 

@@ -5,8 +5,8 @@ import warnings
 
 import pytest
 import torch
-from oracle import acu_conv2d_loops
-from triton_cases import DEVICE, exact  # noqa: F401
+from helpers.oracle import acu_conv2d_loops
+from helpers.triton_cases import DEVICE, exact  # noqa: F401
 
 from lightning_acu import ACUConv2d, acu_conv2d
 from lightning_acu.ops import backends, dense

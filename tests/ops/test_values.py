@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import GEOMETRY, acu_conv2d_loops, assert_close
+from helpers.oracle import GEOMETRY, acu_conv2d_loops, assert_close
 from torchvision.ops import deform_conv2d
 
 from lightning_acu import acu_conv2d

@@ -6,9 +6,9 @@ import sys
 import lightning.pytorch as pl
 import pytest
 import torch
+from helpers.tiny import TinyModule, fit, loader
 from lightning.pytorch.cli import LightningCLI
 from timm.layers import Conv2dSame
-from tiny import TinyModule, fit, loader
 from torch import nn
 
 from lightning_acu import ImageClassifier, acu_layers, convert_to_acu, fold_acu

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from oracle import assert_close
+from helpers.oracle import assert_close
 from torch import nn
 
 from lightning_acu import ACUConv2d, ConvertConfig, convert_to_acu, fold_acu, report_acu, round_acu

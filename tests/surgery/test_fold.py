@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from oracle import assert_close
+from helpers.oracle import assert_close
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 

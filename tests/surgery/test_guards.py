@@ -7,7 +7,7 @@ import pickle
 import pytest
 import timm
 import torch
-from census_model import tensors, wake
+from helpers.census_model import tensors, wake
 from timm.utils import reparameterize_model
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval

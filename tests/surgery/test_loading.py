@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from oracle import assert_close
+from helpers.oracle import assert_close
 from safetensors.torch import load_file, save_file
 from timm import create_model
 from timm.utils import ModelEmaV3

@@ -5,9 +5,9 @@ import copy
 import pytest
 import timm
 import torch
-from oracle import assert_close
+from helpers.oracle import assert_close
+from helpers.tiny import TinyModule
 from timm.layers import CondConv2d
-from tiny import TinyModule
 from torch import nn
 from torch.nn.utils import prune
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 import timm
 import torch
-from oracle import assert_close
+from helpers.oracle import assert_close
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import timm
 import torch
-from oracle import assert_close
+from helpers.oracle import assert_close
 from timm import layers
 from timm.layers.conv2d_same import Conv2dSameExport
 from torch import nn

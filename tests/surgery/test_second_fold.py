@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from oracle import assert_close
+from helpers.oracle import assert_close
 from timm.utils import reparameterize_model
 from torch import nn
 

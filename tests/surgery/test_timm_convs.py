@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from oracle import acu_conv2d_loops, assert_close
+from helpers.oracle import acu_conv2d_loops, assert_close
 from timm.layers import Conv2dSame, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from timm.layers.padding import pad_same
 from torch import nn

@@ -1,4 +1,4 @@
-"""What the census does with one model: convert, compare, perturb, fold, compare; see census.py."""
+"""What the census does with one model: convert, compare, perturb, fold, compare; see scripts/census.py."""
 
 from __future__ import annotations
 

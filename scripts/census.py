@@ -1,8 +1,8 @@
 """Every timm and torchvision model with a 3x3 or 5x5 convolution: converted, perturbed, folded, compared.
 
-python tests/census.py --all --out docs/census.csv      the full sweep, about an hour on 2 cores
-python tests/census.py --all --out ... --resume         go on where it was interrupted
-python tests/census.py resnet50 torchvision/resnet18    some models
+python scripts/census.py --all --out docs/census.csv      the full sweep, about an hour on 2 cores
+python scripts/census.py --all --out ... --resume         go on where it was interrupted
+python scripts/census.py resnet50 torchvision/resnet18    some models
 
 Each is built with random weights and run at an even and an odd image size (where it takes one), in eval and in train
 mode, before and after conversion; gradients of its weights are compared; then positions are perturbed, the model is
@@ -26,7 +26,10 @@ from typing import Any
 import timm
 import torch
 import torchvision
-from census_model import Result, build, examine
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # its helpers
+
+from helpers.census_model import Result, build, examine
 from torch import nn
 
 #: Models with more parameters than this run alone, after the others: they would need more than 12 GB of memory.
@@ -104,7 +107,7 @@ def sweep(names: Sequence[str], jobs: int, limit: float = LARGE) -> Iterator[Res
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> str:
-    """ "N/949 timm, N/97 torchvision" and one line for each that failed."""
+    """The line `N/949 timm, N/97 torchvision`, and one line for each that failed."""
     with_convs = [row for row in rows if row["status"] != "no 3x3 or 5x5"]
     lines = [f"FAILED {row['model']}: {row['status']} {row}" for row in with_convs if row["status"] != "ok"]
     counts = []

@@ -1,11 +1,14 @@
-"""Checks of what people give to callbacks, before any training starts."""
+"""Checks of arguments that several rooms make, and how their messages list names."""
 
 from __future__ import annotations
 
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["at_least", "whole_number"]
+from torch import nn
+
+__all__ = ["at_least", "few", "require_module", "whole_number"]
 
 #: Python's and numpy's.
 NUMBERS: Any = numbers.Real
@@ -37,3 +40,19 @@ def whole_number(name: str, value: Any, minimum: int = 0) -> int:
     if number != int(number):
         raise TypeError(f"`{name}` (={value}) must be a whole number")
     return int(number)
+
+
+def require_module(model: Any) -> None:
+    """Nothing for a module.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__} (={model!r})")
+
+
+def few(names: Sequence[Any]) -> str:
+    """The first three of ``names`` and how many more there are, for a message."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(map(str, names[:3])) + more

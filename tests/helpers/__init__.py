@@ -1,0 +1,1 @@
+"""What several tests share: independent oracles, tiny networks and trainings, cases."""
