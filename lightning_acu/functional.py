@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .geometry import ConvGeometry, Padding, integers, resolve_padding
-from .ops import check_backend, eager, reference, without_autocast
+from .ops import check_backend, op, reference, without_autocast
 
 __all__ = ["acu_conv2d"]
 
@@ -94,7 +94,7 @@ def acu_conv2d(
         with without_autocast(device):
             output = reference.acu_conv2d(batch, weight, offsets, bias, geometry)
     else:
-        output = eager.acu_conv2d(batch, weight, offsets, bias, geometry, backend)
+        output = op.acu_conv2d(batch, weight, offsets, bias, geometry, backend)
     return output if input.ndim == 4 else output[0]
 
 

@@ -1,25 +1,30 @@
-"""``lightning_acu::acu_conv2d``, the one registered operator.
+"""``lightning_acu::acu_conv2d``, the one registered operator, and the eager call that goes past it.
 
 One operator for every device and backend: a graph that was compiled or exported names it, not the kernel that happened
 to run where it was traced. torch.compile and torch.export see through its shape rules, autograd through its backward
 operator, torch's FLOP counter through its formula.
+
+An operator written in Python spends some 30 microseconds of a call in torch's dispatcher, and 140 with its backward
+pass (``benchmarks/call_overhead.py``): as long as a small depthwise layer takes. :func:`acu_conv2d` therefore calls the
+backend itself wherever nobody could tell the difference, with the same gradients.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from ..geometry import ConvGeometry
 from . import backends
 from .memory_format import memory_format, preserved_format
 
-__all__ = ["acu_conv2d_backward_op", "acu_conv2d_op"]
+__all__ = ["acu_conv2d", "acu_conv2d_backward_op", "acu_conv2d_op"]
 
 
 def _geometry(
@@ -33,6 +38,11 @@ def _geometry(
         dilation=(dilation[0], dilation[1]),
         groups=groups,
     )
+
+
+def _configuration(geometry: ConvGeometry) -> tuple[Sequence[int], Sequence[int], Sequence[int], int]:
+    """As the operators take it: stride, padding, dilation, groups."""
+    return geometry.stride, geometry.padding, geometry.dilation, geometry.groups
 
 
 def _check_shapes(
@@ -138,19 +148,27 @@ def _empty(size: Sequence[int], like: Tensor, format: torch.memory_format) -> Te
     return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=format)
 
 
+# ---- Gradients, of the operator and of the eager call alike: what differs is the function that computes them.
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, weight, offsets, _, *ctx.configuration = inputs
     ctx.save_for_backward(input, weight, offsets)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    needs = list(ctx.needs_input_grad[:3])
-    grads: list[Tensor | None] = [None, None, None]
+def _gradients(ctx: Any, grad: Tensor, backward: Callable[..., Sequence[Tensor | None]]) -> tuple[Tensor | None, ...]:
+    """A gradient or None for each argument of the forward pass; ``backward`` has those of input, weight and offsets."""
+    *needs, needs_bias = ctx.needs_input_grad[:4]
+    grads: Sequence[Tensor | None] = (None, None, None)
     if any(needs):
-        found = acu_conv2d_backward_op(grad, *ctx.saved_tensors, *ctx.configuration, needs)
-        grads = [one if need else None for one, need in zip(found, needs, strict=True)]
-    grad_bias = grad.sum((0, 2, 3)) if ctx.needs_input_grad[3] else None
-    return *grads, grad_bias, None, None, None, None, None
+        grads = backward(grad, *ctx.saved_tensors, *ctx.configuration, needs)
+    return *grads, grad.sum((0, 2, 3)) if needs_bias else None, *[None] * len(ctx.configuration)
+
+
+def _backward_by_operator(*arguments: Any) -> list[Tensor | None]:
+    """The arguments of :func:`acu_conv2d_backward_op` to its results, with None instead of empty tensors."""
+    grads, needs = acu_conv2d_backward_op(*arguments), arguments[-1]
+    return [found if need else None for found, need in zip(grads, needs, strict=True)]
 
 
 def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
@@ -159,7 +177,9 @@ def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
     )
 
 
-acu_conv2d_op.register_autograd(_backward, setup_context=_setup_context)
+acu_conv2d_op.register_autograd(
+    lambda ctx, grad: _gradients(ctx, grad, _backward_by_operator), setup_context=_setup_context
+)
 acu_conv2d_backward_op.register_autograd(_no_double_backward, setup_context=lambda ctx, inputs, output: None)
 
 
@@ -174,3 +194,100 @@ def _backward_flops(grad_shape: Any, input_shape: Any, weight_shape: Any, *args:
     """As much for each of the two gradients that are convolutions: the input's, and the weights' with the offsets'."""
     needs = args[-1] if not kwargs.get("needs") else kwargs["needs"]
     return 2 * int(math.prod(grad_shape) * math.prod(weight_shape[1:])) * (int(needs[0]) + int(needs[1] or needs[2]))
+
+
+# ---- The eager call.
+
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+
+#: What :func:`_needs_operator` asks: private to torch, so that a version may lack it.
+_PRIVATE = (
+    (torch._C, "DispatchKeySet"),
+    (torch._C, "_dispatch_tls_local_include_set"),
+    (torch._C, "_len_torch_function_stack"),
+    (torch.autograd, "_profiler_enabled"),
+    (forward_ad, "_current_level"),
+)
+
+
+def _undisturbed_keys() -> tuple[int, ...]:
+    """The dispatch keys of a thread in which nothing intervenes: as usual, and in inference mode.
+
+    Empty where this torch cannot tell: then every call is the operator's.
+    """
+    if not all(hasattr(owner, name) for owner, name in _PRIVATE):
+        return ()
+    nothing = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
+    return nothing.add(torch._C.DispatchKey.ADInplaceOrView).raw_repr(), nothing.raw_repr()
+
+
+_UNDISTURBED = _undisturbed_keys()
+
+
+def acu_conv2d(
+    input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, geometry: ConvGeometry, backend: str
+) -> Tensor:
+    """What :func:`acu_conv2d_op` computes, through it only where that makes a difference. Shapes have been checked."""
+    tensors = (input, weight, offsets) if bias is None else (input, weight, offsets, bias)
+    if _needs_operator(*tensors):
+        _refuse_tangents(*tensors)
+        return acu_conv2d_op(input, weight, offsets, bias, *_configuration(geometry), backend)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return _EagerConvolution.apply(input, weight, offsets, bias, geometry, backend)  # type: ignore[no-any-return]
+    return backends.forward(input, weight, offsets, bias, geometry, backend)
+
+
+def _needs_operator(*tensors: Tensor) -> bool:
+    """Whether the operator itself has to be called.
+
+    By torch.compile and export (first: what follows cannot be compiled), tensor subclasses, modes (fake tensors, FLOP
+    counters), tracing, function transforms, forward-mode derivatives, profilers; on "meta" there are shapes only.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or not _UNDISTURBED
+        or any(type(tensor) not in _PLAIN_TYPES for tensor in tensors)
+        or torch._C._dispatch_tls_local_include_set().raw_repr() not in _UNDISTURBED
+        or torch._C._len_torch_function_stack() > 0
+        or forward_ad._current_level >= 0
+        or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+        or tensors[0].is_meta
+    )
+
+
+def _refuse_tangents(*tensors: Tensor) -> None:
+    """A RuntimeError where a tensor has a forward-mode derivative: the operator would drop it."""
+    if torch.compiler.is_compiling():
+        return
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise RuntimeError(
+            "acu_conv2d has no forward-mode derivatives in its fast backends; use backend='reference' for jvp"
+        )
+
+
+class _EagerConvolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = backends.forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, grad, _eager_backward)
+
+
+def _eager_backward(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    geometry: ConvGeometry,
+    backend: str,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    # Gradients are enabled where second derivatives will be asked for, which the operator refuses.
+    if torch.is_grad_enabled() or _needs_operator(grad, input, weight, offsets):
+        return _backward_by_operator(grad, input, weight, offsets, *_configuration(geometry), backend, needs)
+    return backends.backward(grad, input, weight, offsets, geometry, backend, needs)

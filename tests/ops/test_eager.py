@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_acu import acu_conv2d
-from lightning_acu.ops import acu_conv2d_op, eager
+from lightning_acu.ops import acu_conv2d_op, op
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def calls(monkeypatch):
         count.append(arguments)
         return acu_conv2d_op(*arguments)
 
-    monkeypatch.setattr(eager, "acu_conv2d_op", counted)
+    monkeypatch.setattr(op, "acu_conv2d_op", counted)
     return count
 
 
@@ -49,6 +49,19 @@ def test_ordinary_calls_go_past_the_operator(case, calls, context):
     with context():
         run([tensor.detach() for tensor in case])
     assert not calls
+
+
+@pytest.mark.parametrize(("owner", "name"), op._PRIVATE, ids=lambda one: one if isinstance(one, str) else "")
+def test_without_torchs_private_functions_every_call_is_the_operators(case, calls, monkeypatch, owner, name):
+    expected = torch.autograd.grad(run(case).square().sum(), case)
+    with monkeypatch.context() as patch:
+        patch.delattr(owner, name)
+        keys = op._undisturbed_keys()
+    monkeypatch.setattr(op, "_UNDISTURBED", keys)
+    assert not calls
+    actual = torch.autograd.grad(run(case).square().sum(), case)
+    assert len(calls) == 1
+    assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize(
