@@ -107,7 +107,7 @@ def test_the_sdist_holds_what_a_build_needs(sdist):
 def test_the_wheel_holds_the_kernels_and_the_configs_but_no_sources_or_tests(wheel):
     names = files(wheel)
     assert {Path(name).name.split(".")[0] for name in compiled(names)} == KERNELS
-    assert {"lightning_acu/configs/quickstart.yaml", "lightning_acu/py.typed", f"{OPS}dense.py"} <= names
+    assert {"lightning_acu/configs/quickstart.yaml", "lightning_acu/py.typed", "lightning_acu/ops/dense.py"} <= names
     assert "lightning_acu/configs/paper/cifar10_plain_acu.yaml" in names
     assert not {name for name in names if name.endswith(SOURCES)}
     assert {name.split("/")[0].split("-")[0] for name in names} == {"lightning_acu"}  # no tests, no configs beside it

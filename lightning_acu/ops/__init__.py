@@ -1,8 +1,8 @@
-"""The operator and its backends. This room knows torch only.
+"""The operator and its backends; README.md says what lies where.
 
 A backend is a module with the four functions of :class:`lightning_acu.ops.backends.Backend`: ``why_not(input)`` says
 why it cannot serve this input (None: it can), ``prefers`` whether it is the fastest here, ``forward`` and ``backward``
-compute. To add one, write the module beside ``dense.py`` and name it in ``BACKENDS``.
+compute. To add one, write the module (beside ``dense.py``, or in a folder as ``cpu/``) and name it in ``BACKENDS``.
 """
 
 from .backends import BACKENDS, available_backends, check_backend, without_autocast

@@ -41,7 +41,9 @@ class Backend(Protocol):
         geometry: ConvGeometry,
         needs: Sequence[bool] | None = None,
     ) -> bool:
-        """Whether "auto" should take it where it can run: it is faster than those after it in ``BACKENDS``.
+        """Whether "auto" should take it: it is faster here than those after it in ``BACKENDS``.
+
+        Also asked where it cannot run: "auto" then says once what it goes without, and why.
 
         ``needs``: None for the forward pass, otherwise which gradients the backward pass is asked for.
         """
@@ -77,7 +79,7 @@ def available_backends() -> tuple[str, ...]:
 
 
 def check_backend(backend: str) -> str:
-    """``backend`` itself, or a ValueError that lists the known ones."""
+    """``backend`` itself, or a ValueError that lists those there are."""
     if backend not in available_backends():
         raise ValueError(f"`backend` (={backend!r}) is unknown; choose one of {', '.join(available_backends())}")
     return backend
@@ -91,30 +93,30 @@ def _select(
     geometry: ConvGeometry,
     needs: Sequence[bool] | None = None,
 ) -> Backend:
-    """The backend to run: the one named, which has to be able to, or for "auto" the first that can and prefers to."""
+    """The backend to run: the one named, or for "auto" the first that can and prefers to.
+
+    Raises:
+        RuntimeError: the one named cannot run here.
+    """
     if backend != "auto":
         reason = BACKENDS[check_backend(backend)].why_not(input)
         if reason is not None:
             raise RuntimeError(f"`backend` (={backend!r}) cannot run here: {reason}")
         return BACKENDS[backend]
+    missed: list[str] = []
     for name, candidate in BACKENDS.items():
         reason = candidate.why_not(input)
-        if reason is None and candidate.prefers(input, weight, offsets, geometry, needs):
-            break
-        if reason is not None and name == _fastest(input):
-            _say_once(f"backend='auto' uses 'dense', about twice as slow as {name!r} would be: {reason}")
+        if candidate.prefers(input, weight, offsets, geometry, needs):
+            if reason is None:
+                break
+            missed.append(f"{name!r} would be: {reason}")
+    for other in missed:
+        _warn_once(f"backend='auto' uses {name!r}, about twice as slow as {other}")
     return candidate  # the last one always runs
 
 
-def _fastest(input: Tensor) -> str | None:
-    """The backend that ``input`` should have; "auto" says once why it goes without."""
-    if input.is_cuda:
-        return "triton" if triton_backend.measured(input) and input.dtype != torch.float64 else None
-    return "cython" if input.device.type == "cpu" else None
-
-
 @functools.cache
-def _say_once(message: str) -> None:
+def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=2)
 
 

@@ -186,11 +186,11 @@ def test_tiles_of_a_users_table_override_the_rule(monkeypatch, tmp_path):
 
 def test_auto_takes_it_on_gpus_that_have_measured_it_and_says_once_what_is_missing(monkeypatch):
     tensors = [torch.randn(1, 3, 5, 5), torch.randn(4, 3, 3, 3), torch.zeros(9, 2)]
-    monkeypatch.setattr(backends, "_fastest", lambda input: "triton")
+    monkeypatch.setattr(triton_backend, "prefers", lambda *args: True)
     monkeypatch.setattr(triton_backend, "_missing", lambda: "Triton is not installed")
     monkeypatch.setitem(backends.BACKENDS, "cython", dense)
     monkeypatch.setattr(dense, "prefers", lambda *args: False)
-    backends._say_once.cache_clear()
+    backends._warn_once.cache_clear()
     with pytest.warns(UserWarning, match=r"backend='auto' uses 'dense', .* 'triton' would be: Triton is not installed"):
         acu_conv2d(*tensors)
     with warnings.catch_warnings():

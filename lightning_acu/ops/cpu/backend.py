@@ -67,8 +67,10 @@ def prefers(
     Measured with ``benchmarks/auto_rule.py``. The taps are interpolated again for each run of output channels that
     share a convolution group and a position group; runs of fewer than 16 channels do not pay for that.
     """
-    if not weight.numel():
-        return True  # no input channels: there is nothing to compute
+    if input.device.type != "cpu":
+        return False
+    if MISSING is not None or not weight.numel():  # (no input channels: there is nothing to compute)
+        return True
     if not _vectors.OPENMP and torch.get_num_threads() > 2:
         return False
     if needs is None and _is_plain(offsets, geometry):
