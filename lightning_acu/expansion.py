@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .geometry import ConvGeometry
@@ -27,8 +28,9 @@ __all__ = [
     "Window",
     "expand_kernel",
     "expand_kernel_backward",
-    "nan_where_lost",
+    "pad_or_crop",
     "plan_windows",
+    "propagate_nan_offsets",
     "regular_window",
     "split_offsets",
 ]
@@ -70,6 +72,18 @@ class Window:
         return -self.top, -self.left, bottom, right
 
 
+def pad_or_crop(image: Tensor, sides: tuple[int, int, int, int]) -> Tensor:
+    """``image`` (..., H, W) with zeros added at (top, left, bottom, right), or pixels removed where a side is negative.
+
+    ``sides`` as :meth:`Window.padding` gives them; they may remove all pixels of the image.
+    """
+    top, left, bottom, right = sides
+    height, width = image.shape[-2:]
+    if max(-top, -bottom) >= height or max(-left, -right) >= width:  # no pixel of the image is left
+        return image.new_zeros(*image.shape[:-2], height + top + bottom, width + left + right)
+    return F.pad(image, (left, right, top, bottom))
+
+
 @dataclass(frozen=True)
 class Plan:
     """Which plain convolutions hold the taps, and where in them each tap's 4 neighbours lie.
@@ -104,14 +118,14 @@ def split_offsets(offsets: Tensor) -> tuple[Tensor, Tensor]:
     return whole.long(), clamped - whole
 
 
-def nan_where_lost(output: Tensor, offsets: Tensor) -> Tensor:
-    """``output`` (N, C_out, H, W) with NaN in all channels of position groups that hold a NaN.
+def propagate_nan_offsets(output: Tensor, offsets: Tensor) -> Tensor:
+    """``output`` (N, C_out, H, W) with NaN in all channels of the position groups that hold a NaN offset.
 
-    Interpolation alone would miss it where the tap's place on the grid reads nothing but zeros outside the image.
+    Interpolation alone would miss it where the tap, without its offset, reads nothing but zeros outside the image.
     """
-    lost = offsets.detach().isnan().flatten(1).any(1)
+    invalid = offsets.detach().isnan().flatten(1).any(1)
     grouped = output.unflatten(1, (len(offsets), -1))
-    return grouped.masked_fill(lost[:, None, None, None], float("nan")).flatten(1, 2)
+    return grouped.masked_fill(invalid[:, None, None, None], float("nan")).flatten(1, 2)
 
 
 def plan_windows(
@@ -225,7 +239,7 @@ def expand_kernel_backward(weight: Tensor, offsets: Tensor, plan: Plan, grad: Te
     grad_grouped = grad.to(dtype).reshape(*grouped.shape[:2], plan.cells)
     grad_weight = (grad_grouped @ matrix.to(dtype).transpose(-1, -2)).reshape(weight.shape)
 
-    grad_matrix = torch.nn.functional.pad(grouped.transpose(-1, -2) @ grad_grouped, (0, 1))  # a 0 for dropped cells
+    grad_matrix = F.pad(grouped.transpose(-1, -2) @ grad_grouped, (0, 1))  # a 0 for dropped cells
     g00, g01, g10, g11 = grad_matrix.gather(-1, plan.index.to(grad.device)).unbind(-1)
     fy, fx = fraction.to(dtype).unbind(-1)
     grad_rows = (1 - fx) * (g10 - g00) + fx * (g11 - g01)

@@ -6,9 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .expansion import Plan, expand_kernel, plan_windows
+from .expansion import Plan, expand_kernel, pad_or_crop, plan_windows
 from .geometry import ConvGeometry, same_padding
-from .ops.dense import pad_or_crop
 
 __all__ = ["FoldedConv2d", "PadSame2d", "fold_conv2d", "padding_layer"]
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_acu import ACUConv2d, FoldedConv2d
-from lightning_acu.ops.dense import pad_or_crop
+from lightning_acu.expansion import pad_or_crop
 
 MODES = ["zeros", "reflect", "replicate", "circular"]
 

@@ -1,4 +1,4 @@
-"""The backends, and the choice among them for each call."""
+"""The registry of backends, and the choice of one for each call."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ __all__ = ["BACKENDS", "Backend", "available_backends", "backward", "check_backe
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:
-    """Autocast off on ``device``; "meta" has none, and where it is off already nothing needs to be done."""
+    """A context in which autocast is off on ``device``, a type such as "cpu" ("meta" has no autocast)."""
     if device == "meta" or not torch.is_autocast_enabled(device):
         return nullcontext()
     return torch.autocast(device, enabled=False)
 
 
 class Backend(Protocol):
-    """What a backend module offers. Shapes as in :mod:`lightning_acu.ops.reference`."""
+    """The functions of a backend module. Shapes as in :func:`lightning_acu.ops.reference.acu_conv2d`."""
 
     def why_not(self, input: Tensor) -> str | None:
-        """Why this backend cannot serve ``input``, or None."""
+        """Why this backend cannot run on ``input``, as the end of a sentence; None where it can."""
 
     def prefers(
         self,
@@ -51,7 +51,7 @@ class Backend(Protocol):
     def forward(
         self, input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, geometry: ConvGeometry
     ) -> Tensor:
-        """The output, without autograd."""
+        """The output, in any memory format; autograd does not record it."""
 
     def backward(
         self,
@@ -62,10 +62,10 @@ class Backend(Protocol):
         geometry: ConvGeometry,
         needs: Sequence[bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of input, weight and offsets, each where ``needs`` asks for it."""
+        """Gradients of input, weight and offsets; those that ``needs`` does not ask for may be None."""
 
 
-#: "auto" takes the first that can run and prefers to. ("reference" is no entry: autograd runs through it directly.)
+#: "auto" takes the first that can run and prefers to. ("reference" is not here: autograd runs through its formula.)
 BACKENDS: dict[str, Backend] = {
     "cython": cast(Backend, cpu_backend),
     "triton": cast(Backend, triton_backend),
@@ -79,7 +79,11 @@ def available_backends() -> tuple[str, ...]:
 
 
 def check_backend(backend: str) -> str:
-    """``backend`` itself, or a ValueError that lists those there are."""
+    """``backend`` itself.
+
+    Raises:
+        ValueError: there is no such backend; the message lists those there are.
+    """
     if backend not in available_backends():
         raise ValueError(f"`backend` (={backend!r}) is unknown; choose one of {', '.join(available_backends())}")
     return backend
@@ -123,8 +127,8 @@ def _warn_once(message: str) -> None:
 def forward(
     input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, geometry: ConvGeometry, backend: str
 ) -> Tensor:
-    """The output, by ``backend``; not recorded by autograd. Shapes have been checked."""
-    # The caller has cast for autocast already; inside, it would take the float32 positions down too.
+    """The output, computed by ``backend`` and not recorded by autograd. Shapes have been checked."""
+    # The caller has cast for autocast already; in here, autocast would cast the float32 positions too.
     with without_autocast(input.device.type):
         chosen = _select(backend, input, weight, offsets, geometry)
         output = chosen.forward(input, weight, offsets, bias, geometry)
@@ -140,11 +144,11 @@ def backward(
     backend: str,
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Gradients of input, weight and offsets, each where ``needs`` asks for it; not recorded by autograd."""
+    """Gradients of input, weight and offsets, None where ``needs`` does not ask for one; not recorded by autograd."""
     with without_autocast(input.device.type):
         chosen = _select(backend, input, weight, offsets, geometry, needs)
         grads = chosen.backward(grad, input, weight, offsets, geometry, needs)
     return [
-        None if found is None or not need else found.contiguous(memory_format=preserved_format(like))
-        for found, like, need in zip(grads, (input, weight, offsets), needs, strict=True)
+        None if result is None or not need else result.contiguous(memory_format=preserved_format(tensor))
+        for result, tensor, need in zip(grads, (input, weight, offsets), needs, strict=True)
     ]

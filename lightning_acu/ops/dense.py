@@ -18,13 +18,14 @@ from ..expansion import (
     Window,
     expand_kernel,
     expand_kernel_backward,
-    nan_where_lost,
+    pad_or_crop,
     plan_windows,
+    propagate_nan_offsets,
     regular_window,
 )
 from ..geometry import ConvGeometry
 
-__all__ = ["backward", "convolve", "forward", "input_gradient", "pad_or_crop", "prefers", "weight_gradient", "why_not"]
+__all__ = ["backward", "convolve", "forward", "input_gradient", "prefers", "weight_gradient", "why_not"]
 
 
 def why_not(input: Tensor) -> str | None:
@@ -35,7 +36,7 @@ def why_not(input: Tensor) -> str | None:
 def prefers(
     input: Tensor, weight: Tensor, offsets: Tensor, geometry: ConvGeometry, needs: Sequence[bool] | None = None
 ) -> bool:
-    """Always: it is the last choice."""
+    """Always: it is the last choice of "auto"."""
     return True
 
 
@@ -44,20 +45,20 @@ def forward(input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None,
     if min(geometry.dilation) > 0 and not offsets.any():  # no tap has moved yet: the kernel as it is
         return _conv(input, regular_window(geometry), weight, bias, geometry)
     output = convolve(input, weight, offsets, bias, geometry, plan_windows(offsets, geometry, input.shape[2:]))
-    return nan_where_lost(output, offsets) if offsets.isnan().any() else output
+    return propagate_nan_offsets(output, offsets) if offsets.isnan().any() else output
 
 
 def convolve(
     input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, geometry: ConvGeometry, plan: Plan
 ) -> Tensor:
-    """The output by the plain convolutions of ``plan``; does not look at the values of ``offsets`` on the host."""
+    """The output by the plain convolutions of ``plan``; does not wait for the values of ``offsets`` on a GPU."""
     if not plan.windows:  # every tap lies outside the image
         output = input.new_zeros(len(input), len(weight), *geometry.output_size(input.shape[2:]))
         return output if bias is None else output + bias[:, None, None]
     kernels = plan.split(expand_kernel(weight, offsets, plan).to(input.dtype))
     first, *others = zip(plan.windows, kernels, strict=True)
     output = _conv(input, *first, bias, geometry)
-    if others:  # summed in at least float32: up to one rounding for each tap otherwise
+    if others:  # summed in at least float32; in lower precision every addition would round
         output = output.to(torch.promote_types(output.dtype, torch.float32))
         for window, kernel in others:
             output += _conv(input, window, kernel, None, geometry)
@@ -86,29 +87,29 @@ def backward(
 def input_gradient(
     grad: Tensor, input: Tensor, weight: Tensor, offsets: Tensor, plan: Plan, geometry: ConvGeometry
 ) -> Tensor:
-    """By the plain convolutions of ``plan``."""
+    """The gradient of the input, by the plain convolutions of ``plan``."""
     if not plan.windows:
         return torch.zeros_like(input)
-    total: Tensor | None = None
+    grad_input: Tensor | None = None
     kernels = plan.split(expand_kernel(weight, offsets, plan).to(grad.dtype))
     for window, kernel in zip(plan.windows, kernels, strict=True):
-        padded, padding = _place(input, window, geometry)
+        padded, padding = _pad_for(input, window, geometry)
         part = _convolution_backward(grad, padded, kernel, padding, window, geometry, (True, False))[0]
         top, left, bottom, right = sides = window.padding(geometry)
-        if not _around(sides):  # the adjoint of padding is cropping, and the other way round
+        if not _is_symmetric(sides):  # the adjoint of padding is cropping, and vice versa
             part = pad_or_crop(part, (-top, -left, -bottom, -right))
-        if total is None:
-            total = part if len(plan.windows) == 1 else part.to(torch.promote_types(part.dtype, torch.float32))
+        if grad_input is None:
+            grad_input = part if len(plan.windows) == 1 else part.to(torch.promote_types(part.dtype, torch.float32))
         else:
-            total += part
-    assert total is not None
-    return total.to(input.dtype)
+            grad_input += part
+    assert grad_input is not None
+    return grad_input.to(input.dtype)
 
 
 def weight_gradient(
     grad: Tensor, input: Tensor, weight: Tensor, offsets: Tensor, plan: Plan, geometry: ConvGeometry
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of weight and offsets; the latter's are right where ``plan`` was made with ``gradient=True``."""
+    """Gradients of weight and offsets; that of offsets needs a ``plan`` made with ``gradient=True``."""
     expanded = [_kernel_gradient(grad, input, weight, window, geometry).flatten(2) for window in plan.windows]
     flat = torch.cat(expanded, -1) if expanded else weight.new_zeros(*weight.shape[:2], 0)
     return expand_kernel_backward(weight, offsets, plan, flat)
@@ -116,7 +117,7 @@ def weight_gradient(
 
 def _kernel_gradient(grad: Tensor, input: Tensor, weight: Tensor, window: Window, geometry: ConvGeometry) -> Tensor:
     """The gradient of a window's expanded kernel, (C_out, C_in/groups, height, width)."""
-    padded, padding = _place(input, window, geometry)
+    padded, padding = _pad_for(input, window, geometry)
     kernel = weight.new_empty(()).to(grad.dtype).expand(*weight.shape[:2], window.height, window.width)
     return _convolution_backward(grad, padded, kernel, padding, window, geometry, (False, True))[1]
 
@@ -138,41 +139,33 @@ def _convolution_backward(
 
 
 def _conv(input: Tensor, window: Window, kernel: Tensor, bias: Tensor | None, geometry: ConvGeometry) -> Tensor:
-    padded, padding = _place(input, window, geometry)
+    padded, padding = _pad_for(input, window, geometry)
     return F.conv2d(padded, kernel, bias, geometry.stride, padding, window.dilation, geometry.groups)
 
 
-def _place(input: Tensor, window: Window, geometry: ConvGeometry) -> tuple[Tensor, tuple[int, int]]:
-    """The input and the padding that make a plain convolution read it at ``window``.
+def _pad_for(input: Tensor, window: Window, geometry: ConvGeometry) -> tuple[Tensor, tuple[int, int]]:
+    """The input and the padding (rows, columns) with which a plain convolution has its kernel at ``window``.
 
-    A window of its own around both sides needs no copy: the convolution pads. Others are padded or cropped first.
+    Where both sides of an axis need the same padding, the convolution pads by itself; otherwise the input is padded or
+    cropped first, which copies it.
     """
     sides = window.padding(geometry)
-    if _around(sides):
-        return _canonical(input), sides[:2]
-    return _canonical(pad_or_crop(input, sides)), (0, 0)
+    if _is_symmetric(sides):
+        return _canonical_strides(input), sides[:2]
+    return _canonical_strides(pad_or_crop(input, sides)), (0, 0)
 
 
-def _around(sides: tuple[int, int, int, int]) -> bool:
-    """Whether a convolution can pad so by itself."""
+def _is_symmetric(sides: tuple[int, int, int, int]) -> bool:
+    """Whether a convolution can pad like this by itself."""
     top, left, bottom, right = sides
     return top == bottom >= 0 and left == right >= 0
 
 
-def pad_or_crop(image: Tensor, sides: tuple[int, int, int, int]) -> Tensor:
-    """Zeros added at (top, left, bottom, right), or pixels taken away where a side is negative."""
-    top, left, bottom, right = sides
-    height, width = image.shape[-2:]
-    if max(-top, -bottom) >= height or max(-left, -right) >= width:  # wholly beside the image
-        return image.new_zeros(*image.shape[:-2], height + top + bottom, width + left + right)
-    return F.pad(image, (left, right, top, bottom))
+def _canonical_strides(image: Tensor) -> Tensor:
+    """``image``; if it has one channel, with the strides of NCHW.
 
-
-def _canonical(image: Tensor) -> Tensor:
-    """One-channel images with the strides of NCHW.
-
-    They may carry those of channels_last, which are as contiguous; torch 2.15's float32 CPU convolution is wrong on
-    them where the output is one column wide and the stride is 2.
+    Images of one channel are contiguous with the strides of channels_last as well. With those, torch 2.15's float32 CPU
+    convolution is wrong where the output is one column wide and the stride is 2.
     """
     if image.shape[1] != 1:
         return image

@@ -48,7 +48,11 @@ def _configuration(geometry: ConvGeometry) -> tuple[Sequence[int], Sequence[int]
 def _check_shapes(
     input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, grad: Tensor | None, geometry: ConvGeometry
 ) -> None:
-    """What compiled kernels rely on. :func:`lightning_acu.acu_conv2d` says it better; a graph calls the operator."""
+    """What the kernels rely on: a graph calls the operator past the clearer checks of :func:`lightning_acu.acu_conv2d`.
+
+    Raises:
+        ValueError: shapes that do not fit each other.
+    """
     c_out, per_group, kh, kw = weight.shape
     fits = (
         input.ndim == 4
@@ -78,7 +82,7 @@ def acu_conv2d_op(
     groups: int,
     backend: str,
 ) -> Tensor:
-    """:func:`lightning_acu.acu_conv2d` after its checks: offsets (P, K, 2), padding (top, left, bottom, right)."""
+    """:func:`lightning_acu.acu_conv2d` after its checks, with offsets (P, K, 2), padding (top, left, bottom, right)."""
     geometry = _geometry(weight, stride, padding, dilation, groups)
     _check_shapes(input, weight, offsets, bias, None, geometry)
     return backends.forward(input, weight, offsets, bias, geometry, backend)
@@ -118,8 +122,8 @@ def acu_conv2d_backward_op(
     _check_shapes(input, weight, offsets, None, grad, geometry)
     grads = backends.backward(grad, input, weight, offsets, geometry, backend, needs)
     grad_input, grad_weight, grad_offsets = (
-        like.new_empty(0) if found is None else found
-        for found, like in zip(grads, (input, weight, offsets), strict=True)
+        tensor.new_empty(0) if result is None else result
+        for result, tensor in zip(grads, (input, weight, offsets), strict=True)
     )
     return grad_input, grad_weight, grad_offsets
 
@@ -138,8 +142,8 @@ def _(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_input, grad_weight, grad_offsets = (
-        _empty(like.shape, like, preserved_format(like)) if need else like.new_empty(0)
-        for like, need in zip((input, weight, offsets), needs, strict=True)
+        _empty(tensor.shape, tensor, preserved_format(tensor)) if need else tensor.new_empty(0)
+        for tensor, need in zip((input, weight, offsets), needs, strict=True)
     )
     return grad_input, grad_weight, grad_offsets
 
@@ -168,7 +172,7 @@ def _gradients(ctx: Any, grad: Tensor, backward: Callable[..., Sequence[Tensor |
 def _backward_by_operator(*arguments: Any) -> list[Tensor | None]:
     """The arguments of :func:`acu_conv2d_backward_op` to its results, with None instead of empty tensors."""
     grads, needs = acu_conv2d_backward_op(*arguments), arguments[-1]
-    return [found if need else None for found, need in zip(grads, needs, strict=True)]
+    return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 
 def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
@@ -191,7 +195,7 @@ def _flops(input_shape: Any, weight_shape: Any, *_: Any, out_shape: Any, **__: A
 
 @register_flop_formula(torch.ops.lightning_acu.acu_conv2d_backward)
 def _backward_flops(grad_shape: Any, input_shape: Any, weight_shape: Any, *args: Any, **kwargs: Any) -> int:
-    """As much for each of the two gradients that are convolutions: the input's, and the weights' with the offsets'."""
+    """As much again for the gradient of the input, and for that of weight and offsets (they share one convolution)."""
     needs = args[-1] if not kwargs.get("needs") else kwargs["needs"]
     return 2 * int(math.prod(grad_shape) * math.prod(weight_shape[1:])) * (int(needs[0]) + int(needs[1] or needs[2]))
 

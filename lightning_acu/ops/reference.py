@@ -1,7 +1,7 @@
 """The specification: the active convolution written as its formula, in plain differentiable torch.
 
-Slow and memory-hungry (it holds K copies of the image), and as direct as it can be: every other backend is tested
-against it, and it against loops. Autograd differentiates it, twice if asked.
+Slow and memory-hungry (it holds K copies of the image), and as direct as possible: every other backend is tested
+against it, and it against loops. Autograd differentiates it, as often as asked.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..expansion import nan_where_lost, split_offsets
+from ..expansion import propagate_nan_offsets, split_offsets
 from ..geometry import ConvGeometry
 
 __all__ = ["acu_conv2d"]
@@ -39,11 +39,11 @@ def acu_conv2d(input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | No
     # Each output channel belongs to one conv group (its input channels) and one position group (its taps).
     channel = torch.arange(c_out, device=input.device)
     per_group = samples.unflatten(3, (geometry.groups, c_in // geometry.groups))  # (P, K, N, groups, C_in/groups, ...)
-    seen = per_group[channel * position_groups // c_out, :, :, channel * geometry.groups // c_out]
-    output = torch.einsum("oknchw,ock->nohw", seen, weight.flatten(2).to(dtype))
+    read = per_group[channel * position_groups // c_out, :, :, channel * geometry.groups // c_out]
+    output = torch.einsum("oknchw,ock->nohw", read, weight.flatten(2).to(dtype))
     if bias is not None:
         output = output + bias.to(dtype)[:, None, None]
-    return nan_where_lost(output.reshape(batch, c_out, height, width).to(input.dtype), offsets)
+    return propagate_nan_offsets(output.reshape(batch, c_out, height, width).to(input.dtype), offsets)
 
 
 def _sample(image: Tensor, corner: Tensor, fraction: Tensor, geometry: ConvGeometry) -> Tensor:

@@ -16,25 +16,25 @@ cdef struct Plan:  # what is the same for all blocks
     bint to_output  # whether results are outputs, or input pixels
     long channels  # of the results
     Box box  # of the cells
-    Box reach  # what a result row reads of the other image, seen from `row * step`
+    Box reach  # the part of the other image that a result row reads, seen from `row * step`
     long step
-    long classes_y  # of input pixels, modulo the stride: those that the image has
+    long classes_y  # classes of input pixels modulo the stride, as far as the image has pixels of them
     long classes_x
     long blocks
-    long together  # blocks of a job: they share lines of the image, which comes from far away
+    long together  # blocks of a job: they share lines of the image, which come from main memory
     long neighbours  # of a block's taps, at most
     long cells  # of a block, at most
     long row  # pixels of a row of a band, with its rim
     long rows  # result rows of a band
     long strips  # bands of an image
-    long space  # whole numbers of a block
-    long longs  # of a thread: whether it has begun, a table, the blocks
-    long kernel  # numbers of a block: its cells, of all parts
+    long space  # integers of a block, in longs
+    long longs  # of a thread: whether it has begun, a table, the spaces of its blocks
+    long kernel  # reals of a block: its cells, of all parts
     long band
     long kernels  # where they begin in a thread's buffer, after the blocks' start values
     long bands
     long lines  # of a block with fewer channels than lanes, which cannot be written in place
-    long reals  # numbers of a thread
+    long reals  # of a thread
 
 
 cdef inline long floor_div(long a, long b) noexcept nogil:
@@ -47,7 +47,7 @@ cdef inline Plan plan_of(
 ):
     """Sizes of bands and buffers; results are outputs, or (not to_output) input pixels.
 
-    Threads have a say in `together` alone, which is the order of work and not of sums.
+    The number of threads decides `together` alone, which changes the order of the work and not that of sums.
     """
     cdef Plan plan
     cdef Layer* layer = &plan.layer
@@ -98,19 +98,19 @@ cdef inline Plan plan_of(
 
 
 cdef inline long band_rows(const Plan* plan, long rows) noexcept nogil:
-    """Rows of the other image that so many result rows read."""
+    """How many rows of the other image this number of result rows reads."""
     return (rows - 1) * plan.step + plan.reach.height
 
 
-cdef struct Space:  # whole numbers of a block
+cdef struct Space:  # the integers of a block
     Cells cells
-    long* place
-    long* order
+    long* place  # of each cell: where it is in a band, from the first pixel that a result row reads
+    long* order  # see `sort_by_class`
     long* starts
 
 
 cdef inline Space* space_in(const Plan* plan, long* buffer, long block) noexcept nogil:
-    """That of a job's block; the cells of the last job stay."""
+    """The space of a job's block; it still holds the cells of the thread's last job."""
     cdef Space* space = <Space*>(buffer + 1 + TABLE + block * plan.space)
     cdef long* free = <long*>(space + 1)
     space.cells.table = buffer + 1
@@ -153,7 +153,7 @@ cdef inline void find_block_of_inputs(
 
 
 cdef inline void sort_by_class(const Plan* plan, Space* space) noexcept nogil:
-    """Cells whose rows and columns agree modulo the stride, one class of input pixels after the other.
+    """Cells sorted by row and column modulo the stride: one class of input pixels after the other.
 
     order[i] is the new number of cell i; the cells of class c are starts[c] to starts[c + 1]; place[new number].
     """
@@ -201,7 +201,7 @@ cdef inline void copy_bands(
     const Plan* plan, const real* image, long height, long width, long channels, long top, long rows, long first_block,
     long last_block, long part, real* to,
 ) noexcept nogil:
-    """Rows top to top + rows of one image, a band for each block, into bands that have zeros where no image was yet."""
+    """Rows top to top + rows of one image to a band for each block; what no image has reached is zero already."""
     cdef long size = plan.layer.lanes, left = plan.reach.left, y, block, first
     cdef long start = max(-left, 0), pixels = min(width - left, plan.row) - start
     if pixels <= 0:

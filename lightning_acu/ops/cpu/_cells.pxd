@@ -5,7 +5,7 @@ from libc.string cimport memset
 from ._vectors cimport real, spread_taps
 
 cdef enum:
-    MOST_LANES = 64  # at most, of any instruction set
+    MOST_LANES = 64  # no instruction set has more
     TABLE = 1024  # cells of the largest bounding box that is looked up in a table; larger ones are searched
 
 
@@ -26,13 +26,13 @@ cdef struct Box:  # of the cells that meet the image, seen from input pixel `out
     long width
 
 
-cdef struct Cells:  # of one block of channels; arrays of the caller
-    long first  # position groups that they were found for; last 0: none yet
+cdef struct Cells:  # of one block of channels; the arrays belong to the caller
+    long first  # position groups that they were found for, last exclusive; last 0: none yet
     long last
     long count
     long* row  # within the box
     long* column
-    long* index  # [position group of the block, tap, neighbour]; -1: outside, or without weight
+    long* index  # [position group of the block, tap, neighbour]; -1: outside the box, or without weight
     double* share  # beside each index: the bilinear weight of the tap's neighbour
     long* table
 

@@ -11,7 +11,7 @@ from ._packing cimport ceil_div
 from ._vectors cimport Buffer, correlate_kernel, lanes, real
 
 cdef enum:
-    PARTS = 32  # ranges of strips, at most, that the kernel's gradient is summed over separately: work for threads
+    PARTS = 32  # at most so many ranges of strips have sums of their own for the kernel's gradient: work for threads
 
 
 def backward_kernel(
@@ -99,7 +99,7 @@ cdef void gather_shares(
     long block, double* sums, long ranges, real[:, :, ::1] grad_weight, double* grad_shares, long* longs,
 ) noexcept nogil:
     """From the gradient of the kernel's cells, sums[range, block, part, cell, lane], to those of the taps' weights and of
-    their bilinear weights, which go to grad_shares[k, neighbour, output channel] (zeros before)."""
+    their bilinear weights, which go to grad_shares[k, neighbour, output channel] (zeros on entry)."""
     cdef const Layer* layer = &plan.layer
     cdef long first = block * layer.lanes, last = min(first + layer.lanes, weight.shape[0]), part, i, lane, k, p
     cdef long position = first // layer.per_position, channels = plan.blocks * layer.lanes

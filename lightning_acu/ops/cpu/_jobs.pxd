@@ -7,7 +7,7 @@ from ._packing cimport ceil_div
 from ._vectors cimport Buffer, real
 
 cdef enum:
-    NEAR = 4096  # pixels of a range of strips, 64 bytes each, that stay in a level-2 cache until the next group comes
+    NEAR = 4096  # pixels of 64 bytes: a range of strips that is still in a level-2 cache when the next group comes
 
 cdef struct Job:  # some blocks of channels, and some strips of all images
     long first_block
@@ -27,7 +27,7 @@ cdef inline Job job_at(const Plan* plan, long groups, long ranges, long strips, 
 
 
 cdef inline long ranges_of(const Plan* plan, long groups, long strips, long pixels, int threads):
-    """So many ranges of strips that every thread finds work and that strips are still near when the next group comes."""
+    """Enough ranges of strips for every thread, small enough to be still in the cache when the next group comes."""
     cdef long most = max(1, NEAR // max(pixels // max(plan.strips, 1), 1))
     return max(1, min(strips, max(ceil_div(strips, most), ceil_div(4 * threads, groups))))
 
@@ -39,7 +39,7 @@ cdef inline Buffer zeros(size_t count, size_t size):
 
 
 cdef inline Buffer longs_of(const Plan* plan, int threads):
-    """For whole numbers: no thread has begun, and no cells are found."""
+    """The integers of all threads: none has begun, and no cells have been found."""
     cdef Buffer buffer = Buffer(threads * plan.longs, sizeof(long))
     cdef long* longs = <long*>buffer.data
     cdef Space* space
@@ -55,7 +55,7 @@ cdef inline Buffer longs_of(const Plan* plan, int threads):
 
 
 cdef inline void begin(const Plan* plan, long* longs, real* reals) noexcept nogil:
-    """Before a thread's first job: zeros for the start values, and where rims of bands are never written."""
+    """Before a thread's first job: zeros for the start values, and for the rims of bands, which are never written."""
     if longs[0] == 0:
         longs[0] = 1
         memset(reals, 0, plan.kernels * sizeof(real))

@@ -5,14 +5,14 @@ from cpython.buffer cimport PyBUF_FORMAT
 
 cdef char* FLOAT = "f"
 cdef char* DOUBLE = "d"
-cdef char NOWHERE[16]  # what an empty tensor points to: it may have no memory at all
+cdef char NOWHERE[16]  # for empty tensors, which may have no memory at all
 
 
 cdef class Memory:
     """The memory of a float32 or float64 CPU tensor of at most 4 dimensions.
 
-    `Tensor.numpy()` would do, but from then on nobody may resize the storage, and FSDP2 does that to parameters; and
-    it takes 3 times as long. With `pixels` a channels_last (N, C, H, W) is seen as a contiguous (N, H, W, C).
+    `Tensor.numpy()` would do, but after it the storage cannot be resized, as FSDP2 does with parameters, and it takes 3
+    times as long. With `pixels`, a channels_last (N, C, H, W) becomes a contiguous (N, H, W, C).
     """
 
     cdef readonly object tensor  # lives as long as any view of it
@@ -26,13 +26,13 @@ cdef class Memory:
         if tensor.is_neg():
             tensor = tensor.resolve_neg()
         if tensor.ndim > 4 or (pixels and tensor.ndim != 4):
-            raise ValueError(f"`tensor` has {tensor.ndim} dimensions")
+            raise ValueError(f"`tensor` has {tensor.ndim} dimensions; expected {'4' if pixels else 'at most 4'}")
         self.tensor, self.size = tensor, tensor.element_size()
         for axis, step in enumerate(tensor.shape):
             self.shape[axis] = step
         for axis, step in enumerate(tensor.stride()):
             self.strides[axis] = step * self.size
-        if pixels:  # strides of dimensions of 1 pixel are anything in torch
+        if pixels:  # in torch, dimensions of size 1 may have any stride
             self.shape[1], self.shape[2], self.shape[3] = self.shape[2], self.shape[3], self.shape[1]
         if pixels or 0 in tensor.shape:
             step = self.size

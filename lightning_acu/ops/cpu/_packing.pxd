@@ -15,7 +15,7 @@ cdef struct Piece:
 
 
 cdef inline Piece piece_at(long channel, long end, long per_group, long per_position) noexcept nogil:
-    """The piece that starts at output `channel`, at most to `end`."""
+    """The piece that starts at output `channel`; it ends at `end` at the latest."""
     cdef Piece piece
     piece.first = channel
     piece.group = channel // per_group
@@ -49,7 +49,7 @@ cdef inline void pack_output_block(
 cdef inline void pack_output_panel(
     const real[:, :, :] weight, long first, long last, real* to, long width
 ) noexcept nogil:
-    """Output channels first to last: to[k * C_in/groups + ci, co - first]. In blocks that fit the L1 cache."""
+    """Output channels first to last: to[k * C_in/groups + ci, co - first]; in blocks that fit the L1 cache."""
     cdef long inputs = weight.shape[1], taps = weight.shape[2]
     cdef long apart = taps if weight.strides[2] > weight.strides[1] else 1  # channels_last weights: tap after tap
     cdef long step, block, k_first, k_last

@@ -1,5 +1,5 @@
 # distutils: language = c
-"""Positions as cells and fractions: a few numbers a layer, but for every call."""
+"""Offsets to cells and fractions: few numbers, but in every call."""
 
 from cython cimport floating
 from libc.math cimport floor
@@ -11,12 +11,12 @@ def locate(
 ):
     """offsets IN (P, K, 2) to cell OUT (P, K, 2), seen from input pixel `output * stride`, and fraction OUT in [0, 1].
 
-    Offsets beyond +-far count as far; NaN stays in the cell of the grid, with NaN for its fraction. Returns whether
-    there is any.
+    Offsets beyond +-far count as far; a NaN offset leaves the tap in its cell on the grid, with a fraction of NaN.
+    Returns whether any offset is NaN.
     """
     cdef long p, k, axis, grid
     cdef double offset, whole
-    cdef bint lost = False
+    cdef bint any_nan = False
     for p in range(offsets.shape[0]):
         for k in range(offsets.shape[1]):
             for axis in range(2):
@@ -26,12 +26,12 @@ def locate(
                 whole = floor(offset)
                 fraction[p, k, axis] = offset - whole
                 cell[p, k, axis] = grid + (<long>whole if whole == whole else 0)
-                lost |= whole != whole
-    return lost
+                any_nan |= whole != whole
+    return any_nan
 
 
 def any_fraction(const floating[:, :, :] offsets):
-    """Whether any offset is not a whole number (NaN is none, infinity is)."""
+    """Whether any offset is not a whole number (infinity counts as one, NaN does not)."""
     cdef long p, k, axis
     for p in range(offsets.shape[0]):
         for k in range(offsets.shape[1]):

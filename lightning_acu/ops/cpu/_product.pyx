@@ -17,7 +17,7 @@ from ._sampling cimport Grid, Tap, grid_of, sample, spread, tap_at
 from ._vectors cimport DEPTH, DEPTH_STRIDE, Buffer, lanes, multiply_rows, real
 
 cdef enum:
-    #: Output pixels of a block: a multiple of every tile's height. Also what limits a thread's buffer.
+    #: Output pixels of a block: a multiple of every tile's height. A thread's buffer is as large as they need.
     BLOCK = 96
     #: Ranges of images, at most, over which the gradient of positions is summed separately: work for threads.
     RANGES = 32
@@ -123,8 +123,8 @@ def backward_image(
 ):
     """The gradients of image and positions, from that of the samples: the adjoint of interpolation.
 
-    gradient IN (N, H_out, W_out, C_out); grad_image INOUT (N, H, W, C_in), zeros before; grad_cell INOUT (P, K, 2), added to;
-    each of the two None where it is not wanted.
+    gradient IN (N, H_out, W_out, C_out); grad_image INOUT (N, H, W, C_in), zeros on entry; grad_cell INOUT (P, K, 2),
+    added to. Either of the last two may be None: it is not computed then.
     """
     cdef Grid grid = grid_of(image.shape, gradient.shape, stride)
     cdef int width = 2 * lanes(<real*>NULL)

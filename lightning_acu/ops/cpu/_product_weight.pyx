@@ -20,7 +20,7 @@ def backward_weight(
 ):
     """grad_weight OUT (C_out, K, C_in/groups), from gradient IN (N, H_out, W_out, C_out) and image IN (N, H, W, C_in).
 
-    The taps are interpolated again: between the passes only the image is kept.
+    The taps are interpolated again: nothing but the image is kept from the forward pass.
     """
     cdef Grid grid = grid_of(image.shape, gradient.shape, stride)
     cdef int width = 2 * lanes(<real*>NULL), tile = tile_rows(<real*>NULL)

@@ -96,8 +96,8 @@ cdef inline void spread(
 ) noexcept nogil:
     """The adjoint of `sample`: from the gradient of the samples (last - first, ld) to those of images and position.
 
-    gradients += its gradient (NULL: not wanted). sums[r, 0] += the gradient with respect to the share of row r of the
-    cell, sums[r, 1] += the gradient by columns of the part from row r; not wanted where images is NULL.
+    gradients += that of the images; NULL: not computed. sums[r, 0] += the gradient with respect to the share of row r of
+    the cell, sums[r, 1] += the gradient along the columns of the part from row r; not computed where images is NULL.
     """
     cdef long pixel = first, row, image, x, count, y, x_first, stride = grid.stride_x
     cdef long line = grid.width * grid.channels
@@ -149,7 +149,7 @@ cdef inline void columns(
     const Grid* grid, const Tap* tap, real* gradient, const real* image, long x, long stride, long count, long channels,
     const real* here, long here_step, const real* before, long before_step, double share, double* sums,
 ) noexcept nogil:
-    """`adjoint` for those of the columns x, x + stride, ... that lie in the image."""
+    """`adjoint` for those of the `count` columns x, x + stride, ... that lie in the image."""
     cdef long skip = first_output(0, x, stride)
     cdef long end = min(count, first_output(grid.width, x, stride))
     if skip >= end:

@@ -132,7 +132,7 @@ static void NAME(blend)(int terms, long pixels, long channels, const REAL *const
  * Image pixel x receives h = (1 - fraction) here + fraction before from the samples whose left and right neighbour it
  * is. With row_share the weight of this row:
  *     gradient[x] += row_share h        sums[0] += image[x] h        sums[1] += image[x] (before - here)
- * gradient or image may be NULL: then only the other is wanted. */
+ * gradient or image may be NULL: what needs it is not computed then. */
 ALWAYS_INLINE void NAME(adjoint_of)(const int want_gradient, const int want_sums, long pixels, long channels,
                                     REAL *gradient, const REAL *image, long step, const REAL *here, long here_step,
                                     const REAL *before, long before_step, REAL row_share, REAL fraction, double *sums) {
@@ -206,7 +206,7 @@ ALWAYS_INLINE void NAME(correlate_pixels)(const int pixels, long cells, const lo
         VEC weight = READ(kernel + cell * LANES);
         const REAL *first = from + place[cell];
         if (pixels > 1 && cell + 1 < cells && place[cell + 1] - place[cell] == from_step) {
-            /* The next cell reads the same pixels, one further: half the loads, which are what limits this loop. */
+            /* The next cell reads the same pixels, one further on: half the loads, which are what limits this loop. */
             VEC second = READ(kernel + ++cell * LANES), value = READ(first);
             UNROLL for (int p = 0; p < pixels; p++) {
                 VEC next = READ(first + (p + 1) * from_step);

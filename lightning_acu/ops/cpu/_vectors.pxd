@@ -37,7 +37,7 @@ cdef extern from "_vectors.h" nogil:
         void (*correlate_kernel)(long, long, const long*, double*, const double*, long, const double*, long) noexcept nogil
 
 cdef class Buffer:
-    """`count` numbers of `size` bytes, aligned for vectors; freed with the object. MemoryError where there are none."""
+    """`count` numbers of `size` bytes, aligned for vectors; freed with the object. MemoryError where there is none left."""
 
     cdef void* data
     cdef size_t size

@@ -1,5 +1,5 @@
 # distutils: language = c
-"""The instruction set of the CPU kernels, chosen when this module is loaded."""
+"""The instruction set of the CPU kernels, chosen when this module is loaded, and memory that they use again."""
 
 from libc.stdint cimport SIZE_MAX
 from libc.stdlib cimport free
@@ -26,7 +26,7 @@ def supported():
 def use(name):
     """Run on the instruction set ``name`` from now on; a ValueError where it is not supported.
 
-    For tests and measurements, while no kernel runs in another thread: those would change in the middle.
+    For tests and measurements, while no kernel runs in another thread: it would change in the middle.
     """
     global f32, f64, _current
     if name not in supported():
@@ -48,8 +48,8 @@ cdef struct Block:
     void* data
     size_t size
 
-#: Blocks of memory to use again, the oldest first to go. Asked for anew at every call, they would be mapped and filled
-#: with zeros by the system each time, and so would the outputs beside them. The GIL guards them.
+#: Blocks of memory to use again; the oldest goes first. The system would map and clear new memory at every call, also
+#: for the outputs beside it. The GIL guards them.
 cdef Block[SLOTS] kept
 cdef size_t kept_size = 0
 cdef int oldest = 0
@@ -63,7 +63,7 @@ cdef void discard(int slot) noexcept:
 
 
 cdef void keep(Block block) noexcept:
-    """In place of the oldest, and of as many others as it takes to stay within KEPT bytes in all."""
+    """Keep `block`; the oldest goes, and as many others as it takes to stay within KEPT bytes in all."""
     global kept_size, oldest
     if block.size > KEPT:
         free(block.data)
@@ -105,7 +105,7 @@ cdef class Buffer:
                 block.size = max(count * size, 64)
             self.data, self.size = block.data, block.size
         if self.data == NULL:
-            raise MemoryError(f"no memory for a buffer of {count} numbers of {size} bytes")
+            raise MemoryError(f"no memory for a buffer of {count} elements of {size} bytes")
 
     def __dealloc__(self):
         if self.data != NULL:

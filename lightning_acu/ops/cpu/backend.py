@@ -1,4 +1,4 @@
-"""The Cython backend: taps interpolated into the cache and multiplied there, with a plain convolution's arithmetic.
+"""The Cython backend for CPUs: about as much arithmetic as a plain convolution, on data that stays in the cache.
 
 This module allocates and chooses the route; the loops are in ``_product*.pyx`` (a matrix product over interpolated
 taps) and ``_channelwise*.pyx`` (depthwise layers: weights spread over integer cells). Both work on channels_last
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...expansion import FAR, nan_where_lost, plan_windows
+from ...expansion import FAR, plan_windows, propagate_nan_offsets
 from ...geometry import ConvGeometry
 from ..memory_format import images_per_block, is_native, memory_format, preserved_format
 
@@ -55,7 +55,7 @@ def why_not(input: Tensor) -> str | None:
     if input.device.type != "cpu":
         return f"it runs on the CPU, and `input` is on {input.device}"
     if input.dtype not in _NATIVE + _CONVERTED:
-        return f"it knows float32, float64, bfloat16 and float16, and `input` is {input.dtype}"
+        return f"it supports float32, float64, bfloat16 and float16, and `input` is {input.dtype}"
     return None
 
 
@@ -92,18 +92,18 @@ def _is_plain(offsets: Tensor, geometry: ConvGeometry) -> bool:
 
 
 def _is_channelwise(weight: Tensor, geometry: ConvGeometry) -> bool:
-    """Which of the two routes: channel by channel, or a matrix product for each group."""
+    """Whether to work channel by channel (True) or by a matrix product for each group: at most 4 products a group."""
     return weight.shape[1] * weight.shape[0] <= 4 * geometry.groups
 
 
 def forward(input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, geometry: ConvGeometry) -> Tensor:
     """(N, C_in, H, W) to (N, C_out, H_out, W_out); shapes as in the reference, memory format as F.conv2d's."""
-    dtype = _computed_in(input)
+    dtype = _compute_dtype(input)
     size = (input.shape[0], weight.shape[0], *geometry.output_size(input.shape[2:]))
     output = torch.empty(size, dtype=input.dtype, memory_format=memory_format(input, weight))
     if not weight.numel():  # no input channels
         return output.zero_() if bias is None else output.copy_(bias[:, None, None].expand_as(output))
-    cell, fraction, lost = _taps(offsets, geometry)
+    cell, fraction, any_nan = _taps(offsets, geometry)
     weights = Memory(weight.to(dtype).flatten(2))
     biases = None if bias is None else Memory(bias.to(dtype).contiguous())
     kernels = _channelwise if _is_channelwise(weight, geometry) else _product
@@ -115,14 +115,14 @@ def forward(input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None,
         )  # fmt: skip
         if target is not result:
             result.copy_(target)
-    return nan_where_lost(output, offsets) if lost else output
+    return propagate_nan_offsets(output, offsets) if any_nan else output
 
 
 def backward(
     grad: Tensor, input: Tensor, weight: Tensor, offsets: Tensor, geometry: ConvGeometry, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of input, weight and offsets; None for those that ``needs`` does not ask for."""
-    dtype = _computed_in(input)
+    dtype = _compute_dtype(input)
     if not weight.numel() or not grad.numel():
         return torch.zeros_like(input), torch.zeros_like(weight), torch.zeros_like(offsets)
     cell, fraction, _ = _taps(offsets, geometry)
@@ -157,7 +157,7 @@ def _backward_product(
     needs: Sequence[bool],
     threads: int,
 ) -> Tensor | None:
-    """The gradient of the weights (C_out, C_in/groups, K); writes that of the image, adds to that of the cells."""
+    """Returns the gradient of the weights (C_out, C_in/groups, K); writes to ``grad_image``, adds to ``grad_cell``."""
     if grad_image is not None or needs[2]:
         target = None if grad_image is None else _pixels(grad_image.zero_(), weight.dtype)
         sums = grad_cell if needs[2] else None
@@ -192,21 +192,21 @@ def _backward_channelwise(
     return grad_weight if needs[1] else None
 
 
-def _computed_in(input: Tensor) -> torch.dtype:
+def _compute_dtype(input: Tensor) -> torch.dtype:
     return input.dtype if input.dtype in _NATIVE else torch.float32
 
 
 def _blocks(dtype: torch.dtype, *batches: Tensor | None) -> Iterator[tuple[Any, ...]]:
     """The batches as they are if kernels can work on them; otherwise a few images at a time, to be converted.
 
-    Whole copies of large batches would double the memory and leave the caches.
+    Whole copies of large batches would double the memory and not fit the caches.
     """
-    given = [batch for batch in batches if batch is not None]
-    if all(is_native(batch, dtype) for batch in given):
+    present = [batch for batch in batches if batch is not None]
+    if all(is_native(batch, dtype) for batch in present):
         return iter([batches])
-    count = images_per_block(*given)
-    parts = [[None] * -(-max(len(given[0]), 1) // count) if batch is None else batch.split(count) for batch in batches]
-    return zip(*parts, strict=True)
+    count = images_per_block(*present)
+    blocks = -(-max(len(present[0]), 1) // count)
+    return zip(*([None] * blocks if batch is None else batch.split(count) for batch in batches), strict=True)
 
 
 def _empty(like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -214,16 +214,16 @@ def _empty(like: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _taps(offsets: Tensor, geometry: ConvGeometry) -> tuple[Array, Array, bool]:
-    """The cell that each tap is in, seen from ``output * stride``, and the fractions above it, each (P, K, 2).
+    """The cells that the taps are in, seen from ``output * stride``, and the fractions above them, each (P, K, 2).
 
-    And whether any position is NaN.
+    The third result says whether any offset is NaN.
     """
     cell, fraction = np.empty(offsets.shape, dtype=np.int64), np.empty(offsets.shape)
     top, left, _, _ = geometry.padding
-    lost = _positions.locate(
+    any_nan = _positions.locate(
         Memory(offsets), geometry.kernel_size[1], *geometry.dilation, top, left, FAR, cell, fraction
     )
-    return cell, fraction, lost
+    return cell, fraction, any_nan
 
 
 def _pixels(image: Tensor, dtype: torch.dtype) -> Any:
@@ -234,5 +234,5 @@ def _pixels(image: Tensor, dtype: torch.dtype) -> Any:
 
 
 def _threads(output: Tensor, weight: Tensor) -> int:
-    """As many as torch uses; one where there is little to do. The result does not depend on it."""
+    """As many as torch uses, one where there is little to do. Results do not depend on it."""
     return torch.get_num_threads() if output.numel() * math.prod(weight.shape[1:]) > _THREAD_WORK else 1
