@@ -157,8 +157,9 @@ def _train(run: Path, number: int, start: Path | None, steps: tuple[int, int], s
                 say(_progress(run / version / "metrics.csv", steps, time.monotonic() - began))
         except BaseException:
             process.terminate()
-            process.wait()
             raise
+        finally:
+            process.communicate()  # waits for its end, and closes its standard input
     if process.returncode != 0:
         lines = log.read_text().splitlines()[-15:]
         raise RuntimeError(f"the training in {run} failed (exit status {process.returncode}):\n" + "\n".join(lines))

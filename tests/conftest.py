@@ -1,9 +1,11 @@
 """What several test files share."""
 
 import os
+import shutil
 
 import pytest
 import torch
+from filelock import FileLock
 
 # Triton's kernels run in its interpreter where there is no GPU. Read when they are defined, so it is set for all tests.
 if not torch.cuda.is_available():
@@ -19,3 +21,26 @@ os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 @pytest.fixture(autouse=True)
 def _same_random_numbers():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory):
+    """A function (name, make) that gives a folder, which ``make(folder)`` fills once for all processes of the session.
+
+    A module's fixture is made in each process of pytest-xdist that runs one of its tests: what is expensive goes here.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # of all processes
+
+    def get(name, make):
+        folder, made = root / name, root / f"{name}.made"
+        with FileLock(root / f"{name}.lock"):
+            if not made.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # half of one that failed
+                folder.mkdir()
+                make(folder)
+                made.touch()
+        return folder
+
+    return get

@@ -3,9 +3,9 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -28,30 +28,37 @@ RUNS = {
 WARMUP, ROUNDING, END = 3, 14, 20  # steps, as in the script
 
 
-def train(directory, name, **config):
-    """Runs the script; its result, or the process where it was meant to die."""
-    config["out"] = str(directory / f"{name}.pt")
-    path = directory / f"{name}{'_killed' if 'kill_at' in config else ''}.json"
-    path.write_text(json.dumps(config))
+def train(directory, **configs):
+    """Runs the script: a training of each name, one after the other; their exit statuses.
+
+    Where one of a name is meant to be killed and resumed, the name ends in "_killed" the first time.
+    """
+    paths = []
+    for name, config in configs.items():
+        paths.append(directory / f"{name}.json")
+        paths[-1].write_text(json.dumps(config | {"out": str(directory / f"{name.removesuffix('_killed')}.pt")}))
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("MASTER_", "LOCAL_"))}
     run = subprocess.run(
-        [sys.executable, str(SCRIPT), str(path)],
-        capture_output=True,
+        [sys.executable, str(SCRIPT), *map(str, paths)],
+        stdout=subprocess.PIPE,
         text=True,
-        timeout=240,
+        timeout=600,
         env=environment | {"OMP_NUM_THREADS": "1"},
+        check=True,
     )
-    if "kill_at" in config:
-        return run
-    assert run.returncode == 0, run.stderr[-3000:]
-    return torch.load(config["out"], weights_only=True)
+    return dict(zip(configs, map(int, run.stdout.split()), strict=True))
+
+
+def load(directory, names):
+    return {name: torch.load(directory / f"{name}.pt", weights_only=True) for name in names}
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("processes")
-    with ThreadPoolExecutor(3) as pool:
-        return dict(zip(RUNS, pool.map(lambda name: train(directory, name, **RUNS[name]), RUNS), strict=True))
+def results(shared_folder):
+    def run_all(directory):
+        assert set(train(directory, **RUNS).values()) == {0}
+
+    return load(shared_folder("trainings", run_all), RUNS)
 
 
 def difference(one, other):
@@ -98,24 +105,35 @@ def test_bf16_mixed_keeps_positions_in_float32_and_processes_together(results):
     assert torch.equal(one["offsets"], one["offsets"].round())
 
 
+#: Before the warm-up ends, while positions learn, when they are rounded, and after it: (first step, last step).
+PHASES = [(1, WARMUP), (WARMUP + 1, ROUNDING - 1), (ROUNDING, ROUNDING), (ROUNDING + 1, END - 1)]
+
+
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("uninterrupted")
+def interrupted(shared_folder):
+    """A training that nothing interrupts, and for each phase one that is killed at a random step and resumed."""
     config = {"strategy": "one", "batch_size": 4, "optimizer": "adamw"}
-    return config, train(directory, "whole", checkpoints=str(directory), **config)
+
+    def run_all(directory):
+        configs = {"whole": config | {"checkpoints": str(directory / "whole")}}
+        steps = [random.SystemRandom().randint(*phase) for phase in PHASES]
+        for number, step in enumerate(steps):
+            saving = config | {"checkpoints": str(directory / str(number))}
+            configs[f"{number}_killed"] = saving | {"kill_at": step}
+            configs[str(number)] = saving | {"ckpt_path": str(directory / str(number) / "last.ckpt")}
+        statuses = train(directory, **configs)
+        (directory / "steps.json").write_text(json.dumps({"steps": steps, "statuses": statuses}))
+
+    directory = shared_folder("interrupted_trainings", run_all)
+    return json.loads((directory / "steps.json").read_text()) | {"directory": directory}
 
 
-@pytest.mark.parametrize(
-    "phase", [(1, WARMUP), (WARMUP + 1, ROUNDING - 1), (ROUNDING, ROUNDING), (ROUNDING + 1, END - 1)], ids=str
-)
-def test_killed_at_a_random_step_and_resumed_is_as_if_never_killed(tmp_path, uninterrupted, phase):
-    """With a loader that keeps its place; before the warm-up ends, while learning, when rounding, and after it."""
-    config, whole = uninterrupted
-    step = random.SystemRandom().randint(*phase)
-    config = config | {"checkpoints": str(tmp_path)}
-    killed = train(tmp_path, "run", kill_at=step, **config)
-    assert killed.returncode == -9, killed.stderr[-3000:]
-    resumed = train(tmp_path, "run", ckpt_path=str(tmp_path / "last.ckpt"), **config)
+@pytest.mark.parametrize("number", range(4), ids=[str(phase) for phase in PHASES])
+def test_killed_at_a_random_step_and_resumed_is_as_if_never_killed(interrupted, number):
+    """With a loader that keeps its place."""
+    step, statuses = interrupted["steps"][number], interrupted["statuses"]
+    assert (statuses["whole"], statuses[f"{number}_killed"], statuses[str(number)]) == (0, -signal.SIGKILL, 0)
+    whole, resumed = load(interrupted["directory"], ["whole", str(number)]).values()
     assert min(resumed["seen"]) == step
     for at, offsets in resumed["seen"].items():
         assert torch.equal(offsets, whole["seen"][at]), f"killed at {step}: positions differ at {at}"

@@ -1,7 +1,7 @@
-"""One training in processes of its own: ``python training_run.py CONFIGURATION.json``, as tests of several need.
+"""Trainings in processes of their own: ``python training_run.py CONFIGURATION.json ...``, one after the other.
 
-Writes what it came to, ``{"offsets": [per step], "weights": ..., "optimizer": ..., "rates": [per step]}``, to the
-configuration's "out". With "kill_at", SIGKILL strikes in the middle of that step.
+Each writes what it came to, ``{"offsets": [per step], "weights": ..., "optimizer": ..., "rates": [per step]}``, to the
+configuration's "out"; its exit status is printed. With "kill_at", SIGKILL strikes in the middle of that step.
 """
 
 import json
@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import lightning.pytorch as pl
 import torch
+from helpers.processes import run_forked
 from helpers.tiny import TinyModule, loader
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -80,6 +81,10 @@ class LoaderWithAPlace:
         self.place = state["place"]
 
 
+def count_processes(config):
+    return 1 if config["strategy"] == "one" else 2
+
+
 def main(config):
     strategies = {
         "one": "auto",
@@ -92,7 +97,7 @@ def main(config):
     dtype = torch.float64 if config.get("double") else torch.float32
     module = Module(config).to(dtype)
     data = loader(config["batch_size"], 24 // config["batch_size"], dtype)
-    processes = 1 if config["strategy"] == "one" else 2
+    processes = count_processes(config)
     if processes == 2:  # each takes every second image, so that a batch of both is a batch of one process
         mine = DistributedSampler(data.dataset, 2, int(os.environ.get("LOCAL_RANK", "0")), shuffle=False)
         data = DataLoader(data.dataset, config["batch_size"], sampler=mine)
@@ -133,9 +138,11 @@ def main(config):
         if config["strategy"] != "fsdp2":
             result["optimizer"] = trainer.optimizers[0].state_dict()
         torch.save(result, config["out"])
+    if processes > 1:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text()))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    for path in sys.argv[1:]:
+        config = json.loads(Path(path).read_text())
+        print(run_forked(main, config, processes=count_processes(config)), flush=True)

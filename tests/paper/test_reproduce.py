@@ -1,6 +1,7 @@
 """paper/reproduce.py: which runs it makes, how it goes on after a kill, and what it reports."""
 
 import argparse
+import contextlib
 import csv
 import json
 import os
@@ -8,10 +9,15 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+
+from lightning_acu.cli import main as lightning_acu_main
 
 ROOT = Path(__file__).parents[2]
 
@@ -238,18 +244,19 @@ def test_mean_and_spread_are_those_of_the_seeds():
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    path = tmp_path_factory.mktemp("images") / "images.npz"
-    rng = np.random.default_rng(0)
-    x, y = rng.integers(0, 256, (60, 3, 12, 8), dtype=np.uint8), np.arange(60) % 10
-    np.savez(path, x_train=x[:40], y_train=y[:40], x_test=x[40:], y_test=y[40:])
-    return path
+def images(shared_folder):
+    def save(folder):
+        rng = np.random.default_rng(0)
+        x, y = rng.integers(0, 256, (60, 3, 12, 8), dtype=np.uint8), np.arange(60) % 10
+        np.savez(folder / "images.npz", x_train=x[:40], y_train=y[:40], x_test=x[40:], y_test=y[40:])
+
+    return shared_folder("images_to_reproduce", save) / "images.npz"
 
 
-def command(images, out, *rows):
-    script = [sys.executable, "-m", "paper.reproduce", "--table", "cifar10-ablation", "--rows", *rows]
+def arguments(images, out, *rows):
     settings = ["--seeds", "1", "--steps", "41", "--batch-size", "4", "--preprocessing", "normalize"]
-    return [*script, *settings, "--device", "cpu", "--data", str(images), "--out", str(out)]
+    files = ["--device", "cpu", "--data", str(images), "--out", str(out)]
+    return ["--table", "cifar10-ablation", "--rows", *rows, *settings, *files]
 
 
 def environment():
@@ -266,14 +273,46 @@ def records(out, name):
         return [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
 
 
+class TrainingHere:
+    """In place of the process that a training is: importing torch and Lightning takes longer than these do."""
+
+    def __init__(self, command, cwd, stdout, **_):
+        assert command[:3] == [sys.executable, "-m", "paper.train"]
+        with (
+            pytest.MonkeyPatch.context() as monkeypatch,
+            contextlib.redirect_stdout(stdout),
+            warnings.catch_warnings(action="ignore"),  # not errors, as in a process of its own
+        ):
+            monkeypatch.chdir(cwd)
+            monkeypatch.setattr(sys, "argv", ["lightning-acu", *command[3:]])
+            lightning_acu_main()
+        self.returncode = 0
+
+    def poll(self):
+        return self.returncode
+
+    def communicate(self):
+        pass
+
+
 @pytest.fixture(scope="module")
-def whole(images, tmp_path_factory):
+def whole(images, shared_folder):
     """A table of three rows, made without interruption; the folder and what was printed."""
-    out = tmp_path_factory.mktemp("whole")
-    run = subprocess.run(
-        command(images, out, "base", "acu-round"), capture_output=True, text=True, env=environment(), check=True
-    )
-    return out, run.stdout
+
+    def reproduce(out):
+        from paper import reproduce, runs
+
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        with pytest.MonkeyPatch.context() as monkeypatch, (out / "printed").open("w") as printed:
+            here = SimpleNamespace(Popen=TrainingHere, PIPE=subprocess.PIPE, STDOUT=subprocess.STDOUT)
+            monkeypatch.setattr(runs, "subprocess", here)
+            with contextlib.redirect_stdout(printed):
+                reproduce.main(arguments(images, out, "base", "acu-round"))
+        torch.set_num_threads(threads)
+
+    out = shared_folder("reproduced", reproduce)
+    return out, (out / "printed").read_text()
 
 
 def test_rows_beside_each_other(whole):
@@ -332,19 +371,23 @@ def test_displacement_is_recorded_from_the_grid_on(whole):
     assert int(found[-1]["step"]) == 41
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(whole, images, tmp_path):
-    process = subprocess.Popen(
-        command(images, tmp_path, "acu-all"), start_new_session=True, env=environment(), stdout=subprocess.DEVNULL
-    )
+def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(whole, images, tmp_path, monkeypatch, capsys):
+    from paper.reproduce import main
+
+    command = [sys.executable, "-m", "paper.reproduce", *arguments(images, tmp_path, "acu-all")]
+    process = subprocess.Popen(command, start_new_session=True, env=environment(), stdout=subprocess.DEVNULL)
     run = tmp_path / "cifar10-ablation" / "acu-all" / "seed0"
     _wait_for(run / "checkpoints" / "last.ckpt", process)
+    # The loss of a step is recorded after its checkpoint.
+    _wait_for(run / "attempt_0" / "metrics.csv", process, "train/loss")
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (run / "result.json").exists()
-    again = [command(images, tmp_path, "acu-all") for _ in range(2)]
-    first, second = (subprocess.run(c, capture_output=True, text=True, env=environment(), check=True) for c in again)
-    assert "acu-all, seed 0: done" in first.stdout
-    assert "acu-all, seed 0: was done before" in second.stdout
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    main(command[3:])
+    assert "acu-all, seed 0: done" in capsys.readouterr().out
+    main(command[3:])
+    assert "acu-all, seed 0: was done before" in capsys.readouterr().out
     attempts = json.loads((run / "attempts.json").read_text())
     assert len(attempts) == 2
     assert 0 < attempts[1]["from_step"] < 41
@@ -403,28 +446,32 @@ def test_a_training_ends_with_the_process_that_began_it():
     assert process.wait(timeout=60) == 1
 
 
-def _wait_for(path, process):
+def _wait_for(path, process, text=""):
+    """Until the file is there, and has the text in it."""
     until = time.monotonic() + 120
-    while not path.exists():
+    while not path.exists() or (text and text not in path.read_text()):
         assert process.poll() is None, "it ended before"
         assert time.monotonic() < until, f"there is no {path}"
         time.sleep(0.005)
 
 
 def test_other_settings_do_not_mix_with_what_is_there(whole, images):
-    other = [*command(images, whole[0], "base"), "--lr", "0.05"]
-    run = subprocess.run(other, capture_output=True, text=True, env=environment(), check=False)
-    assert run.returncode != 0
-    assert "holds a run with other settings (model.init_args.optimizer.init_args.lr)" in run.stderr
+    from paper.reproduce import main
+
+    with pytest.raises(
+        SystemExit, match=r"holds a run with other settings \(model\.init_args\.optimizer\.init_args\.lr\)"
+    ):
+        main([*arguments(images, whole[0], "base"), "--lr", "0.05"])
 
 
-def test_a_training_that_fails_says_why(tmp_path):
+def test_a_training_that_fails_says_why(tmp_path, monkeypatch):
+    from paper.reproduce import main
+
     path = tmp_path / "images.npz"
     x, y = np.zeros((20, 3, 8, 8), dtype=np.uint8), np.arange(20) % 10  # nothing to normalise by
     np.savez(path, x_train=x, y_train=y, x_test=x, y_test=y)
-    run = subprocess.run(
-        command(path, tmp_path, "base"), capture_output=True, text=True, env=environment(), check=False
-    )
-    assert run.returncode != 0
-    assert "base, seed 0: the training in" in run.stderr
-    assert "`std` (=[0.0, 0.0, 0.0]), computed from `x_train`" in run.stderr
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with pytest.raises(SystemExit) as failed:
+        main(arguments(path, tmp_path, "base"))
+    assert "base, seed 0: the training in" in str(failed.value)
+    assert "`std` (=[0.0, 0.0, 0.0]), computed from `x_train`" in str(failed.value)
