@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from .figures import plot_shapes
     from .folded import FoldedConv2d
     from .functional import acu_conv2d
-    from .metrics import model_statistics
     from .models import create_model
     from .saving import acu_state_dict, load_acu, load_acu_state_dict, save_acu
+    from .statistics import model_statistics
     from .surgery import (
         ConvertConfig,
         convert_to_acu,
@@ -55,6 +55,7 @@ __all__ = [
     "save_acu",
     "surgery",
     "timm_convs",
+    "training",
 ]
 
 _HOME = {
@@ -63,7 +64,7 @@ _HOME = {
     "FoldedConv2d": "folded",
     "acu_conv2d": "functional",
     "plot_shapes": "figures",
-    "model_statistics": "metrics",
+    "model_statistics": "statistics",
     "ConvertConfig": "surgery",
     "acu_state_dict": "saving",
     "convert_to_acu": "surgery",
@@ -81,7 +82,8 @@ _HOME = {
 
 #: Modules that `lightning_acu.NAME` finds too.
 _ROOMS = {
-    "callbacks", "checkpoint", "data", "export", "figures", "functional", "metrics", "surgery", "timm_convs"
+    "callbacks", "checkpoint", "data", "export", "figures", "functional", "metrics", "surgery", "timm_convs",
+    "training",
 }  # fmt: skip
 
 

@@ -1,14 +1,12 @@
-"""How far the taps of a model have moved, in numbers: for each layer, and as torchmetrics Metrics over a model."""
+"""How far the taps of a model have moved, as torchmetrics Metrics over :mod:`lightning_acu.statistics`."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from .conv import ACUConv2d, acu_layers
+from .statistics import LayerStatistics, layer_statistics, model_statistics
 
 __all__ = [
     "Collisions",
@@ -21,51 +19,6 @@ __all__ = [
     "model_statistics",
     "position_metrics",
 ]
-
-
-@dataclass(frozen=True)
-class LayerStatistics:
-    """Positions of one layer, over the taps that can move; all lengths in input pixels.
-
-    Attributes:
-        mean_displacement: mean distance of a tap from where it started.
-        max_displacement: largest such distance.
-        receptive_radius: distance of the furthest tap from the centre of the kernel.
-        off_lattice: share of taps that are not on whole pixels, 0 to 1.
-        collisions: taps that share their position with an earlier tap of their position group, fixed ones included.
-        taps: how many taps can move, in all position groups.
-    """
-
-    mean_displacement: float
-    max_displacement: float
-    receptive_radius: float
-    off_lattice: float
-    collisions: int
-    taps: int
-
-
-@torch.no_grad()
-def layer_statistics(layer: ACUConv2d) -> LayerStatistics:
-    """The statistics of one layer; under FSDP2 a collective operation, to be called on every process."""
-    positions, offsets = layer.positions.cpu(), layer.active_offsets().detach().cpu()
-    movable = layer.movable.cpu()
-    distance = layer.displacement.cpu().norm(dim=-1)[:, movable]
-    off_lattice = (offsets != offsets.round()).any(-1)[:, movable]
-    collisions = sum(len(taps) - len(taps.unique(dim=0)) for taps in positions)
-    taps = distance.numel()  # none in a 1x1 kernel whose only tap is fixed
-    return LayerStatistics(
-        mean_displacement=distance.mean().item() if taps else 0.0,
-        max_displacement=distance.max().item() if taps else 0.0,
-        receptive_radius=positions.norm(dim=-1).max().item(),
-        off_lattice=off_lattice.float().mean().item() if taps else 0.0,
-        collisions=collisions,
-        taps=taps,
-    )
-
-
-def model_statistics(model: nn.Module) -> dict[str, LayerStatistics]:
-    """The statistics of every active convolution of ``model``, by qualified name; a shared layer once."""
-    return {name: layer_statistics(layer) for name, layer in acu_layers(model)}
 
 
 class _PositionMetric(Metric):

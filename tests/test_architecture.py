@@ -1,6 +1,7 @@
 """Imports go one way, and every module says what it offers."""
 
 import ast
+import math
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,8 @@ LEVELS = [
     {"functional"},
     {"folded", "taps"},
     {"conv"},
-    {"timm_convs"},
-    {"surgery", "metrics", "figures"},
+    {"timm_convs", "statistics"},
+    {"surgery", "metrics", "figures", "training"},
     {"callbacks", "export"},
     {"models", "data"},
     {"classifier"},
@@ -48,27 +49,60 @@ def room(path):
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imports(path):
-    """(top-level package or None for ours, module) of each import outside ``if TYPE_CHECKING``."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            here = path.relative_to(PACKAGE).parts[:-1]
-            base = here[: len(here) - node.level + 1]
-            names = [node.module] if node.module else [alias.name for alias in node.names]
-            for name in names:
-                yield None, [*base, *name.split(".")][0]
-        elif isinstance(node, ast.ImportFrom):
-            yield node.module.split(".")[0], node.module
+def imports(source, folder=()):
+    """(top-level package or None for ours, module, or room of ours) of each import, also in functions.
+
+    ``folder`` says where the file is in the package, for relative imports.
+    """
+    ours = lightning_acu.__name__
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if node.level:
+                module = ".".join([ours, *folder[: len(folder) - node.level + 1], *filter(None, [module])])
+            # `from lightning_acu import y`: y is a room, or a name that a room has
+            names = [f"{ours}.{alias.name}" for alias in node.names] if module == ours else [module]
         elif isinstance(node, ast.Import):
-            for alias in node.names:
-                yield alias.name.split(".")[0], alias.name
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        for name in names:
+            package, _, rest = name.partition(".")
+            if package == ours:
+                first = rest.split(".")[0] or "__init__"
+                if first != "__version__":  # which the package says before it has any room
+                    yield None, lightning_acu._HOME.get(first, first)
+            else:
+                yield package, name
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("from ..conv import ACUConv2d", (None, "conv")),
+        ("from .. import conv", (None, "conv")),
+        ("from . import schedules", (None, "callbacks")),
+        ("from ._clock import Moment", (None, "callbacks")),
+        ("def f():\n    from ..ops.op import acu", (None, "ops")),
+        ("import lightning_acu.conv", (None, "conv")),
+        ("import lightning_acu.ops.op as op", (None, "ops")),
+        ("from lightning_acu.ops.op import acu", (None, "ops")),
+        ("def f():\n    from lightning_acu import conv", (None, "conv")),
+        ("from lightning_acu import ACUConv2d", (None, "conv")),
+        ("import lightning_acu", (None, "__init__")),
+        ("from torch.nn import functional", ("torch", "torch.nn")),
+        ("import torch.nn", ("torch", "torch.nn")),
+    ],
+)
+def test_all_ways_to_import_are_seen(source, expected):
+    assert list(imports(source, ("callbacks",))) == [expected]
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if room(path) != "__init__"], ids=lambda p: p.stem)
 def test_imports_go_one_way(path):
-    for package, module in imports(path):
+    for package, module in imports(path.read_text(), path.relative_to(PACKAGE).parts[:-1]):
         if package is None and module != room(path):
-            assert LEVEL[module] < LEVEL[room(path)], f"{room(path)} must not import {module}"
+            assert LEVEL.get(module, math.inf) < LEVEL[room(path)], f"{room(path)} must not import {module}"
         if package in ALLOWED:
             assert room(path) in ALLOWED[package], f"{room(path)} must not import {package}"
 

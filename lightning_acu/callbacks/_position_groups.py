@@ -10,7 +10,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import LBFGS, Optimizer
 
 from ..conv import ACUConv2d
-from ._param_groups import add_late_positions, split_off_positions
+from ..training import add_late_positions, split_off_positions
+from ._layers import callbacks_of
 
 __all__ = ["PositionGroups"]
 
@@ -92,5 +93,4 @@ class PositionGroups:
 
     @staticmethod
     def _finetuning(trainer: pl.Trainer) -> list[BaseFinetuning]:
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        return [callback for callback in callbacks if isinstance(callback, BaseFinetuning)]
+        return [callback for callback in callbacks_of(trainer) if isinstance(callback, BaseFinetuning)]

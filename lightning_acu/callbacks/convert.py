@@ -18,13 +18,16 @@ from torchmetrics import Metric
 from ..conv import acu_layers
 from ..folded import FoldedConv2d
 from ..surgery import ConvertConfig, NoEffectWarning, report_acu, was_folded
-from ._layers import require_lightning, trained_layers
-from ._param_groups import add_late_positions
+from ..training import add_late_positions, trained_layers
+from ._layers import averages_of, callbacks_of, require_lightning
 
 __all__ = ["ConvertToACU"]
 
-#: Where a hook that we wrapped keeps the original.
-_WRAPPED = "acu_wrapped_hook"
+#: The hooks of a module that may build its layers, in Lightning's order.
+_BUILDING = ("setup", "configure_model")
+
+#: Where a stand-in for a hook keeps what the instance had in its place.
+_BEFORE = "acu_before"
 
 
 class ConvertToACU(pl.Callback):
@@ -72,10 +75,9 @@ class ConvertToACU(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Convert what is there, and what the module's ``setup`` and ``configure_model`` will have built."""
         require_lightning(self, pl_module)
-        later = [name for name in ("setup", "configure_model") if is_overridden(name, pl_module)]
+        later = [name for name in _BUILDING if is_overridden(name, pl_module)]
         for name in later:
-            convert = functools.partial(self._convert, pl_module, final=name == later[-1])
-            setattr(pl_module, name, _followed_by(getattr(pl_module, name), convert))
+            _follow(pl_module, name, functools.partial(self._convert, pl_module, final=name == later[-1]))
         self._convert(pl_module, final=not later)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -89,7 +91,9 @@ class ConvertToACU(pl.Callback):
                 f"ConvertToACU converted no convolution of {type(pl_module).__name__}: "
                 f"{'; '.join(reasons) or 'it has none'}"
             )
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for copied in averages_of(trainer):  # in `setup`, with what was there
+            _unfollow(copied)
+        callbacks = callbacks_of(trainer)
         for place, callback in enumerate(callbacks):
             average = getattr(callback, "_average_model", None)
             if isinstance(average, nn.Module) and not any(acu_layers(average)):
@@ -107,12 +111,8 @@ class ConvertToACU(pl.Callback):
             rank_zero_info(f"ConvertToACU: gave the positions of {len(added)} layers to an optimizer made before")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave the module's hooks as they were: Lightning calls no teardown then."""
-        self._restore(pl_module)
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leave the module's hooks as they were."""
-        self._restore(pl_module)
+        """Leave the module's hooks as they were, where it came before they were called."""
+        _unfollow(pl_module)
 
     def _convert(self, module: pl.LightningModule, final: bool) -> None:
         left = tuple(f"{n}." for n, child in module.named_modules() if isinstance(child, Metric | FoldedConv2d))
@@ -140,22 +140,38 @@ class ConvertToACU(pl.Callback):
                 "are active"
             )
 
-    def _restore(self, module: pl.LightningModule) -> None:
-        for name in ("setup", "configure_model"):
-            hook = vars(module).get(name)
-            while hasattr(hook, _WRAPPED):  # several of these callbacks wrap one another
-                delattr(module, name)
-                hook = getattr(hook, _WRAPPED)
-                if getattr(hook, "__self__", None) is not module:  # the user's own, on the instance
-                    setattr(module, name, hook)
 
+def _follow(module: nn.Module, name: str, then: Callable[[], None]) -> None:
+    """Have ``then`` called after the next call of a module's hook, by a stand-in that is gone as soon as it is called.
 
-def _followed_by(hook: Callable[..., Any], then: Callable[[], None]) -> Callable[..., Any]:
+    Lightning itself has no hook between these and the optimizer.
+    """
+    hook = getattr(module, name)
+
     @functools.wraps(hook)
-    def both(*args: Any, **kwargs: Any) -> Any:
+    def stand_in(*args: Any, **kwargs: Any) -> Any:
+        _put_back(module, name)
         result = hook(*args, **kwargs)
         then()
         return result
 
-    setattr(both, _WRAPPED, hook)
-    return both
+    setattr(stand_in, _BEFORE, vars(module).get(name))
+    setattr(module, name, stand_in)
+
+
+def _unfollow(module: nn.Module) -> None:
+    """Take away the stand-ins that were not called; several of these callbacks stand in one another's place."""
+    for name in _BUILDING:
+        while _put_back(module, name):
+            pass
+
+
+def _put_back(module: nn.Module, name: str) -> bool:
+    """Whether there was a stand-in to take away."""
+    stand_in = vars(module).get(name)
+    if not hasattr(stand_in, _BEFORE):
+        return False
+    delattr(module, name)
+    if (before := getattr(stand_in, _BEFORE)) is not None:  # the user's own, on the instance, or another stand-in
+        setattr(module, name, before)
+    return True

@@ -12,10 +12,11 @@ from torch import Tensor
 from ..checks import whole_number
 from ..conv import ACUConv2d
 from ..figures import animate_shapes, plot_shapes
-from ..metrics import layer_statistics, position_metrics
+from ..metrics import position_metrics
+from ..statistics import layer_statistics
+from ..training import parameter_ids
 from ._layers import require_layers, require_lightning, require_whole_positions, trained_shapes
-from ._param_groups import held_by
-from .directory import require_local_directory, run_directory
+from ._stages import require_local_directory, run_directory
 
 __all__ = ["OffsetLogger"]
 
@@ -98,7 +99,7 @@ class OffsetLogger(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note where the taps start."""
-        held = held_by(trainer.optimizers)
+        held = parameter_ids(trainer.optimizers)
         layers = require_layers(self, pl_module)
         if not any(id(layer.offsets) in held for _, layer in layers):
             rank_zero_warn(

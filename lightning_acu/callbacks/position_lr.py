@@ -7,21 +7,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 from torch.optim import Optimizer
 
 from ..checks import at_least, whole_number
 from ..conv import ACUConv2d
-from ._gradients import GradientGate, normalize_gradients_
-from ._layers import require_layers, require_lightning, require_whole_positions
-from ._pairs import apply_to_pairs_
-from ._param_groups import held_by, tie_learning_rates
-from ._phase import LearningPhase
+from ..training import (
+    Schedule,
+    confine_positions_,
+    find_schedule,
+    normalize_gradients_,
+    parameter_ids,
+    tie_learning_rates,
+)
+from ._clock import LearningPhase, PositionClock, Warmup
+from ._gate import GradientGate
+from ._layers import callbacks_of, require_layers, require_lightning, require_whole_positions
 from ._position_groups import PositionGroups
-from .round_then_finetune import RoundThenFinetune
-from .schedules import Schedule, find_schedule
 
 __all__ = ["PositionLRSchedule"]
 
@@ -97,6 +99,8 @@ class PositionLRSchedule(pl.Callback):
         self.warmup_epochs = None if warmup_epochs is None else whole_number("warmup_epochs", warmup_epochs)
         self.max_displacement = None if max_displacement is None else at_least("max_displacement", max_displacement)
         self.optimizer_idx = None if optimizer_idx is None else whole_number("optimizer_idx", optimizer_idx)
+        self._warmup = Warmup(self.warmup_steps, self.warmup_epochs or 0)
+        self._clock = PositionClock()
         self._phase = LearningPhase(self.warmup_steps, math.inf)
         self._step = 0
         self._groups = PositionGroups(self.multiplier, self.weight_decay, self.optimizer_idx)
@@ -106,13 +110,13 @@ class PositionLRSchedule(pl.Callback):
         """Stand between the gradients and the optimizers, before LearningRateFinder makes its first steps."""
         require_lightning(self, pl_module)
         if stage == "fit":
-            GradientGate.add(pl_module, self._transform)
+            self._clock = GradientGate.add(pl_module, self._transform).clock
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Split the parameter groups, before the optimizers' state is restored from a checkpoint."""
         layers = require_layers(self, pl_module)
         require_whole_positions(self, trainer)
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
+        for other in callbacks_of(trainer):
             served = (getattr(other, "optimizer_idx", None), self.optimizer_idx)
             mine_too = None in served or served[0] == served[1]
             if isinstance(other, PositionLRSchedule) and other is not self and mine_too:
@@ -124,7 +128,7 @@ class PositionLRSchedule(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find when positions learn, and whether that can work."""
-        self._phase = LearningPhase.find(trainer, self.warmup_steps, self.warmup_epochs)
+        self._phase = self._clock.phase(trainer, self._warmup)
         if math.isinf(self._phase.length) and self.schedule.needs_total:
             raise RuntimeError(
                 f"PositionLRSchedule: `schedule` (={self.schedule}) needs a training with a known end; "
@@ -162,13 +166,12 @@ class PositionLRSchedule(pl.Callback):
         before, self._step = self._step, trainer.global_step
         gate = GradientGate.of(pl_module)
         assert gate is not None
-        if self._step > before and not self._warming_up(trainer, self._step - 1) and not self._rounded(trainer):
-            slack = [self.schedule.slack(self._phase.time(step), self._phase.length) for step in (before, self._step)]
-            pull = 1 - slack[1] / slack[0] if slack[0] > 0 else 1.0
+        if self._step > before and self._clock.may_learn(trainer, self._warmup, self._step - 1):
+            pull = self.schedule.pull(self._phase.time(before), self._phase.time(self._step), self._phase.length)
             if pull > 0 or self.max_displacement is not None:
-                held = held_by(self._groups.optimizers(trainer))
-                layers = [layer for layer in gate.layers if id(layer.offsets) in held]
-                self._confine([layer for layer in layers if layer.offsets.requires_grad], pull)
+                held = parameter_ids(self._groups.optimizers(trainer))
+                layers = [layer for layer in gate.layers if id(layer.offsets) in held and layer.offsets.requires_grad]
+                confine_positions_(layers, pull, self.max_displacement)
         self._tie(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -192,14 +195,6 @@ class PositionLRSchedule(pl.Callback):
         if stage == "fit":
             GradientGate.remove(pl_module, self._transform)
 
-    @staticmethod
-    def _rounded(trainer: pl.Trainer) -> bool:
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        return any(isinstance(c, RoundThenFinetune) and c.rounded_at is not None for c in callbacks)
-
-    def _warming_up(self, trainer: pl.Trainer, step: int) -> bool:
-        return step < self.warmup_steps or trainer.current_epoch < (self.warmup_epochs or 0)
-
     def _tie(self, trainer: pl.Trainer) -> None:
         factor = self.multiplier * self.schedule.rate(self._phase.time(trainer.global_step), self._phase.length)
         for optimizer in self._groups.optimizers(trainer):
@@ -209,7 +204,7 @@ class PositionLRSchedule(pl.Callback):
         if self.optimizer_idx is not None and optimizer is not trainer.optimizers[self.optimizer_idx]:
             return
         # LearningRateFinder and BatchSizeFinder take all callbacks away, and give every group one rate.
-        if self._warming_up(trainer, trainer.global_step) or self not in trainer.callbacks:  # type: ignore[attr-defined]
+        if not self._clock.may_learn(trainer, self._warmup) or self not in callbacks_of(trainer):
             for layer in layers:
                 layer.offsets.grad = None
         elif self.normalize:
@@ -219,18 +214,3 @@ class PositionLRSchedule(pl.Callback):
                 # Fused optimizers divide by the scale of mixed precision themselves, in the step.
                 for layer in layers:
                     layer.offsets.grad = scaler.scale(layer.offsets.grad)
-
-    def _confine(self, layers: Sequence[ACUConv2d], pull: float) -> None:
-        """Move each tap back to ``max_displacement``, and the share ``pull`` of its way to the nearest pixel."""
-
-        def confine(offsets: Tensor, start: Tensor) -> Tensor:
-            if self.max_displacement is not None:
-                moved = offsets - start
-                length = moved.norm(dim=-1, keepdim=True)
-                offsets = torch.where(
-                    length > self.max_displacement, start + moved * (self.max_displacement / length), offsets
-                )
-            return offsets.lerp(offsets.round(), pull)
-
-        starts = [layer.starting_offsets().flatten() for layer in layers]
-        apply_to_pairs_([layer.offsets for layer in layers], confine, starts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
@@ -15,17 +15,29 @@ from torch.optim import Optimizer
 from ..checks import at_least
 from ..conv import ACUConv2d
 from ..figures import plot_shapes
-from ..metrics import LayerStatistics, layer_statistics
-from ._averages import keep_rounded, swapped_in
-from ._evaluate import evaluate, log_evaluation
-from ._gradients import GradientGate
-from ._layers import require_layers, require_lightning, require_whole_positions, reshard, trained_shapes
-from ._moment import Moment
-from ._restart import rate_ratios, restart_rates
-from ._rounding import round_layers
-from ._steps import total_steps
-from .directory import require_local_directory, run_directory
-from .schedules import Schedule, find_schedule
+from ..statistics import LayerStatistics, layer_statistics
+from ..training import (
+    Collision,
+    Schedule,
+    check_collision,
+    find_schedule,
+    keep_rounded_,
+    rate_ratios,
+    restart_rates,
+    round_layers,
+)
+from ._clock import Moment, PositionClock, step_of_rounding, total_steps
+from ._gate import GradientGate
+from ._layers import (
+    averages_of,
+    require_layers,
+    require_lightning,
+    require_whole_positions,
+    reshard,
+    swapped_in,
+    trained_shapes,
+)
+from ._stages import require_local_directory, run_directory
 
 __all__ = ["RoundThenFinetune"]
 
@@ -38,10 +50,9 @@ class RoundThenFinetune(pl.Callback):
     copies of the model (WeightAveraging, StochasticWeightAveraging, timm's ModelEma) get the same positions. The
     optimizer forgets what it knew of positions (momentum) and keeps the rest.
 
-    The validation data are evaluated before, right after rounding and at the end, without other callbacks noticing;
-    loggers get the numbers as ``acu/before_rounding/NAME``, ``acu/after_rounding/NAME`` and ``acu/final/NAME``, and
-    ``results`` holds them. The log directory keeps the model just before and just after (``before_rounding.ckpt``,
-    ``rounded.ckpt``) and the learned shapes (``shapes_before_rounding.png``).
+    The log directory keeps the model just before and just after (``before_rounding.ckpt``, ``rounded.ckpt``) and the
+    learned shapes (``shapes_before_rounding.png``). How good the model was at each stage, says
+    :func:`~lightning_acu.callbacks.evaluate_stages` after the training.
 
     Steps are the trainer's ``global_step``, as ``Trainer(max_steps=...)`` counts them.
 
@@ -55,7 +66,6 @@ class RoundThenFinetune(pl.Callback):
             "step", or a :class:`~lightning_acu.callbacks.schedules.Schedule`.
         collision: what to do when taps of one layer end on one pixel: "report" them (their weights add up, nothing is
             lost); raise an "error"; or "separate" them, each to a pixel of its own, as near as possible.
-        evaluate: run the three validations.
         keep: write the two checkpoints (weights only) and the picture. They go to the logger's directory, or without a
             logger to the trainer's ``default_root_dir``.
 
@@ -78,13 +88,11 @@ class RoundThenFinetune(pl.Callback):
         at_fraction: float | None = None,
         finetune_lr: float | None = None,
         finetune_schedule: str | Schedule = "cosine",
-        collision: Literal["report", "error", "separate"] = "report",
-        evaluate: bool = True,
+        collision: Collision = "report",
         keep: bool = True,
     ) -> None:
         self.moment = Moment(at_step, at_epoch, at_fraction)
-        if collision not in ("report", "error", "separate"):
-            raise ValueError(f"`collision` (={collision!r}) must be 'report', 'error' or 'separate'")
+        check_collision(collision)
         if finetune_lr is not None and at_least("finetune_lr", finetune_lr) == 0:
             raise ValueError(f"`finetune_lr` (={finetune_lr}) must be positive; None lets the scheduler go on")
         if finetune_lr is None and finetune_schedule != "cosine":
@@ -92,8 +100,8 @@ class RoundThenFinetune(pl.Callback):
         self.finetune_lr = finetune_lr
         self.finetune_schedule = find_schedule("finetune_schedule", finetune_schedule)
         self.collision = collision
-        self.evaluate = evaluate
         self.keep = keep
+        self._clock = PositionClock()
         self._forget()
 
     def _forget(self) -> None:
@@ -103,8 +111,6 @@ class RoundThenFinetune(pl.Callback):
         self.learned: dict[str, LayerStatistics] = {}
         #: Where the model just before and just after rounding was saved.
         self.checkpoints: dict[str, str] = {}
-        #: Validation metrics "before_rounding", "after_rounding" and "final".
-        self.results: dict[str, dict[str, float]] = {}
         #: For each optimizer, its groups' learning rates over the highest, when rounding.
         self._ratios: list[list[float]] = []
 
@@ -114,7 +120,8 @@ class RoundThenFinetune(pl.Callback):
         if stage == "fit":
             if trainer.global_step == 0:
                 self._forget()
-            GradientGate.add(pl_module, self._freeze)
+            self._clock = GradientGate.add(pl_module, self._freeze).clock
+            self._clock.set(self)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that there is something to round."""
@@ -125,7 +132,7 @@ class RoundThenFinetune(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the step, and whether it can work."""
-        step, steps = self.step_of_rounding(trainer), total_steps(trainer)
+        step, steps = step_of_rounding(self, trainer), total_steps(trainer)
         if self.finetune_lr is not None and self.finetune_schedule.needs_total and math.isinf(steps):
             raise RuntimeError(
                 f"RoundThenFinetune: `finetune_schedule` (={self.finetune_schedule}) needs a training with an end; "
@@ -165,26 +172,22 @@ class RoundThenFinetune(pl.Callback):
         self._hold(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Evaluate the end; say so if the step never came."""
+        """Whole positions in what averaging made of the model; say so if the step never came."""
         self._hold(trainer, pl_module)  # WeightAveraging has copied its average into the model, or will
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
-        if self.rounded_at is None:
+        if self.rounded_at is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_warn(
                 f"RoundThenFinetune: training ended at step {trainer.global_step}, before {self.moment}; "
                 "the positions are not rounded"
             )
-        else:
-            self._evaluate(trainer, "final")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave the module as it was: Lightning calls no teardown then."""
-        GradientGate.remove(pl_module, self._freeze)
+        self._leave(pl_module)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the module as it was."""
         if stage == "fit":
-            GradientGate.remove(pl_module, self._freeze)
+            self._leave(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """Whether and when positions were rounded, for a resume."""
@@ -192,7 +195,6 @@ class RoundThenFinetune(pl.Callback):
             "rounded_at": self.rounded_at,
             "learned": {name: vars(row) for name, row in self.learned.items()},
             "checkpoints": dict(self.checkpoints),
-            "results": {moment: dict(metrics) for moment, metrics in self.results.items()},
             "ratios": self._ratios,
         }
 
@@ -201,46 +203,43 @@ class RoundThenFinetune(pl.Callback):
         self.rounded_at = state_dict["rounded_at"]
         self.learned = {name: LayerStatistics(**row) for name, row in state_dict["learned"].items()}
         self.checkpoints = dict(state_dict["checkpoints"])
-        self.results = dict(state_dict["results"])
         self._ratios = state_dict["ratios"]
 
-    def step_of_rounding(self, trainer: pl.Trainer) -> float | None:
-        """The optimizer step before which positions are, or were, rounded; None where epochs have no known length."""
-        return self.moment.step(trainer) if self.rounded_at is None else self.rounded_at
+    def _leave(self, pl_module: pl.LightningModule) -> None:
+        GradientGate.remove(pl_module, self._freeze)
+        self._clock.unset(self)
 
     def _round(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         layers = require_layers(self, pl_module)
         learned = {name: layer_statistics(layer) for name, layer in layers}
         self._keep(trainer, pl_module, "before_rounding")
         self._draw(trainer, pl_module)
-        self._evaluate(trainer, "before_rounding")
         reshard(pl_module)  # a validation may have left parameters gathered, where changes would be lost
-        done = round_layers(layers, self.collision)
+        report = round_layers(layers, self.collision)
         self.learned, self.rounded_at = learned, trainer.global_step
-        keep_rounded(trainer, pl_module)
-        rank_zero_info(f"RoundThenFinetune: rounded the positions at step {self.rounded_at}; {done}")
+        keep_rounded_(pl_module, averages_of(trainer))
+        rank_zero_info(f"RoundThenFinetune: rounded the positions at step {self.rounded_at}; {report}")
+        if report.nothing_learned:
+            rank_zero_warn(
+                "RoundThenFinetune: after rounding all taps are where they started, so nothing was learned; raise the "
+                "`multiplier` of PositionLRSchedule, or train longer before rounding"
+            )
         for optimizer in trainer.optimizers:  # momentum of positions means nothing any more
             for _, layer in layers:
                 optimizer.state.pop(layer.offsets, None)
         self._keep(trainer, pl_module, "rounded")
-        self._evaluate(trainer, "after_rounding")
         self._ratios = [rate_ratios(optimizer) for optimizer in trainer.optimizers]
 
     def _hold(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Not where another model is validated with the same trainer.
         if self.rounded_at is not None and trainer.state.fn == TrainerFn.FITTING:
-            keep_rounded(trainer, pl_module)
+            keep_rounded_(pl_module, averages_of(trainer))
 
     def _restart_rates(self, trainer: pl.Trainer) -> None:
         if self.finetune_lr is not None and self.rounded_at is not None:
             length = total_steps(trainer) - self.rounded_at
             share = self.finetune_schedule.rate(trainer.global_step - self.rounded_at, length)
             restart_rates(trainer.optimizers, self._ratios, self.finetune_lr * share)
-
-    def _evaluate(self, trainer: pl.Trainer, moment: str) -> None:
-        if self.evaluate:
-            self.results[moment] = evaluate(trainer)
-            log_evaluation(trainer, moment, self.results[moment])
 
     def _keep(self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> None:
         directory = run_directory(trainer)
@@ -258,6 +257,6 @@ class RoundThenFinetune(pl.Callback):
 
     def _freeze(self, trainer: pl.Trainer, optimizer: Optimizer, layers: Sequence[ACUConv2d]) -> None:
         # None, not requires_grad=False: DDP waits for the gradient of every parameter it saw at the start.
-        if self.rounded_at is not None:
+        if not self._clock.may_learn(trainer):
             for layer in layers:
                 layer.offsets.grad = None

@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
-from ..callbacks import RoundThenFinetune
-from ..callbacks.directory import run_directory
-from ..metrics import model_statistics
+from ..callbacks import RoundThenFinetune, evaluate_stages
+from ..callbacks._layers import callbacks_of
+from ..callbacks._stages import run_directory
+from ..statistics import model_statistics
 from .commands import COMMANDS
 from .config_files import expand_configs
 
@@ -62,34 +62,17 @@ class ACULightningCLI(LightningCLI):
         """Test, if asked to."""
         if self.config["fit"]["test_after_fit"] and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             directory = run_directory(self.trainer)
-            self._summarize(directory, self._test_all(directory))
+            self.trainer.save_checkpoint(directory / "final.ckpt", weights_only=True)
+            stages = evaluate_stages(
+                self.trainer, self.model, self._rounding, datamodule=self.datamodule, method="test"
+            )
+            self._summarize(directory, stages)
 
     @property
     def _rounding(self) -> RoundThenFinetune | None:
         """The callback that rounded during this fit, if there is one."""
-        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        return next((c for c in callbacks if isinstance(c, RoundThenFinetune) and c.checkpoints), None)
-
-    def _test_all(self, directory: Path) -> dict[str, dict[str, float]]:
-        """Test metrics of each stage of the training that was kept, and of the model as it is now."""
-        final = str(directory / "final.ckpt")
-        self.trainer.save_checkpoint(final, weights_only=True)
-        stages = {"final": final}
-        if (rounding := self._rounding) is not None:
-            kept = {"before rounding": "before_rounding", "after rounding": "rounded"}
-            stages = {stage: rounding.checkpoints[name] for stage, name in kept.items()}
-            for stage, path in list(stages.items()):
-                if not Path(path).exists():  # of a run that was resumed elsewhere
-                    rank_zero_warn(f"{path} is gone; the table at the end leaves out the model {stage}")
-                    del stages[stage]
-            stages["after fine-tuning"] = final  # last, so that this is the model the trainer is left with
-        return {stage: self._test(path) for stage, path in stages.items()}
-
-    def _test(self, checkpoint: str) -> dict[str, float]:
-        # weights_only=False: a file of our own, whose hyperparameters may name classes.
-        self.model.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=False)["state_dict"])
-        (metrics,) = self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
-        return {name: float(value) for name, value in metrics.items()}
+        callbacks = callbacks_of(self.trainer)
+        return next((c for c in callbacks if isinstance(c, RoundThenFinetune) and c.rounded_at is not None), None)
 
     @rank_zero_only
     def _summarize(self, directory: Path, tests: dict[str, dict[str, float]]) -> None:

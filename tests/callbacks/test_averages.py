@@ -12,9 +12,8 @@ from timm.utils import ModelEma, ModelEmaV2, ModelEmaV3
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 from lightning_acu import acu_layers
-from lightning_acu.callbacks import OffsetLogger, PositionLRSchedule, RoundThenFinetune
-from lightning_acu.callbacks._averages import averaged_layers
-from lightning_acu.callbacks._layers import trained_layers
+from lightning_acu.callbacks import OffsetLogger, PositionLRSchedule, RoundThenFinetune, evaluate_stages
+from lightning_acu.training import trained_layers
 
 WeightAveraging = getattr(pl.callbacks, "WeightAveraging", None)
 needs_weight_averaging = pytest.mark.skipif(WeightAveraging is None, reason="new in Lightning 2.6")
@@ -80,15 +79,6 @@ def test_weight_averaging_ends_with_whole_positions(tmp_path, kind, first):
     assert all(torch.equal(offsets, rounded) for offsets in [*spy.offsets[6:], *seen])
     assert len(seen) >= epochs - 2
     assert not torch.equal(model.weights, spy.weights[-1])  # those are averaged
-
-
-def test_this_average_does_lose_whole_numbers():
-    """Else the tests above show nothing."""
-    whole = torch.arange(-7.0, 8.0)
-    average, update = whole.clone(), get_ema_avg_fn(0.997)
-    for step in range(180):
-        average = update(average, whole, torch.tensor(step))
-    assert not torch.equal(average, whole)
 
 
 @pytest.mark.skipif(not hasattr(pl.callbacks, "EMAWeightAveraging"), reason="new in Lightning 2.6")
@@ -212,26 +202,6 @@ def test_a_teacher_of_a_callback_stays_as_it_is(tmp_path):
     assert torch.equal(positions(teaches.teacher), before)
 
 
-@pytest.mark.parametrize("teacher_first", [True, False])
-def test_an_average_is_of_the_student_not_of_a_teacher_of_the_same_build(teacher_first):
-    class Distils(pl.LightningModule):
-        def __init__(self):
-            super().__init__()
-            nets = {"teacher": Module().net.requires_grad_(False), "student": Module().net}
-            for name in sorted(nets, reverse=teacher_first):
-                setattr(self, name, nets[name])
-            self.ema = ModelEmaV3(self.student)
-            with torch.no_grad():
-                self.student[0].weight += 0.01
-
-    model = Distils()
-    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    pairs = list(averaged_layers(trainer, model))
-    assert [(id(layer), id(average)) for layer, average in pairs] == [
-        (id(model.student[index]), id(model.ema.module[index])) for index in (0, 2)
-    ]
-
-
 @needs_weight_averaging
 @pytest.mark.filterwarnings("ignore:RoundThenFinetune. training ended at step")
 @pytest.mark.parametrize("stop", [1, 2, 3])
@@ -256,16 +226,31 @@ def test_resume_before_at_and_after_rounding(tmp_path, stop):
     assert torch.equal(resumed.offsets, model.offsets)
     assert torch.equal(resumed.weights, model.weights)
     assert torch.equal(positions(other_average._average_model), positions(average._average_model))
-    assert other.results == rounding.results
     assert other.learned == rounding.learned
 
 
 @needs_weight_averaging
-def test_what_is_kept_and_evaluated_is_the_average(tmp_path):
-    model, rounding, average = Module(), RoundThenFinetune(at_step=AT), ema(0.9)
-    fit(model, callbacks(rounding, average, True), tmp_path)
-    for name, moment in (("before_rounding", "before_rounding"), ("rounded", "after_rounding")):
+@pytest.mark.parametrize("kind", ["WeightAveraging", "a user's own"])
+def test_what_is_kept_and_evaluated_is_not_swapped_for_the_last_average(tmp_path, kind):
+    """WeightAveraging goes on putting its average in place of the weights in each validation, also after training."""
+
+    class Swaps(Emas):
+        def on_validation_epoch_start(self, trainer, pl_module):
+            self.own = copy.deepcopy(pl_module.net.state_dict())
+            pl_module.net.load_state_dict(self.ema.module.state_dict())
+
+        def on_validation_epoch_end(self, trainer, pl_module):
+            pl_module.net.load_state_dict(self.own)
+
+    average = ema(0.9) if kind == "WeightAveraging" else Swaps(EMAS["ModelEmaV3"])
+    model, rounding = Module(), RoundThenFinetune(at_step=AT)
+    trainer = fit(model, callbacks(rounding, average, True), tmp_path, num_sanity_val_steps=0)
+    expected = {}
+    for stage, name in (("before rounding", "before_rounding"), ("after rounding", "rounded")):
         other = Module()
         other.load_state_dict(torch.load(rounding.checkpoints[name], weights_only=True)["state_dict"])
-        assert rounding.results[moment] == validate(other, tmp_path)
-    assert rounding.results["final"] == validate(model, tmp_path)
+        expected[stage] = validate(other, tmp_path)
+    expected["after fine-tuning"] = validate(model, tmp_path)
+    assert len({metrics["loss"] for metrics in expected.values()}) == 3
+    assert evaluate_stages(trainer, model, rounding) == expected
+    assert average in trainer.callbacks

@@ -1,35 +1,16 @@
-"""RoundThenFinetune: the numbers it logs of the model before, after and in the end; the restarted learning rate."""
+"""RoundThenFinetune: the restarted learning rate."""
 
 import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.tiny import Spy, TinyModule, fit, loader, validate
-from lightning.pytorch.loggers import CSVLogger, Logger
+from helpers.tiny import TinyModule, fit, loader
 
 from lightning_acu.callbacks import PositionLRSchedule, RoundThenFinetune
 
 
 def schedule():
     return PositionLRSchedule(3.0, warmup_steps=1)
-
-
-class Recorder(Logger):
-    name, version = "recorder", 0
-
-    def __init__(self, directory):
-        super().__init__()
-        self.records, self.directory = [], str(directory)
-
-    @property
-    def save_dir(self):
-        return self.directory
-
-    def log_metrics(self, metrics, step=None):
-        self.records.append((step, metrics))
-
-    def log_hyperparams(self, params, *arguments):
-        pass
 
 
 class Validating(TinyModule):
@@ -41,61 +22,6 @@ class Validating(TinyModule):
 
     def val_dataloader(self):
         return loader(batches=3)
-
-
-def validated(path, tmp_path):
-    model = Validating()
-    model.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
-    return validate(model, tmp_path)
-
-
-def test_every_logger_hears_how_good_the_model_is_before_and_after_and_in_the_end(tmp_path):
-    loggers = [Recorder(tmp_path / "a"), Recorder(tmp_path / "b"), CSVLogger(tmp_path / "c")]
-    model, rounding = Validating(), RoundThenFinetune(at_step=9)
-    trainer = fit(model, [schedule(), rounding], tmp_path, logger=loggers)
-    trainer.save_checkpoint(tmp_path / "final.ckpt")
-    expected = {
-        "before_rounding": (9, validated(rounding.checkpoints["before_rounding"], tmp_path)),
-        "after_rounding": (9, validated(rounding.checkpoints["rounded"], tmp_path)),
-        "final": (12, validated(tmp_path / "final.ckpt", tmp_path)),
-    }
-    assert len({values["val_loss"] for _, values in expected.values()}) == 3
-    assert rounding.results == {moment: values for moment, (_, values) in expected.items()}
-    for logger in loggers[:2]:
-        records = [record for record in logger.records if any(name.startswith("acu/") for name in record[1])]
-        assert records == [
-            (step, {f"acu/{moment}/{name}": value for name, value in values.items()})
-            for moment, (step, values) in expected.items()
-        ]
-    text = (tmp_path / "c" / "lightning_logs" / "version_0" / "metrics.csv").read_text()
-    assert "acu/final/val_accuracy" in text
-
-
-def test_without_evaluation_or_validation_data_nothing_is_logged(tmp_path):
-    for model, rounding in (
-        (Validating(), RoundThenFinetune(at_step=9, evaluate=False)),
-        (TinyModule(), RoundThenFinetune(at_step=9)),
-    ):
-        logger = Recorder(tmp_path)
-        fit(model, [schedule(), rounding], tmp_path, logger=logger)
-        assert not any(rounding.results.values())
-        assert not any(name.startswith("acu/") for _, metrics in logger.records for name in metrics)
-
-
-def test_the_evaluations_change_nothing(tmp_path):
-    runs = []
-    for evaluate in (True, False):
-        torch.manual_seed(0)
-        model, spy, logger = Validating(), Spy(), Recorder(tmp_path)
-        model.net.append(torch.nn.Dropout(0.3))
-        rounding = RoundThenFinetune(at_step=9, finetune_lr=0.05, evaluate=evaluate)
-        fit(model, [schedule(), rounding, spy], tmp_path, logger=logger, max_epochs=3)
-        records = [(step, {k: v for k, v in m.items() if "acu/" not in k}) for step, m in logger.records]
-        runs.append((torch.stack(spy.weights), torch.stack(spy.offsets), [r for r in records if r[1]]))
-    assert torch.equal(runs[0][0], runs[1][0])
-    assert torch.equal(runs[0][1], runs[1][1])
-    assert runs[0][2] == runs[1][2]
-    assert len(runs[0][2]) == 3
 
 
 class Scheduled(Validating):

@@ -339,6 +339,6 @@ def test_longer_training_after_rounding_stays_frozen_and_says_so(tmp_path, caplo
 
 def test_a_module_of_the_other_package_is_named():
     with pytest.raises(
-        TypeError, match=r"RoundThenFinetune: Linear is no lightning.pytorch.LightningModule; write `imp"
+        TypeError, match=r"RoundThenFinetune: Linear is not a lightning.pytorch.LightningModule; write `imp"
     ):
         RoundThenFinetune(at_step=1).setup(None, torch.nn.Linear(1, 1), "fit")

@@ -1,5 +1,9 @@
 """The one place where callbacks change the gradients of positions: after clipping, before the optimizer's step.
 
+Lightning has no hook there: a callback's ``on_before_optimizer_step`` comes before clipping, and under manual
+optimisation users clip by themselves. So the gate takes the place of three methods of the module, the only attributes
+of a user's object that this package replaces; they are back when training ends.
+
 By then the gradient is complete: summed over accumulated batches, averaged over processes, unscaled. And weights are
 clipped as if the positions were not there, because their gradients are set aside meanwhile. (Normalising in a
 callback's ``on_before_optimizer_step``, before clipping, let unit gradients of positions squeeze those of the weights.)
@@ -12,16 +16,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from ..conv import ACUConv2d
-from ._layers import trained_layers
-from ._pairs import apply_to_pairs_
-from ._param_groups import held_by
+from ..training import parameter_ids, trained_layers
+from ._clock import PositionClock
 
-__all__ = ["GradientGate", "normalize_gradients_", "unit_vectors"]
+__all__ = ["GradientGate"]
 
 #: Changes ``layer.offsets.grad`` of the layers that an optimizer is about to step. None there makes the optimizer
 #: leave the positions alone altogether; a zero gradient would let momentum and decay move them.
@@ -41,6 +42,8 @@ class GradientGate:
     def __init__(self, module: pl.LightningModule) -> None:
         self.module = module
         self.transforms: list[Transform] = []
+        #: When positions may learn: what the callbacks of this training share.
+        self.clock = PositionClock()
         self._layers: list[ACUConv2d] | None = None
         self._replaced = {name: getattr(module, name) for name in _HOOKS}
         self._own = {name: vars(module)[name] for name in _HOOKS if name in vars(module)}
@@ -54,11 +57,12 @@ class GradientGate:
         return gate if isinstance(gate, cls) and gate.module is module else None
 
     @classmethod
-    def add(cls, module: pl.LightningModule, transform: Transform) -> None:
-        """Apply ``transform`` from now on; harmless when it is applied already."""
+    def add(cls, module: pl.LightningModule, transform: Transform) -> GradientGate:
+        """Apply ``transform`` from now on; harmless when it is applied already. The gate of ``module``."""
         gate = cls.of(module) or cls(module)
         if transform not in gate.transforms:
             gate.transforms.append(transform)
+        return gate
 
     @classmethod
     def remove(cls, module: pl.LightningModule, transform: Transform) -> None:
@@ -115,27 +119,9 @@ class GradientGate:
 
     def _stepped(self, optimizer: Optimizer) -> list[ACUConv2d]:
         """The active convolutions whose positions ``optimizer`` is about to step."""
-        held = held_by([optimizer])
+        held = parameter_ids([optimizer])
         return [layer for layer in self.layers if id(layer.offsets) in held]
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a copy of the module (weight averaging makes one) or a pickled one: a gate without transforms."""
-        return {**vars(self), "transforms": [], "_layers": None}
-
-
-def normalize_gradients_(layers: Sequence[ACUConv2d]) -> None:
-    """Scale each tap's gradient to length 1, in place and for all layers at once (see :func:`unit_vectors`)."""
-    apply_to_pairs_([layer.offsets.grad for layer in layers if layer.offsets.grad is not None], unit_vectors)
-
-
-def unit_vectors(pairs: Tensor) -> Tensor:
-    """(N, 2) to (N, 2): each row divided by its length; a zero row stays zero, one that is not finite stays so.
-
-    The learning rate of positions is then in pixels a step (for SGD without momentum), whatever the scale of the loss
-    and the depth of the layer. Source: Jeon & Kim, section 3.3, the normalised gradient (g_y, g_x) / |g|.
-    """
-    # Scaled by the larger entry first: the square of a float32 gradient below 1e-19 would underflow to zero.
-    largest = pairs.abs().amax(-1, keepdim=True)
-    scaled = torch.where(largest > 0, pairs / largest, pairs)
-    length = scaled.norm(dim=-1, keepdim=True)
-    return torch.where(length > 0, scaled / length, scaled)
+        """For a copy of the module (weight averaging makes one) or a pickled one: a gate that does nothing."""
+        return {**vars(self), "transforms": [], "clock": PositionClock(), "_layers": None}

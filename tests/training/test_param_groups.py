@@ -5,7 +5,7 @@ import torch
 from helpers.schedulers import SCHEDULERS
 from torch.optim import lr_scheduler as lrs
 
-from lightning_acu.callbacks._param_groups import GROUP_NAME, split_off_positions, tie_learning_rates
+from lightning_acu.training.param_groups import GROUP_NAME, split_off_positions, tie_learning_rates
 
 
 def parameters():

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from lightning_acu.callbacks.schedules import Constant, Cosine, LatticeDecay, Linear, Schedule, Step, find_schedule
+from lightning_acu.training.schedules import Constant, Cosine, LatticeDecay, Linear, Schedule, Step, find_schedule
 
 HALF = (1 + math.sqrt(0.5)) / 2
 

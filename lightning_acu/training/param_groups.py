@@ -1,8 +1,11 @@
-"""Positions in a parameter group of their own, in optimizers and under schedulers that are already there."""
+"""Parameter groups in optimizers and under schedulers that are already there: one of their own for positions.
+
+And learning rates: of positions, tied to those of the weights; of the weights, restarted for fine-tuning.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,8 +16,10 @@ from ..conv import ACUConv2d
 __all__ = [
     "GROUP_NAME",
     "add_late_positions",
-    "held_by",
     "is_position_group",
+    "parameter_ids",
+    "rate_ratios",
+    "restart_rates",
     "set_learning_rate",
     "split_off_positions",
     "tie_learning_rates",
@@ -54,8 +59,19 @@ def split_off_positions(
     New groups go to the end, where they change no other's index; with ``keep_last`` beside the one they come from, so
     that the first and the last group stay first and last.
 
+    Args:
+        optimizer: whose groups to split.
+        schedulers: its learning rate schedulers, of torch or of timm.
+        offsets: the ``offsets`` of active convolutions; those that ``optimizer`` does not hold play no part.
+        multiplier: learning rate of positions over that of the group they came from.
+        weight_decay: for positions; it pulls the taps back to the regular grid.
+        keep_last: put new groups beside their source instead of at the end.
+
     Returns:
         The offsets that ``optimizer`` holds.
+
+    Raises:
+        RuntimeError: the optimizer has no learning rate to take a share of.
     """
     wanted = {id(parameter) for parameter in offsets}
     found: list[nn.Parameter] = []
@@ -69,7 +85,8 @@ def split_off_positions(
             continue
         if group["lr"] is None:
             raise RuntimeError(
-                f"PositionLRSchedule: {type(optimizer).__name__} has no learning rate (lr=None) to take a share of"
+                f"{type(optimizer).__name__} has no learning rate (lr=None) that positions could have a share of; "
+                "choose an optimizer that has one"
             )
         source = next(index for index, other in enumerate(groups) if other is group)
         new = {key: value for key, value in group.items() if key not in ("params", "param_names")}
@@ -117,7 +134,7 @@ def add_late_positions(optimizers: Iterable[Optimizer], layers: Iterable[tuple[s
     return added
 
 
-def held_by(optimizers: Iterable[Optimizer]) -> set[int]:
+def parameter_ids(optimizers: Iterable[Optimizer]) -> set[int]:
     """The ids of all parameters that ``optimizers`` hold."""
     return {id(parameter) for o in optimizers for group in o.param_groups for parameter in group["params"]}
 
@@ -143,6 +160,29 @@ def set_learning_rate(group: dict[str, Any], rate: float | Tensor) -> None:
         group["lr"].fill_(rate)
     else:
         group["lr"] = rate
+
+
+def rate_ratios(optimizer: Optimizer) -> list[float]:
+    """The learning rate of each parameter group over that of the highest; all 1 where all are zero."""
+    rates = [0.0 if is_position_group(group) else float(group["lr"]) for group in optimizer.param_groups]
+    return [rate / max(rates) if max(rates) > 0 else 1.0 for rate in rates]
+
+
+def restart_rates(optimizers: Sequence[Optimizer], ratios: Sequence[Sequence[float]], rate: float) -> None:
+    """Set every group's learning rate to ``rate`` times its ratio, in place of what a scheduler says.
+
+    Groups of positions follow their source by themselves. Groups that came after the ratios were taken
+    (BackboneFinetuning adds some) keep the rate that whoever added them gives them.
+
+    Args:
+        optimizers: whose rates to set.
+        ratios: for each optimizer, what :func:`rate_ratios` said when fine-tuning began.
+        rate: of the group with the highest ratio.
+    """
+    for optimizer, shares in zip(optimizers, ratios, strict=True):
+        for group, share in zip(optimizer.param_groups, shares, strict=False):
+            if not is_position_group(group):
+                set_learning_rate(group, rate * share)
 
 
 def _walk(scheduler: Any) -> Iterator[Any]:

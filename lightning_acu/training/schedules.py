@@ -1,0 +1,157 @@
+"""How the learning rate of positions runs over the steps in which they learn: pure functions of the step.
+
+``step`` counts from the end of the warm-up, ``total`` is the number of steps until positions are rounded, or until the
+training ends. To write your own, subclass :class:`Schedule`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+__all__ = ["Constant", "Cosine", "LatticeDecay", "Linear", "Schedule", "Step", "find_schedule"]
+
+
+class Schedule:
+    """The base of all: a constant rate, and taps that go where they like."""
+
+    def rate(self, step: int, total: float) -> float:
+        """Factor on the learning rate of positions at ``step``, 0 <= step <= total."""
+        return 1.0
+
+    def slack(self, step: int, total: float) -> float:
+        """How far from whole pixels taps may be at ``step``: 1, as far as they like, to 0, on them.
+
+        From one step to the next every tap goes a share of its way to the nearest pixel, see :meth:`pull`.
+        """
+        return 1.0
+
+    def pull(self, before: int, step: int, total: float) -> float:
+        """The share of its way to the nearest pixel, 0 to 1, that each tap goes from step ``before`` to ``step``."""
+        slack = self.slack(before, total)
+        return 1 - self.slack(step, total) / slack if slack > 0 else 1.0
+
+    @property
+    def needs_total(self) -> bool:
+        """Whether the schedule makes sense only for a training whose length is known."""
+        return True
+
+
+@dataclass(frozen=True)
+class Constant(Schedule):
+    """The same factor, 1, at all steps: positions follow the schedule of the weights."""
+
+    @property
+    def needs_total(self) -> bool:
+        """It runs for ever."""
+        return False
+
+
+@dataclass(frozen=True)
+class Cosine(Schedule):
+    """From 1 to ``floor`` along half a cosine: floor + (1 - floor) * (1 + cos(pi * step / total)) / 2."""
+
+    floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_share("floor", self.floor)
+
+    def rate(self, step: int, total: float) -> float:
+        """See the class."""
+        return self.floor + (1 - self.floor) * (1 + math.cos(math.pi * _progress(step, total))) / 2
+
+
+@dataclass(frozen=True)
+class Linear(Schedule):
+    """From 1 to ``floor`` along a line."""
+
+    floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_share("floor", self.floor)
+
+    def rate(self, step: int, total: float) -> float:
+        """See the class."""
+        return 1 - (1 - self.floor) * _progress(step, total)
+
+
+@dataclass(frozen=True)
+class Step(Schedule):
+    """Multiplied by ``factor`` at each of the ``milestones``, given as shares of the total."""
+
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    factor: float = 0.1
+
+    def __post_init__(self) -> None:
+        for milestone in self.milestones:
+            _check_share("milestones", milestone)
+        if self.factor < 0:
+            raise ValueError(f"`factor` (={self.factor}) must not be negative")
+
+    def rate(self, step: int, total: float) -> float:
+        """See the class."""
+        progress = _progress(step, total)
+        return self.factor ** sum(progress >= milestone for milestone in self.milestones)
+
+
+@dataclass(frozen=True)
+class LatticeDecay(Schedule):
+    """Anneals the taps onto whole pixels, so that rounding in the end moves nothing.
+
+    Until the share ``start`` of the steps, taps move freely. From there to the end the learning rate falls to 0 along a
+    line, and a decay pulls each tap towards its nearest pixel, ever more strongly: without gradients its distance would
+    shrink as ((1 - progress) / (1 - start)) ** power, to exactly 0 at the end. A gradient that is strong enough still
+    carries a tap over to the next pixel, less and less likely.
+    """
+
+    start: float = 0.5
+    power: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < 1:
+            raise ValueError(f"`start` (={self.start}) must be at least 0 and below 1")
+        if self.power <= 0:
+            raise ValueError(f"`power` (={self.power}) must be positive")
+
+    def rate(self, step: int, total: float) -> float:
+        """See the class."""
+        return min(1.0, (1 - _progress(step, total)) / (1 - self.start))
+
+    def slack(self, step: int, total: float) -> float:
+        """See the class."""
+        return min(1.0, (1 - _progress(step, total)) / (1 - self.start)) ** self.power
+
+
+_NAMES: dict[str, type[Schedule]] = {
+    "constant": Constant,
+    "cosine": Cosine,
+    "linear": Linear,
+    "step": Step,
+    "lattice": LatticeDecay,
+}
+
+
+def find_schedule(argument: str, schedule: str | Schedule) -> Schedule:
+    """The schedule of that name, with its defaults; a :class:`Schedule` is returned as it is.
+
+    Raises:
+        ValueError: an unknown name; ``argument`` is what the message calls it.
+        TypeError: neither a name nor a Schedule.
+    """
+    if isinstance(schedule, Schedule):
+        return schedule
+    if not isinstance(schedule, str):
+        raise TypeError(f"`{argument}` (={schedule!r}) must be a Schedule or one of {', '.join(map(repr, _NAMES))}")
+    if schedule not in _NAMES:
+        raise ValueError(f"`{argument}` (={schedule!r}) must be one of {', '.join(map(repr, _NAMES))}, or a Schedule")
+    return _NAMES[schedule]()
+
+
+def _progress(step: int, total: float) -> float:
+    """0 to 1; a training of no steps is at its end."""
+    return min(1.0, max(0.0, step / total)) if total > 0 else 1.0
+
+
+def _check_share(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"`{name}` (={value}) must be between 0 and 1")
