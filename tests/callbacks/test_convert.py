@@ -157,6 +157,61 @@ def test_the_hooks_are_the_modules_own_again_afterwards(tmp_path, build):
     assert not {"setup", "configure_model"} & set(vars(module))
 
 
+@pytest.mark.parametrize("callbacks", [1, 2])
+@pytest.mark.parametrize("build", MODULES)
+def test_the_hooks_are_the_modules_own_as_soon_as_they_are_called(tmp_path, build, callbacks):
+    class Looks(build):
+        def setup(self, stage):
+            noted["in setup"] = "setup" in vars(self)
+            super().setup(stage)
+
+        def configure_model(self):
+            noted["in configure_model"] = {"setup", "configure_model"} & set(vars(self))
+            super().configure_model()
+
+        def on_train_start(self):
+            noted["in training"] = {"setup", "configure_model"} & set(vars(self))
+
+    noted = {}
+    fit(Looks(), [ConvertToACU(kernel_sizes=[3]) for _ in range(callbacks)], tmp_path)
+    assert noted == {"in setup": False, "in configure_model": set(), "in training": set()}
+
+
+def test_a_hook_of_the_users_own_on_the_instance_stays_there(tmp_path):
+    module = InInit()
+    module.setup = own = lambda stage: seen.append(stage)
+    seen = []
+    fit(module, [ConvertToACU(), ConvertToACU()], tmp_path)
+    assert seen == ["fit"]
+    assert vars(module)["setup"] is own
+
+
+@pytest.mark.parametrize("build", [InInitWithHooks, InConfigureModel])
+def test_copies_that_averaging_makes_have_their_own_hooks(tmp_path, build):
+    weight_averaging = getattr(pl.callbacks, "WeightAveraging", None)
+    if weight_averaging is None:
+        pytest.skip("new in Lightning 2.6")
+    average = weight_averaging()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You're using the WeightAveraging callback with a model that overrides")
+        fit(build(), [ConvertToACU(), average], tmp_path)
+    copied = average._average_model.module
+    assert type(copied.net[0]) is ACUConv2d
+    assert not {"setup", "configure_model"} & set(vars(copied))
+
+
+def test_an_exception_before_the_hooks_are_called_leaves_none(tmp_path):
+    class Fails(pl.Callback):
+        def setup(self, trainer, pl_module, stage):
+            assert {"setup", "configure_model"} <= set(vars(pl_module))
+            raise ArithmeticError
+
+    module = InBoth()
+    with pytest.raises(ArithmeticError):
+        fit(module, [ConvertToACU(), ConvertToACU(), Fails()], tmp_path)
+    assert not {"setup", "configure_model"} & set(vars(module))
+
+
 @pytest.mark.parametrize("build", [InSetup, InConfigureModel])
 def test_two_of_them_convert_one_part_each_and_leave_the_hooks(tmp_path, build):
     module = build()

@@ -139,6 +139,11 @@ def test_every_key_of_every_config_has_a_comment_or_a_documented_twin(path):
         (["--trainer.max_epoch=3"], "trainer.max_epoch"),
         (["--data.init_args.batch_sizes=3"], "batch_sizes"),
         (["--model.init_args.model=resnet_18"], "did you mean 'resnet18'"),
+        # An argument of older configurations, from when RoundThenFinetune evaluated during training
+        (
+            ["--trainer.callbacks+=lightning_acu.callbacks.RoundThenFinetune", "--trainer.callbacks.evaluate=true"],
+            "evaluate",
+        ),
     ],
 )
 def test_a_wrong_key_or_value_is_named(tmp_path, monkeypatch, capsys, arguments, message):

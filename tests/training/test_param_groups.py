@@ -5,7 +5,17 @@ import torch
 from helpers.schedulers import SCHEDULERS
 from torch.optim import lr_scheduler as lrs
 
-from lightning_acu.training.param_groups import GROUP_NAME, split_off_positions, tie_learning_rates
+from lightning_acu import ACUConv2d
+from lightning_acu.training import (
+    GROUP_NAME,
+    add_late_positions,
+    is_position_group,
+    parameter_ids,
+    rate_ratios,
+    restart_rates,
+    split_off_positions,
+    tie_learning_rates,
+)
 
 
 def parameters():
@@ -86,3 +96,44 @@ def test_groups_have_different_names():
     split_off_positions(optimizer, [], [o1, o2], 0.5, 0.0)
     names = [group.get("name") for group in optimizer.param_groups]
     assert names == [None, None, GROUP_NAME, f"{GROUP_NAME}_of_group_1"]
+
+
+def test_positions_that_no_optimizer_holds_go_to_the_group_of_their_weight():
+    one, two, other = (ACUConv2d(1, 1, 3) for _ in range(3))
+    groups = [{"params": [("a", one.bias)]}, {"params": [("b", one.weight), ("c", two.weight)]}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    layers = [("one", one), ("two", two), ("other", other)]
+    assert add_late_positions([optimizer], layers) == ["one", "two"]
+    assert optimizer.param_groups[1]["params"] == [one.weight, two.weight, one.offsets, two.offsets]
+    assert optimizer.param_groups[1]["param_names"] == ["b", "c", "one.offsets", "two.offsets"]
+    assert add_late_positions([optimizer], layers) == []
+    held = (one.bias, one.weight, two.weight, one.offsets, two.offsets)
+    assert parameter_ids([optimizer]) == {id(parameter) for parameter in held}
+
+
+def test_restarted_rates_keep_their_ratios_and_leave_positions_and_later_groups():
+    (w1, o1), (w2, _), (late, _) = parameters(), parameters(), parameters()
+    optimizer = torch.optim.SGD([{"params": [w1, o1], "lr": 0.1}, {"params": [w2], "lr": torch.tensor(0.4)}])
+    split_off_positions(optimizer, [], [o1], 0.5, 0.0)
+    assert [is_position_group(group) for group in optimizer.param_groups] == [False, False, True]
+    ratios = rate_ratios(optimizer)
+    assert ratios == pytest.approx([0.25, 1.0, 0.0])
+    optimizer.add_param_group({"params": [late], "lr": 0.007})
+    tensor = optimizer.param_groups[1]["lr"]
+    restart_rates([optimizer], [ratios], 0.2)
+    assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx([0.05, 0.2, 0.05, 0.007])
+    assert optimizer.param_groups[1]["lr"] is tensor
+    tie_learning_rates(optimizer, 0.1)
+    assert optimizer.param_groups[2]["lr"] == pytest.approx(0.005)
+
+
+def test_ratios_where_all_rates_are_zero():
+    assert rate_ratios(torch.optim.SGD([{"params": [p]} for p in parameters()], lr=0.0)) == [1.0, 1.0]
+
+
+def test_an_optimizer_without_a_learning_rate():
+    weight, offsets = parameters()
+    optimizer = torch.optim.Adafactor([weight, offsets])
+    optimizer.param_groups[0]["lr"] = None
+    with pytest.raises(RuntimeError, match=r"Adafactor has no learning rate \(lr=None\) that positions could have"):
+        split_off_positions(optimizer, [], [offsets], 0.1, 0.0)

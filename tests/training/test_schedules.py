@@ -1,9 +1,12 @@
 """Schedules of positions as pure functions: their values, by hand."""
 
+import importlib
 import math
 
 import pytest
 
+from lightning_acu import callbacks
+from lightning_acu.training import schedules
 from lightning_acu.training.schedules import Constant, Cosine, LatticeDecay, Linear, Schedule, Step, find_schedule
 
 HALF = (1 + math.sqrt(0.5)) / 2
@@ -43,6 +46,21 @@ def test_values_of_the_slack(schedule, expected):
     assert [schedule.slack(step, 400) for step in range(0, 401, 100)] == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        (LatticeDecay(start=0), [1 / 4, 1 / 3, 1 / 2, 1, 1]),  # of what is left: 1, 3/4, 1/2, 1/4, 0
+        (LatticeDecay(start=0.5), [0, 0, 1 / 2, 1, 1]),
+        (LatticeDecay(start=0, power=2), [1 - 9 / 16, 1 - 4 / 9, 1 - 1 / 4, 1, 1]),
+        (Cosine(), [0, 0, 0, 0, 0]),
+    ],
+    ids=str,
+)
+def test_the_pull_makes_of_one_slack_the_next(schedule, expected):
+    pulls = [schedule.pull(step, step + 100, 400) for step in range(0, 401, 100)]
+    assert pulls == pytest.approx(expected, abs=1e-12)
+
+
 @pytest.mark.parametrize("schedule", [schedule for schedule, _ in RATES], ids=str)
 def test_beyond_the_end_they_stay_at_their_last_value(schedule):
     assert schedule.rate(500, 400) == schedule.rate(400, 400)
@@ -67,6 +85,12 @@ def test_names():
 
     own = Own()
     assert find_schedule("schedule", own) is own
+
+
+def test_configuration_files_and_pickles_find_them_by_their_old_name():
+    assert importlib.import_module("lightning_acu.callbacks.schedules") is callbacks.schedules
+    assert all(getattr(callbacks.schedules, name) is getattr(schedules, name) for name in schedules.__all__)
+    assert set(callbacks.schedules.__all__) == set(schedules.__all__)
 
 
 @pytest.mark.parametrize(
