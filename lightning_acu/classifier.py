@@ -27,7 +27,7 @@ _COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no
 
 
 def _as_config(convert: Any) -> ConvertConfig:
-    """A dict is for people in a notebook; configuration files are checked against ConvertConfig itself."""
+    """``convert`` as a ConvertConfig. A dict is for notebooks; LightningCLI makes a ConvertConfig of configurations."""
     if isinstance(convert, dict):
         return ConvertConfig(**convert)
     if not isinstance(convert, ConvertConfig):
@@ -41,36 +41,38 @@ class MulticlassError(MulticlassAccuracy):
     higher_is_better = False
 
     def compute(self) -> Tensor:
-        """The share of wrong predictions."""
+        """The fraction of wrong predictions."""
         return 1 - super().compute()
 
 
 class ImageClassifier(pl.LightningModule):
-    """Trains a model to tell ``num_classes`` kinds of images apart. Logs loss, accuracy and error (1 - accuracy).
+    """Trains a model to classify images into ``num_classes`` classes. Logs loss, accuracy and error (1 - accuracy).
 
-    Batches are (images, labels): float (N, in_chans, H, W) and int (N,). ``predict`` gives class probabilities.
+    Batches are (images, labels): float (N, in_chans, H, W) and int (N,). ``predict`` returns class probabilities.
 
     Args:
-        model: a timm name ("resnet18"), or "torchvision/" and a torchvision name.
-        num_classes: classes to tell apart.
-        in_chans: channels of the images.
+        model: a timm name ("resnet18"), or "torchvision/" followed by a torchvision name.
+        num_classes: number of classes.
+        in_chans: number of image channels.
         pretrained: start from published weights.
-        convert: how to turn the convolutions into active ones: a :class:`lightning_acu.ConvertConfig` or a dict of
-            its fields, the arguments of :func:`lightning_acu.convert_to_acu`. None leaves the model plain.
-        optimizer: from parameters to an optimizer; in a configuration, ``class_path`` and ``init_args``. None: AdamW
-            as torch has it. Checkpoints of a module made in Python do not hold it: to train on, give it again to
-            ``load_from_checkpoint``.
-        lr_scheduler: from an optimizer to a scheduler, or None.
+        convert: how to convert the convolutions into active ones: a :class:`lightning_acu.ConvertConfig` or a dict of
+            its fields, the arguments of :func:`lightning_acu.convert_to_acu`. None does not convert any.
+        optimizer: a function from parameters to an optimizer; in a configuration, ``class_path`` and ``init_args``.
+            None: AdamW with torch's defaults. Checkpoints of a module made in Python do not contain it: to train
+            further, pass it to ``load_from_checkpoint`` again.
+        lr_scheduler: a function from an optimizer to a scheduler, or None.
         lr_scheduler_interval: "epoch" or "step": how often the scheduler steps.
-        label_smoothing: share of the target spread over all classes, in training.
+        label_smoothing: fraction of the target probability that is spread over all classes, in training.
         model_kwargs: further arguments of the model, such as ``drop_path_rate``.
         channels_last: keep weights and images in torch's channels_last memory format.
         compile_mode: compile the model when training or evaluation starts, with this mode of ``torch.compile``:
-            "default", "reduce-overhead" (CUDA graphs), "max-autotune" or "max-autotune-no-cudagraphs". None: do not.
+            "default", "reduce-overhead" (CUDA graphs), "max-autotune" or "max-autotune-no-cudagraphs". None: do not
+            compile.
 
     Raises:
-        ValueError: an unknown model, with the nearest known names; or an unknown ``compile_mode``.
-        TypeError: while running, if the model's output is not class scores.
+        ValueError: an unknown model, with the nearest valid names; or an unknown ``lr_scheduler_interval`` or
+            ``compile_mode``.
+        TypeError: ``convert`` has the wrong type; in a forward pass, the model's output is not class scores.
     """
 
     def __init__(
@@ -80,7 +82,7 @@ class ImageClassifier(pl.LightningModule):
         in_chans: int = 3,
         pretrained: bool = False,
         convert: ConvertConfig | None = None,
-        # None, for jsonargparse hands arguments of a default class, such as its weight decay, on to the one chosen.
+        # None: jsonargparse would pass arguments of a default class, such as its weight decay, to the chosen class.
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_scheduler_interval: str = "epoch",
@@ -96,12 +98,12 @@ class ImageClassifier(pl.LightningModule):
             )
         if lr_scheduler_interval not in ("epoch", "step"):
             raise ValueError(f"`lr_scheduler_interval` (={lr_scheduler_interval!r}) must be 'epoch' or 'step'")
-        # Not the callables: they may be lambdas, and a restored model that only predicts needs none.
+        # Not the callables: they may be lambdas, and a restored model that only predicts does not need them.
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         self.model = create_model(
             model, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans, **(model_kwargs or {})
         )
-        self.hparams["pretrained"] = False  # a checkpoint brings its weights: restoring it must not download others
+        self.hparams["pretrained"] = False  # a checkpoint has its own weights: restoring it must not download others
         if convert is not None:
             _as_config(convert).apply(self.model)
             report = report_acu(self.model)
@@ -131,19 +133,23 @@ class ImageClassifier(pl.LightningModule):
         return load_state_dict(super().load_state_dict, self, state_dict, strict, assign)
 
     def setup(self, stage: str) -> None:
-        """Compare with what the data module says of its images, where it does.
+        """Compare with ``num_classes`` and ``in_chans`` of the data module, if it has them; compile the model.
 
         Raises:
-            ValueError: the data have more classes than ``num_classes``, or other channels than ``in_chans``.
+            ValueError: the data have more classes than ``num_classes``, or not ``in_chans`` channels.
         """
         data = getattr(self.trainer, "datamodule", None)
         classes, channels = (getattr(data, name, None) for name in ("num_classes", "in_chans"))
         if isinstance(classes, int) and classes > self.hparams["num_classes"]:
-            raise ValueError(f"`num_classes` (={self.hparams['num_classes']}) is too small: the data have {classes}")
+            raise ValueError(
+                f"`num_classes` (={self.hparams['num_classes']}) is too small: the data have {classes} classes"
+            )
         if isinstance(channels, int) and channels != self.hparams["in_chans"]:
-            raise ValueError(f"`in_chans` (={self.hparams['in_chans']}) does not fit: the images have {channels}")
+            raise ValueError(
+                f"`in_chans` (={self.hparams['in_chans']}) does not match the data: images have {channels} channels"
+            )
         if self.compile_mode is not None and not self._compiled:
-            # In place: names, checkpoints and surgery see the same module. Now, for callbacks may have converted it.
+            # In place, so that names and checkpoints stay the same; only now, as a callback may have converted it.
             self.model.compile(mode=self.compile_mode)
             self._compiled = True
 
@@ -152,7 +158,7 @@ class ImageClassifier(pl.LightningModule):
         return self._scores(images)[0]
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Cross entropy, with that of auxiliary heads where the model has some."""
+        """Cross entropy, plus that of the auxiliary heads of models that have some."""
         images, labels = batch
         scores, auxiliary, weight = self._scores(images)
         loss = F.cross_entropy(scores, labels, label_smoothing=self.label_smoothing)
@@ -172,12 +178,12 @@ class ImageClassifier(pl.LightningModule):
         self._evaluate(batch, self.test_metrics, "test")
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Class probabilities (N, num_classes)."""
+        """The class probabilities (N, num_classes) of a batch, with or without labels."""
         images = batch[0] if isinstance(batch, list | tuple) else batch
         return self(images).softmax(-1)
 
     def configure_optimizers(self) -> Any:
-        """What ``optimizer`` and ``lr_scheduler`` make."""
+        """The optimizer that ``optimizer`` makes, and the scheduler that ``lr_scheduler`` makes, if any."""
         optimizer = (self.optimizer or torch.optim.AdamW)(self.parameters())
         if self.lr_scheduler is None:
             return optimizer
@@ -195,7 +201,7 @@ class ImageClassifier(pl.LightningModule):
         self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=stage == "val")
 
     def _scores(self, images: Tensor) -> tuple[Tensor, list[Tensor], float]:
-        """Class scores, those of auxiliary heads (Inception and GoogLeNet have some in training), and their weight."""
+        """Class scores, those of auxiliary heads (Inception and GoogLeNet have them in training), and their weight."""
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         output = self.model(images)
@@ -204,7 +210,7 @@ class ImageClassifier(pl.LightningModule):
         if not isinstance(scores, Tensor) or scores.ndim != 2:
             kind = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise TypeError(
-                f"{type(self.model).__name__} gave {kind} instead of class scores (N, num_classes); "
-                "ImageClassifier takes classification models only"
+                f"{type(self.model).__name__} returned {kind} instead of class scores (N, num_classes); "
+                "ImageClassifier supports classification models only"
             )
         return scores, [extra for extra in auxiliary if extra is not None], weight

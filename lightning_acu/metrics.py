@@ -1,4 +1,4 @@
-"""How far the taps of a model have moved, as torchmetrics Metrics over :mod:`lightning_acu.statistics`."""
+"""How far the taps of a model have moved, as torchmetrics Metrics; computed from :mod:`lightning_acu.statistics`."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ __all__ = [
 
 
 class _PositionMetric(Metric):
-    """The base of Metrics over the active convolutions given to ``update``; 0 before there were any.
+    """The base of Metrics over the active convolutions given to ``update``; 0 before the first update.
 
-    Every process has the same positions, so nothing is exchanged between processes.
+    Every process has the same positions, so states are not synchronised between processes.
     """
 
-    full_state_update = True  # else `forward` merges states by their reduction, which is one over processes here
+    full_state_update = True  # otherwise `forward` would merge states by `dist_reduce_fx`, a mean over processes
     total: Tensor
     weight: Tensor
 
@@ -37,7 +37,7 @@ class _PositionMetric(Metric):
         self.add_state("weight", torch.zeros(()), dist_reduce_fx="mean")
 
     def update(self, layers: nn.Module | LayerStatistics) -> None:
-        """Take in every active convolution of a model, one layer, or the statistics of one."""
+        """Add every active convolution of a model, one layer, or the statistics of one layer."""
         rows = [layers] if isinstance(layers, LayerStatistics) else model_statistics(layers).values()
         for row in rows:
             self._add(row)
@@ -46,17 +46,17 @@ class _PositionMetric(Metric):
         raise NotImplementedError
 
     def _sum(self, value: float, weight: float) -> None:
-        # In float32, whatever a module in half precision has made of the states: bfloat16 counts to 256.
+        # In float32, as a module in half precision casts the states: bfloat16 can count to 256 only.
         self.total = self.total.float() + value * weight
         self.weight = self.weight.float() + weight
 
     def compute(self) -> Tensor:
-        """The number."""
+        """The value over all layers added so far, a scalar."""
         return self.total.float() / self.weight.float().clamp(min=1)
 
 
 class MeanDisplacement(_PositionMetric):
-    """Mean distance of the movable taps from where they started, in pixels; all taps count alike."""
+    """Mean distance of the movable taps from where they started, in pixels; every tap has the same weight."""
 
     def _add(self, row: LayerStatistics) -> None:
         self._sum(row.mean_displacement, row.taps)
@@ -70,30 +70,31 @@ class MaxDisplacement(_PositionMetric):
 
 
 class ReceptiveRadius(_PositionMetric):
-    """Distance of a layer's furthest tap from the centre of its kernel, in pixels; the mean over layers."""
+    """Distance of a layer's furthest tap from the centre of the kernel, in pixels; mean over layers."""
 
     def _add(self, row: LayerStatistics) -> None:
         self._sum(row.receptive_radius, 1)
 
 
 class OffLattice(_PositionMetric):
-    """Share of the movable taps that are not on whole pixels, 0 to 1."""
+    """Fraction of the movable taps that are not on whole pixels, 0 to 1."""
 
     def _add(self, row: LayerStatistics) -> None:
         self._sum(row.off_lattice, row.taps)
 
 
 class Collisions(_PositionMetric):
-    """How many taps share their position with an earlier tap of their position group."""
+    """Number of taps that share their position with an earlier tap of their position group."""
 
     def _add(self, row: LayerStatistics) -> None:
         self.total = self.total.float() + row.collisions
 
 
 def position_metrics(prefix: str | None = None) -> MetricCollection:
-    """All of the above in one collection: ``metrics.update(model)``, ``metrics.compute()``.
+    """All metrics of this module in one collection: ``metrics.update(model)``, ``metrics.compute()``.
 
-    Keys are ``prefix`` and "mean_displacement", "max_displacement", "receptive_radius", "off_lattice", "collisions".
+    Keys are "mean_displacement", "max_displacement", "receptive_radius", "off_lattice" and "collisions", after
+    ``prefix``.
     """
     metrics: dict[str, Metric | MetricCollection] = {
         "mean_displacement": MeanDisplacement(),

@@ -1,4 +1,4 @@
-"""How far the taps of each layer have moved, in numbers."""
+"""Statistics of the positions of each layer: how far its taps have moved, and how many share a position."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ __all__ = ["LayerStatistics", "layer_statistics", "model_statistics"]
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """Positions of one layer, over the taps that can move; all lengths in input pixels.
+    """Statistics of one layer over the taps that can move; lengths are in input pixels.
 
     Attributes:
         mean_displacement: mean distance of a tap from where it started.
         max_displacement: largest such distance.
-        receptive_radius: distance of the furthest tap from the centre of the kernel.
-        off_lattice: share of taps that are not on whole pixels, 0 to 1.
-        collisions: taps that share their position with an earlier tap of their position group, fixed ones included.
-        taps: how many taps can move, in all position groups.
+        receptive_radius: distance of the furthest tap, fixed ones included, from the centre of the kernel.
+        off_lattice: fraction of taps that are not on whole pixels, 0 to 1.
+        collisions: number of taps, fixed ones included, that share their position with an earlier tap of their
+            position group.
+        taps: number of taps that can move, in all position groups.
     """
 
     mean_displacement: float
@@ -41,7 +42,7 @@ def layer_statistics(layer: ACUConv2d) -> LayerStatistics:
     distance = layer.displacement.cpu().norm(dim=-1)[:, movable]
     off_lattice = (offsets != offsets.round()).any(-1)[:, movable]
     collisions = sum(len(taps) - len(taps.unique(dim=0)) for taps in positions)
-    taps = distance.numel()  # none in a 1x1 kernel whose only tap is fixed
+    taps = distance.numel()  # 0 for a 1x1 kernel, whose only tap is fixed
     return LayerStatistics(
         mean_displacement=distance.mean().item() if taps else 0.0,
         max_displacement=distance.max().item() if taps else 0.0,
@@ -53,5 +54,5 @@ def layer_statistics(layer: ACUConv2d) -> LayerStatistics:
 
 
 def model_statistics(model: nn.Module) -> dict[str, LayerStatistics]:
-    """The statistics of every active convolution of ``model``, by qualified name; a shared layer once."""
+    """The statistics of every active convolution of ``model``, by qualified name; a shared layer appears once."""
     return {name: layer_statistics(layer) for name, layer in acu_layers(model)}

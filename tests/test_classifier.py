@@ -114,15 +114,15 @@ def test_bad_arguments(arguments, message):
 
 def test_a_model_that_gives_no_class_scores():
     module = ImageClassifier("torchvision/lraspp_mobilenet_v3_large", num_classes=3)
-    with pytest.raises(TypeError, match=r"LRASPP gave .* instead of class scores \(N, num_classes\)"):
+    with pytest.raises(TypeError, match=r"LRASPP returned .* instead of class scores \(N, num_classes\)"):
         module.eval()(torch.randn(1, 3, 64, 64))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_classes": 3}, r"`num_classes` \(=3\) is too small: the data have 10"),
-        ({"in_chans": 3}, r"`in_chans` \(=3\) does not fit: the images have 1"),
+        ({"num_classes": 3}, r"`num_classes` \(=3\) is too small: the data have 10 classes"),
+        ({"in_chans": 3}, r"`in_chans` \(=3\) does not match the data: images have 1 channels"),
     ],
 )
 def test_data_that_do_not_fit_the_model_stop_before_training(tmp_path, arguments, message):

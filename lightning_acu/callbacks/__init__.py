@@ -1,6 +1,7 @@
-"""Lightning callbacks that convert a model, train its positions well, show them and round them.
+"""Lightning callbacks that convert a model, train its positions, log them and round them.
 
-They say when; what is done then stands in :mod:`lightning_acu.training`, which needs no Lightning.
+They decide when something is done to positions; what is done is in :mod:`lightning_acu.training`, which works without
+Lightning.
 """
 
 from . import schedules

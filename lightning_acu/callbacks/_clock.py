@@ -1,7 +1,7 @@
-"""How long a training is, when a moment in it comes, and whether positions may learn now.
+"""The length of a training in optimizer steps, the step at which positions are rounded, and whether they may learn now.
 
-All callbacks here count in the trainer's ``global_step``: one for each step of each optimizer, as in
-``Trainer(max_steps=...)``; several batches whose gradients accumulate make one.
+All callbacks of this package count the trainer's ``global_step``, as ``Trainer(max_steps=...)`` does: one for each step
+of each optimizer. With gradient accumulation several batches make one step.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_warn
 
 from ..checks import at_least, whole_number
-from ._layers import callbacks_of
+from ._layers import callbacks_of, is_fast_dev_run
 
 __all__ = ["LearningPhase", "Moment", "PositionClock", "Warmup", "epoch_steps", "step_of_rounding", "total_steps"]
 
 
 def epoch_steps(trainer: pl.Trainer, epochs: int = 1) -> float:
-    """Optimizer steps in the first ``epochs`` epochs; inf where the loader has no length.
+    """Optimizer steps in the first ``epochs`` epochs; inf if the loader has no length.
 
-    With several optimizers (manual optimisation), each is taken to step once a batch.
+    With several optimizers (manual optimisation), each is assumed to step once a batch.
     """
     if not epochs:
         return 0
@@ -41,7 +41,7 @@ def epoch_steps(trainer: pl.Trainer, epochs: int = 1) -> float:
 
 
 def total_steps(trainer: pl.Trainer) -> float:
-    """Optimizer steps of the whole training; inf where nobody knows its end."""
+    """Optimizer steps of the whole training; inf if its end is not known."""
     steps = math.inf if trainer.max_steps == -1 else trainer.max_steps
     if trainer.max_epochs is not None and trainer.max_epochs != -1:
         steps = min(steps, epoch_steps(trainer, max(1, trainer.max_epochs)))
@@ -50,10 +50,10 @@ def total_steps(trainer: pl.Trainer) -> float:
 
 @dataclass(frozen=True)
 class Moment:
-    """Before optimizer step ``at_step``, at the start of epoch ``at_epoch``, or after ``at_fraction`` of all steps.
+    """A point in training: before step ``at_step``, at the start of ``at_epoch`` or after ``at_fraction`` of the steps.
 
     Raises:
-        ValueError: not exactly one of the three, or one out of range.
+        ValueError: not exactly one of the three is given, or it is out of range.
     """
 
     at_step: int | None = None
@@ -63,7 +63,7 @@ class Moment:
     def __post_init__(self) -> None:
         chosen = {name: value for name, value in asdict(self).items() if value is not None}
         if len(chosen) != 1:
-            raise ValueError(f"give exactly one of `at_step`, `at_epoch` and `at_fraction`, got {chosen or 'none'}")
+            raise ValueError(f"give exactly one of `at_step`, `at_epoch` and `at_fraction`; got {chosen or 'none'}")
         ((name, value),) = chosen.items()
         if name != "at_fraction":
             object.__setattr__(self, name, whole_number(name, value, 1))
@@ -71,14 +71,14 @@ class Moment:
             raise ValueError(f"`{name}` (={value}) must be between 0 and 1")
 
     def __str__(self) -> str:
-        """As messages name it: the argument and its value."""
+        """The argument and its value, for messages."""
         return next(f"`{name}` (={value})" for name, value in asdict(self).items() if value is not None)
 
     def step(self, trainer: pl.Trainer) -> float | None:
-        """The optimizer step; None for an epoch where epochs have no known length.
+        """The optimizer step; None for ``at_epoch`` if the length of an epoch is not known.
 
         Raises:
-            RuntimeError: a fraction of a training without end.
+            RuntimeError: ``at_fraction`` of a training whose end is not known.
         """
         if self.at_step is not None:
             return self.at_step
@@ -89,13 +89,13 @@ class Moment:
         steps = total_steps(trainer)
         if math.isinf(steps):
             raise RuntimeError(
-                f"RoundThenFinetune: {self} of a training without a known end is not a step; set the trainer's "
-                "max_steps (or max_epochs, where the loader has a length), or give `at_step` or `at_epoch`"
+                f"RoundThenFinetune: {self} needs a training with a known end; set the trainer's max_steps (or "
+                "max_epochs, if the loader has a length), or give `at_step` or `at_epoch`"
             )
         return math.ceil(self.at_fraction * steps)
 
     def has_come(self, trainer: pl.Trainer) -> bool:
-        """Whether it is now or was before; to be asked before a step."""
+        """Whether it has been reached; call it before a step."""
         if self.at_epoch is not None:
             return trainer.current_epoch >= self.at_epoch
         step = self.step(trainer)
@@ -104,83 +104,83 @@ class Moment:
 
 @dataclass(frozen=True)
 class Warmup:
-    """The first ``steps`` optimizer steps, or ``epochs`` epochs, in which positions keep still."""
+    """The first ``steps`` optimizer steps, or ``epochs`` epochs, in which positions do not move."""
 
     steps: int = 0
     epochs: int = 0
 
     def __str__(self) -> str:
-        """As messages name it: the argument and its value."""
+        """The argument and its value, for messages."""
         return f"`warmup_epochs` (={self.epochs})" if self.epochs else f"`warmup_steps` (={self.steps})"
 
     def length(self, trainer: pl.Trainer) -> float:
-        """In steps; inf for epochs of a loader that has no length."""
+        """Its length in steps; inf for epochs of a loader that has no length."""
         return epoch_steps(trainer, self.epochs) if self.epochs else self.steps
 
     def lasts(self, trainer: pl.Trainer, step: int) -> bool:
-        """Whether ``step``, which is of the current epoch, belongs to it."""
+        """Whether ``step``, a step of the current epoch, is part of the warm-up."""
         return step < self.steps or trainer.current_epoch < self.epochs
 
 
 @dataclass(frozen=True)
 class LearningPhase:
-    """``length`` steps from step ``start`` on; either may be inf, where nobody knows."""
+    """The steps in which positions learn: ``length`` steps from ``start`` on; inf if not known."""
 
     start: float
     length: float
 
     def time(self, step: float) -> int:
-        """Steps since positions began to learn, 0 to ``length``."""
+        """Steps since the start of the phase, 0 to ``length``."""
         return int(min(max(step - self.start, 0), self.length))
 
 
 class Rounding(Protocol):
-    """What the clock asks of a callback that rounds positions."""
+    """What the clock needs to know of a callback that rounds positions."""
 
     moment: Moment
     rounded_at: int | None
 
 
 def step_of_rounding(rounding: Rounding, trainer: pl.Trainer) -> float | None:
-    """The optimizer step before which positions are, or were, rounded; None where epochs have no known length.
+    """The optimizer step before which positions are, or were, rounded; None if it is not known.
 
     Raises:
-        RuntimeError: a fraction of a training without end.
+        RuntimeError: ``at_fraction`` of a training whose end is not known.
     """
     return rounding.moment.step(trainer) if rounding.rounded_at is None else rounding.rounded_at
 
 
 class PositionClock:
-    """May positions learn now? From the end of the warm-up until they are rounded.
+    """Answers whether positions may learn now: from the end of the warm-up until they are rounded.
 
-    One for each module in training; its GradientGate holds it, so that all callbacks of that training share it.
-    RoundThenFinetune sets it; each PositionLRSchedule asks it, with its own warm-up.
+    Each module in training has one, kept by its GradientGate, so that all callbacks of a training share the answer.
+    RoundThenFinetune registers itself here; each PositionLRSchedule asks with its own warm-up.
     """
 
     def __init__(self) -> None:
-        #: The callbacks that will round the positions of this module, or have.
+        #: The callbacks that will round the positions of this module, or have done so.
         self.roundings: list[Rounding] = []
 
-    def set(self, rounding: Rounding) -> None:
-        """Heed ``rounding`` from now on; harmless when that is done already."""
-        if not any(known is rounding for known in self.roundings):
+    def add(self, rounding: Rounding) -> None:
+        """Take ``rounding`` into account from now on; adding it twice does no harm."""
+        if not any(other is rounding for other in self.roundings):
             self.roundings.append(rounding)
 
-    def unset(self, rounding: Rounding) -> None:
-        """Heed it no longer."""
-        self.roundings = [known for known in self.roundings if known is not rounding]
+    def remove(self, rounding: Rounding) -> None:
+        """Take ``rounding`` into account no longer."""
+        self.roundings = [other for other in self.roundings if other is not rounding]
 
     def may_learn(self, trainer: pl.Trainer, warmup: Warmup | None = None, step: int | None = None) -> bool:
-        """Whether positions may move in ``step`` of the current epoch (default: the one that comes next)."""
+        """Whether positions may move in ``step`` of the current epoch (default: the next step)."""
         if any(rounding.rounded_at is not None for rounding in self.roundings):
             return False
         return warmup is None or not warmup.lasts(trainer, trainer.global_step if step is None else step)
 
     def phase(self, trainer: pl.Trainer, warmup: Warmup) -> LearningPhase:
-        """The steps in which positions learn: to their rounding, or to the end of the training.
+        """The steps in which positions learn: from the end of the warm-up to rounding, or to the end of the training.
 
         Raises:
-            RuntimeError: positions are to be rounded before the warm-up ends.
+            RuntimeError: positions would be rounded before the warm-up ends.
 
         Warns:
             UserWarning: the training ends before the warm-up does.
@@ -191,18 +191,17 @@ class PositionClock:
             if (moment := step_of_rounding(rounding, trainer)) is None:
                 continue
             end = min(end, moment)
-            done = rounding.rounded_at is not None or trainer.fast_dev_run  # type: ignore[attr-defined]
             at_epoch = rounding.moment.at_epoch
-            # Epochs with epochs, exactly: manual optimisation need not step at each batch.
+            # Two epoch numbers compare exactly; in steps they may not, as manual optimisation need not step each batch.
             early = warmup.epochs >= at_epoch if warmup.epochs and at_epoch else start >= moment
-            if early and not done:
+            if early and rounding.rounded_at is None and not is_fast_dev_run(trainer):
                 raise RuntimeError(
-                    f"PositionLRSchedule: positions are to be rounded at step {moment:.0f}, before the warm-up "
-                    f"ends, {warmup}; nothing would have moved. Train longer, round later or warm up less"
+                    f"PositionLRSchedule: positions would be rounded at step {moment:.0f}, before the warm-up "
+                    f"({warmup}) ends, so none would have moved. Train longer, round later or shorten the warm-up"
                 )
-        if steps <= start < math.inf and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if steps <= start < math.inf and not is_fast_dev_run(trainer):
             rank_zero_warn(
-                f"PositionLRSchedule: {warmup} is no less than the {steps} steps of this training, so the positions "
-                "will never move; choose fewer"
+                f"PositionLRSchedule: {warmup} is not less than the {steps} steps of this training, so the positions "
+                "will never move; choose a shorter warm-up"
             )
         return LearningPhase(start, math.inf if math.isinf(start) else max(0, end - start))

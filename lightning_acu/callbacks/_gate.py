@@ -1,12 +1,12 @@
 """The one place where callbacks change the gradients of positions: after clipping, before the optimizer's step.
 
-Lightning has no hook there: a callback's ``on_before_optimizer_step`` comes before clipping, and under manual
-optimisation users clip by themselves. So the gate takes the place of three methods of the module, the only attributes
-of a user's object that this package replaces; they are back when training ends.
+Lightning has no hook at that point: a callback's ``on_before_optimizer_step`` runs before clipping, and under manual
+optimisation users clip by themselves. So the gate replaces three methods of the module while it is trained, and
+restores them when training ends. No other patch stays on a user's module: ConvertToACU's wrappers are gone once called.
 
-By then the gradient is complete: summed over accumulated batches, averaged over processes, unscaled. And weights are
-clipped as if the positions were not there, because their gradients are set aside meanwhile. (Normalising in a
-callback's ``on_before_optimizer_step``, before clipping, let unit gradients of positions squeeze those of the weights.)
+After clipping the gradient is complete: summed over accumulated batches, averaged over processes, unscaled. Gradients
+of positions are set aside while the weights are clipped, so that they do not count in the norm. (If positions were
+normalised before clipping, their unit gradients would dominate the norm and shrink the gradients of the weights.)
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from ._clock import PositionClock
 
 __all__ = ["GradientGate"]
 
-#: Changes ``layer.offsets.grad`` of the layers that an optimizer is about to step. None there makes the optimizer
-#: leave the positions alone altogether; a zero gradient would let momentum and decay move them.
+#: Changes ``layer.offsets.grad`` of the layers that an optimizer is about to step. With None the optimizer skips the
+#: positions; with a gradient of zero, momentum and weight decay would still move them.
 Transform = Callable[[pl.Trainer, Optimizer, Sequence[ACUConv2d]], None]
 
-#: The methods of a LightningModule that the gate takes the place of.
+#: The methods of a LightningModule that the gate replaces.
 _HOOKS = ("clip_gradients", "configure_gradient_clipping", "on_before_optimizer_step")
 
 
 class GradientGate:
-    """Stands between a module's gradients and its optimizers: clips without the positions, then transforms them.
+    """Between a module's gradients and its optimizers: clips the weights only, then transforms gradients of positions.
 
-    One for each module, made by the first callback that adds a transform and gone with the last one's. Transforms run
-    in the order they were added; once one sets a gradient to None it stays None.
+    A module has one gate, made by the first callback that adds a transform and removed with the last transform.
+    Transforms run in the order in which they were added; a gradient that one of them sets to None stays None.
     """
 
     def __init__(self, module: pl.LightningModule) -> None:
         self.module = module
         self.transforms: list[Transform] = []
-        #: When positions may learn: what the callbacks of this training share.
+        #: Shared by the callbacks of this training.
         self.clock = PositionClock()
         self._layers: list[ACUConv2d] | None = None
         self._replaced = {name: getattr(module, name) for name in _HOOKS}
@@ -52,13 +52,13 @@ class GradientGate:
 
     @classmethod
     def of(cls, module: pl.LightningModule) -> GradientGate | None:
-        """The gate of ``module``, if it has one."""
+        """The gate of ``module``, or None."""
         gate = getattr(vars(module).get(_HOOKS[0]), "__self__", None)
         return gate if isinstance(gate, cls) and gate.module is module else None
 
     @classmethod
     def add(cls, module: pl.LightningModule, transform: Transform) -> GradientGate:
-        """Apply ``transform`` from now on; harmless when it is applied already. The gate of ``module``."""
+        """Apply ``transform`` from now on (adding it twice does no harm), and return the gate of ``module``."""
         gate = cls.of(module) or cls(module)
         if transform not in gate.transforms:
             gate.transforms.append(transform)
@@ -66,7 +66,7 @@ class GradientGate:
 
     @classmethod
     def remove(cls, module: pl.LightningModule, transform: Transform) -> None:
-        """Stop applying ``transform``; harmless when it never was."""
+        """Stop applying ``transform``; removing one that was never added does no harm."""
         gate = cls.of(module)
         if gate is not None and transform in gate.transforms:
             gate.transforms.remove(transform)
@@ -77,37 +77,37 @@ class GradientGate:
 
     @property
     def layers(self) -> list[ACUConv2d]:
-        """The module's active convolutions; walking through all modules at each step would cost more than the rest."""
+        """The module's active convolutions, cached: a search at each step would cost more than the rest of the gate."""
         if self._layers is None:
             self._layers = [layer for _, layer in trained_layers(self.module)]
         return self._layers
 
     def configure_gradient_clipping(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
-        """Automatic optimisation: the last that Lightning calls before the step of ``optimizer``."""
-        with self._positions_aside(optimizer):
+        """Automatic optimisation: the last method that Lightning calls before the step of ``optimizer``."""
+        with self._positions_set_aside(optimizer):
             self._replaced["configure_gradient_clipping"](optimizer, *args, **kwargs)
         self._transform(optimizer)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Manual optimisation, where the clipping hook is never called: the last before the step."""
+        """Manual optimisation, where the clipping hook is never called: the last method before the step."""
         self._replaced["on_before_optimizer_step"](optimizer)
         if not self.module.automatic_optimization:
             self._transform(optimizer)
 
     def clip_gradients(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
-        """Also what users call themselves, under manual optimisation."""
-        with self._positions_aside(optimizer):
+        """Under manual optimisation users call this method themselves."""
+        with self._positions_set_aside(optimizer):
             self._replaced["clip_gradients"](optimizer, *args, **kwargs)
 
     @contextmanager
-    def _positions_aside(self, optimizer: Optimizer) -> Iterator[None]:
-        aside = [(layer, layer.offsets.grad) for layer in self._stepped(optimizer)]
-        for layer, _ in aside:
+    def _positions_set_aside(self, optimizer: Optimizer) -> Iterator[None]:
+        gradients = [(layer, layer.offsets.grad) for layer in self._stepped(optimizer)]
+        for layer, _ in gradients:
             layer.offsets.grad = None
         try:
             yield
         finally:
-            for layer, grad in aside:
+            for layer, grad in gradients:
                 layer.offsets.grad = grad
 
     def _transform(self, optimizer: Optimizer) -> None:
@@ -123,5 +123,5 @@ class GradientGate:
         return [layer for layer in self.layers if id(layer.offsets) in held]
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a copy of the module (weight averaging makes one) or a pickled one: a gate that does nothing."""
+        """Copies of the module (weight averaging makes one) and pickles of it get a gate that does nothing."""
         return {**vars(self), "transforms": [], "clock": PositionClock(), "_layers": None}

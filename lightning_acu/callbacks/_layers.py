@@ -1,4 +1,4 @@
-"""What a trainer trains: its active convolutions, their averaged copies, and whether it can."""
+"""What a trainer trains: the active convolutions of its module and their averaged copies. Checks that it can."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ __all__ = [
     "averages_of",
     "averaging_callbacks",
     "callbacks_of",
+    "is_fast_dev_run",
     "require_layers",
     "require_lightning",
     "require_whole_positions",
@@ -28,8 +29,14 @@ __all__ = [
 
 
 def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
-    """The trainer's callbacks, in a list of its own."""
-    return list(trainer.callbacks)  # type: ignore[attr-defined]  # set by a connector
+    """The trainer's own list of callbacks."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+    return callbacks
+
+
+def is_fast_dev_run(trainer: pl.Trainer) -> bool:
+    """Whether it is a trial of a few steps (``Trainer(fast_dev_run=...)``), which writes no files."""
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # set by a connector
 
 
 def trained_shapes(module: nn.Module) -> list[LayerShape]:
@@ -39,7 +46,11 @@ def trained_shapes(module: nn.Module) -> list[LayerShape]:
 
 
 def require_layers(callback: pl.Callback, module: pl.LightningModule) -> list[tuple[str, ACUConv2d]]:
-    """The layers that are trained, or an error that says how to get some."""
+    """The active convolutions that are trained.
+
+    Raises:
+        RuntimeError: there are none; the message says how to get some.
+    """
     layers = trained_layers(module)
     if not layers:
         raise RuntimeError(
@@ -50,7 +61,11 @@ def require_layers(callback: pl.Callback, module: pl.LightningModule) -> list[tu
 
 
 def require_lightning(callback: pl.Callback, module: object) -> None:
-    """An error for modules of the package ``pytorch_lightning``, whose classes are others than ``lightning``'s."""
+    """Check that ``module`` is one of ``lightning``; the classes of ``pytorch_lightning`` are different ones.
+
+    Raises:
+        TypeError: it is not.
+    """
     if not isinstance(module, pl.LightningModule):
         raise TypeError(
             f"{type(callback).__name__}: {type(module).__name__} is not a lightning.pytorch.LightningModule; write "
@@ -59,7 +74,11 @@ def require_lightning(callback: pl.Callback, module: object) -> None:
 
 
 def require_whole_positions(callback: pl.Callback, trainer: pl.Trainer) -> None:
-    """An error under strategies that hide single parameters and their gradients."""
+    """Check that the strategy keeps parameters as they are.
+
+    Raises:
+        RuntimeError: it flattens them (FSDP1, DeepSpeed).
+    """
     if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
         raise RuntimeError(
             f"{type(callback).__name__}: {type(trainer.strategy).__name__} flattens parameters, so that positions and "
@@ -68,7 +87,7 @@ def require_whole_positions(callback: pl.Callback, trainer: pl.Trainer) -> None:
 
 
 def reshard(module: nn.Module) -> None:
-    """Under FSDP2, let go of parameters gathered for a forward pass, so that changes reach the pieces that stay."""
+    """Under FSDP2, free parameters gathered for a forward pass, so that changes are made to the shards that stay."""
     if torch.distributed.is_available():
         from torch.distributed.fsdp import FSDPModule
 
@@ -78,18 +97,18 @@ def reshard(module: nn.Module) -> None:
 
 
 def averaging_callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
-    """The callbacks that hold an average; they may swap it in for a validation."""
+    """The callbacks that hold an average of the model; they may swap it in for a validation."""
     return [callback for callback in callbacks_of(trainer) if any(True for _ in _held_averages(callback))]
 
 
 def averages_of(trainer: pl.Trainer) -> list[nn.Module]:
-    """The averages that callbacks hold: WeightAveraging, StochasticWeightAveraging and the user's own."""
+    """The averages of the model that WeightAveraging, StochasticWeightAveraging and users' own callbacks hold."""
     return [average for callback in callbacks_of(trainer) for average in _held_averages(callback)]
 
 
 @contextmanager
 def swapped_in(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
-    """The model as a validation sees it: with the average of WeightAveraging in place of its weights."""
+    """The model as in a validation: WeightAveraging swaps its average in for the weights."""
     swapping = [callback for callback in averaging_callbacks(trainer) if hasattr(callback, "_swap_models")]
     for callback in swapping:
         callback.on_validation_epoch_start(trainer, module)

@@ -1,4 +1,4 @@
-"""The parameter groups of positions in a trainer's optimizers, as callbacks thaw and freeze what they hold."""
+"""The parameter groups of positions in a trainer's optimizers, also when other callbacks add groups during training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["PositionGroups"]
 
 
 class PositionGroups:
-    """What PositionLRSchedule serves: the positions in all optimizers, or in that of ``optimizer_idx``."""
+    """The positions that PositionLRSchedule trains: those of all optimizers, or of optimizer ``optimizer_idx``."""
 
     def __init__(self, multiplier: float, weight_decay: float, optimizer_idx: int | None) -> None:
         self.multiplier = multiplier
@@ -26,55 +26,54 @@ class PositionGroups:
         self._count = 0
 
     def optimizers(self, trainer: pl.Trainer) -> list[Optimizer]:
-        """The optimizers that are served."""
+        """The optimizers whose positions these are."""
         return trainer.optimizers if self.optimizer_idx is None else [trainer.optimizers[self.optimizer_idx]]
 
-    def claim(self, trainer: pl.Trainer, layers: Sequence[tuple[str, ACUConv2d]]) -> None:
-        """Put the positions of ``layers`` into groups of their own, before any training.
+    def split(self, trainer: pl.Trainer, layers: Sequence[tuple[str, ACUConv2d]]) -> None:
+        """Move the positions of ``layers`` into groups of their own, before training starts.
 
         Raises:
-            RuntimeError: there is nothing to serve, or something that cannot be; see PositionLRSchedule.
+            RuntimeError: there are no positions to train, or the optimizer cannot; see PositionLRSchedule.
         """
         if self.optimizer_idx is not None and self.optimizer_idx >= len(trainer.optimizers):
             raise RuntimeError(
-                f"PositionLRSchedule: `optimizer_idx` (={self.optimizer_idx}) does not exist, "
-                f"configure_optimizers made {len(trainer.optimizers)}"
+                f"PositionLRSchedule: `optimizer_idx` (={self.optimizer_idx}) does not exist; "
+                f"the number of optimizers is {len(trainer.optimizers)}"
             )
-        late = self._finetuning(trainer)
-        for callback in late:  # after a resume it puts groups back that it had made, here: have that first
+        finetuning = self._finetuning(trainer)
+        for callback in finetuning:  # in a resumed training its on_fit_start restores its groups: they have to be first
             BaseFinetuning.on_fit_start(callback, trainer, trainer.lightning_module)
-        if not late and not any(layer.offsets.requires_grad for _, layer in layers):
+        if not finetuning and not any(layer.offsets.requires_grad for _, layer in layers):
             raise RuntimeError(
-                "PositionLRSchedule: the positions of all layers have requires_grad=False; thaw some with "
+                "PositionLRSchedule: the positions of all layers have requires_grad=False; unfreeze some with "
                 "layer.offsets.requires_grad_(True), see lightning_acu.acu_layers"
             )
         if added := add_late_positions(self.optimizers(trainer), layers):
-            rank_zero_info(f"PositionLRSchedule: gave the positions of {len(added)} layers to an optimizer made before")
-        split = self._split(trainer, layers)
-        lost = [name for name, layer in layers if layer.offsets.requires_grad and id(layer.offsets) not in split]
-        if lost and self.optimizer_idx is None:
+            rank_zero_info(f"PositionLRSchedule: added the positions of {len(added)} layers to an existing optimizer")
+        held = self._split(trainer, layers)
+        missing = [name for name, layer in layers if layer.offsets.requires_grad and id(layer.offsets) not in held]
+        if missing and self.optimizer_idx is None:
             raise RuntimeError(
-                f"PositionLRSchedule: no optimizer holds the positions of {', '.join(lost[:3])}"
-                f"{' and others' if len(lost) > 3 else ''}, nor their weights; give them to one in "
+                f"PositionLRSchedule: no optimizer holds the positions of {', '.join(missing[:3])}"
+                f"{' and others' if len(missing) > 3 else ''}, nor their weights; give them to one in "
                 "configure_optimizers, or freeze them with requires_grad_(False)"
             )
-        if not split and not late:
+        if not held and not finetuning:
             raise RuntimeError(f"PositionLRSchedule: optimizer {self.optimizer_idx} holds no positions")
 
     def have_changed(self, trainer: pl.Trainer) -> bool:
-        """Whether somebody has added a parameter group, as BackboneFinetuning does when it thaws."""
+        """Whether a parameter group was added, as BackboneFinetuning does when it unfreezes the backbone."""
         return self._count != self._groups_of(trainer)
 
-    def follow(self, trainer: pl.Trainer, layers: Sequence[tuple[str, ACUConv2d]]) -> None:
+    def update(self, trainer: pl.Trainer, layers: Sequence[tuple[str, ACUConv2d]]) -> None:
         """Split off the positions that came with new groups."""
-        # BackboneFinetuning leaves out what equals a parameter that the optimizer holds: positions that never moved.
+        # BackboneFinetuning skips parameters equal to one that the optimizer holds, such as positions that never moved.
         add_late_positions(self.optimizers(trainer), layers)
         self._split(trainer, layers)
 
     def _split(self, trainer: pl.Trainer, layers: Sequence[tuple[str, ACUConv2d]]) -> set[int]:
-        """Positions into groups of their own; the ids of all that our optimizers hold."""
-        # Frozen ones too: who thaws them later need not know of us.
-        offsets = [layer.offsets for _, layer in layers]
+        """Move positions into groups of their own; returns the ids of all that the optimizers hold."""
+        offsets = [layer.offsets for _, layer in layers]  # frozen ones too: they may be unfrozen later
         # BackboneFinetuning sets the learning rates of the first and of the last group.
         keep_last = bool(self._finetuning(trainer))
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
@@ -83,8 +82,8 @@ class PositionGroups:
             if isinstance(optimizer, LBFGS):
                 raise RuntimeError("PositionLRSchedule: LBFGS has no parameter groups; choose another optimizer")
             own = [scheduler for scheduler in schedulers if scheduler.optimizer is optimizer]
-            found = split_off_positions(optimizer, own, offsets, self.multiplier, self.weight_decay, keep_last)
-            held |= {id(parameter) for parameter in found}
+            positions = split_off_positions(optimizer, own, offsets, self.multiplier, self.weight_decay, keep_last)
+            held |= {id(parameter) for parameter in positions}
         self._count = self._groups_of(trainer)
         return held
 

@@ -1,4 +1,4 @@
-"""What a training leaves on disk: the directory of a run, and how good the models are that it kept there."""
+"""What a training leaves on disk: the directory of a run, and an evaluation of the checkpoints kept there."""
 
 from __future__ import annotations
 
@@ -30,29 +30,29 @@ def evaluate_stages(
     *,
     datamodule: pl.LightningDataModule | None = None,
     dataloaders: Any = None,
-    method: Literal["validate", "test"] = "validate",
+    method: Literal["validate", "test"] = "test",
 ) -> dict[str, dict[str, float]]:
-    """How good the model was before and after rounding, and is now: to be called after ``trainer.fit``.
+    """Evaluate the model as it was before and after rounding, and as it is now; call it after ``trainer.fit``.
 
-    Runs ``trainer.validate`` or ``trainer.test`` on the checkpoints that ``rounding`` kept and on ``module`` as it is;
-    loggers hear what they hear of any such run. In the end ``module`` has the weights that it came with, also after an
-    error. Callbacks that hold an average of the model take no part: what was kept, and what training ended with, are
-    averages already.
+    Runs ``trainer.test`` (or ``trainer.validate``) on the checkpoints that ``rounding`` kept and on ``module`` as it
+    is; loggers receive the metrics as in any such run. ``module`` has its own weights again when this returns or
+    raises. Callbacks that hold an average of the model are left out meanwhile, because the kept checkpoints and the
+    final model are the average already.
 
     Args:
-        trainer: that of the training.
+        trainer: the trainer of the training.
         module: the model that was trained.
-        rounding: the callback of the training that rounded positions; None where there was none.
+        rounding: the callback that rounded the positions; None if there was none.
         datamodule: the data; or
-        dataloaders: the data; neither for those of the module.
-        method: "validate" or "test".
+        dataloaders: the data. Without either, the module's own dataloaders are used.
+        method: "test" or "validate".
 
     Returns:
-        The metrics of each stage, by name: "before rounding", "after rounding" (as far as they were kept) and "after
-        fine-tuning"; only "final" where nothing was rounded.
+        The metrics of each stage: "before rounding", "after rounding" (if their checkpoints were kept) and "after
+        fine-tuning"; only "final" if nothing was rounded.
 
     Raises:
-        ValueError: another ``method``.
+        ValueError: ``method`` is neither of the two.
         RuntimeError: the checkpoints are folders of shards, as FSDP2 writes them.
 
     Warns:
@@ -61,10 +61,10 @@ def evaluate_stages(
     Example::
 
         trainer.fit(module, datamodule=data)
-        evaluate_stages(trainer, module, rounding, datamodule=data, method="test")
+        evaluate_stages(trainer, module, rounding, datamodule=data)
     """
     if method not in ("validate", "test"):
-        raise ValueError(f"`method` (={method!r}) must be 'validate' or 'test'")
+        raise ValueError(f"`method` (={method!r}) must be 'test' or 'validate'")
 
     def evaluate() -> dict[str, float]:
         results = getattr(trainer, method)(module, dataloaders=dataloaders, datamodule=datamodule, verbose=False)
@@ -77,7 +77,7 @@ def evaluate_stages(
     with _without_averaging(trainer):
         try:
             for stage, path in kept.items():
-                # weights_only=False: a file of our own, whose hyperparameters may name classes.
+                # weights_only=False: this training wrote the file, and its hyperparameters may be classes.
                 module.load_state_dict(torch.load(path, map_location="cpu", weights_only=False)["state_dict"])
                 stages[stage] = evaluate()
         finally:
@@ -87,11 +87,11 @@ def evaluate_stages(
 
 
 def run_directory(trainer: pl.Trainer) -> Path:
-    """The directory of this run, the same on every process; call it on all of them.
+    """The directory of this run, the same on every process; a collective operation, to be called on all of them.
 
-    The ``log_dir`` of CSVLogger and TensorBoardLogger; for other loggers ``save_dir/name/version``, as
-    ModelCheckpoint chooses (``Trainer.log_dir`` would be one directory for all runs there); without a logger the
-    trainer's ``default_root_dir``.
+    The ``log_dir`` of CSVLogger and TensorBoardLogger; for other loggers ``save_dir/name/version``, as in
+    ModelCheckpoint (their ``Trainer.log_dir`` is the same for all runs); without a logger the trainer's
+    ``default_root_dir``.
     """
     logger = trainer.logger
     path: str | Path | None
@@ -104,12 +104,16 @@ def run_directory(trainer: pl.Trainer) -> Path:
 
 
 def require_local_directory(callback: pl.Callback, trainer: pl.Trainer, remedy: str) -> None:
-    """An error where the run's directory is a URL (of a bucket), which files would silently not go to."""
+    """Check that the run's directory is local.
+
+    Raises:
+        RuntimeError: it is a URL (of a bucket), where files written with ``open`` would never arrive.
+    """
     where = str(getattr(trainer.logger, "save_dir", None) or trainer.default_root_dir)
     if "://" in where:
         raise RuntimeError(
-            f"{type(callback).__name__} writes local files, but this run's directory is {where!r}; give the logger or "
-            f"the trainer's default_root_dir a local one, or set {remedy}"
+            f"{type(callback).__name__} writes local files, but this run's directory is {where!r}; choose a local "
+            f"directory for the logger or the trainer's default_root_dir, or set {remedy}"
         )
 
 
@@ -121,7 +125,7 @@ def _kept_checkpoints(rounding: RoundThenFinetune) -> dict[str, Path]:
                 f"evaluate_stages: {path} is a folder of shards (FSDP2), which only a sharded model can load; evaluate "
                 f"it with trainer.validate(module, ckpt_path={str(path)!r})"
             )
-        if not path.exists():  # of a run that was resumed elsewhere
+        if not path.exists():  # the run was resumed on another machine, for example
             rank_zero_warn(f"evaluate_stages: {path} does not exist any more; the model {stage} is left out")
             del kept[stage]
     return kept
@@ -129,10 +133,11 @@ def _kept_checkpoints(rounding: RoundThenFinetune) -> dict[str, Path]:
 
 @contextmanager
 def _without_averaging(trainer: pl.Trainer) -> Iterator[None]:
-    """Without the callbacks that would put an average in the place of the weights that are to be evaluated."""
+    """Without the callbacks that would swap in an average for the weights that are to be evaluated."""
     callbacks, averaging = callbacks_of(trainer), averaging_callbacks(trainer)
-    trainer.callbacks = [callback for callback in callbacks if callback not in averaging]  # type: ignore[attr-defined]
+    before = list(callbacks)
+    callbacks[:] = [callback for callback in before if callback not in averaging]
     try:
         yield
     finally:
-        trainer.callbacks = callbacks  # type: ignore[attr-defined]
+        callbacks[:] = before

@@ -1,4 +1,4 @@
-"""See the positions learn: numbers and pictures to every logger, and a film of the shapes."""
+"""Log how the positions learn: scalars and figures to every logger, and an animation of the shapes."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ from ..figures import animate_shapes, plot_shapes
 from ..metrics import position_metrics
 from ..statistics import layer_statistics
 from ..training import parameter_ids
-from ._layers import require_layers, require_lightning, require_whole_positions, trained_shapes
+from ._layers import is_fast_dev_run, require_layers, require_lightning, require_whole_positions, trained_shapes
 from ._stages import require_local_directory, run_directory
 
 __all__ = ["OffsetLogger"]
 
 _KINDS = ("mean_displacement", "max_displacement", "receptive_radius")
 
-#: Frames of the film, and numbers in all of them (they are in every checkpoint); when there are more, every second
-#: frame goes and the next come half as often.
+#: Limits of the animation: its frames, and the numbers in all of them, which every checkpoint contains. Beyond, every
+#: second frame is dropped, and frames are taken half as often from then on.
 _MAX_FRAMES = 64
 _MAX_NUMBERS = 4_000_000
 
 
 class OffsetLogger(pl.Callback):
-    """Logs how far the taps of every layer have moved and how fast, and draws their shapes.
+    """Logs how far the taps of every layer have moved and how fast, and draws the learned shapes.
 
-    Scalars to every attached logger, in pixels (``step_speed``: pixels a step, mean since the last record):
+    Scalars go to every attached logger, in pixels (``step_speed``: pixels per step, mean since the last record):
     ``acu/mean_displacement``, ``acu/max_displacement``, ``acu/receptive_radius``, ``acu/step_speed``,
-    ``acu/off_lattice`` (share of taps not on whole pixels) and ``acu/collisions`` (taps on the place of another) over
-    all layers (see :mod:`lightning_acu.metrics`); and the first four for each layer, as
+    ``acu/off_lattice`` (share of taps not on whole pixels) and ``acu/collisions`` (taps at the position of another)
+    over all layers (see :mod:`lightning_acu.metrics`); and the first four for each layer, as
     ``acu/mean_displacement/LAYER``.
 
-    When training ends, the shapes of all layers are drawn to ``shapes.png`` in the run's log directory, and the film of
-    their way there to ``shapes.gif``. TensorBoard and W&B get the figure too, W&B also the film. A resumed training
-    goes on with the film.
+    When training ends, the shapes of all layers are drawn to ``shapes.png`` in the run's log directory, and their
+    animation since the start to ``shapes.gif``. The figure also goes to TensorBoard and W&B, the animation to W&B. A
+    resumed training continues the animation.
 
     Args:
-        every_n_steps: optimizer steps between two records, which are also the frames of the film (64 at most: then
-            every second one goes, and they come half as often).
+        every_n_steps: optimizer steps between two records. Each record is also a frame of the animation (64 at most;
+            beyond, every second frame is dropped, and frames are taken half as often).
         figures: draw the shapes.
-        animation: make the film.
-        figures_every_n_steps: also draw and log the figure during training; it takes about a second for 50 layers.
+        animation: make the animation.
+        figures_every_n_steps: also draw and log the figure during training; this takes about a second for 50 layers.
 
     Raises:
         ValueError: ``every_n_steps`` or ``figures_every_n_steps`` below 1.
@@ -71,7 +71,7 @@ class OffsetLogger(pl.Callback):
         if figures_every_n_steps is not None:
             if not figures:
                 raise ValueError(
-                    f"`figures_every_n_steps` (={figures_every_n_steps}) does nothing with `figures`=False"
+                    f"`figures_every_n_steps` (={figures_every_n_steps}) has no effect with `figures`=False"
                 )
             self.figures_every_n_steps = whole_number("figures_every_n_steps", figures_every_n_steps, 1)
         self._forget()
@@ -85,20 +85,20 @@ class OffsetLogger(pl.Callback):
         self._step = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Forget an earlier training; a checkpoint to resume from is read after this."""
+        """Reset what an earlier training left; the state of a checkpoint to resume from is loaded after this."""
         require_lightning(self, pl_module)
         if stage == "fit" and trainer.global_step == 0:
             self._forget()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check that there is something to log."""
+        """Check the model, the strategy and the directory."""
         require_layers(self, pl_module)
         require_whole_positions(self, trainer)
         if self.figures or self.animation:
             require_local_directory(self, trainer, "`figures` and `animation` to False")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note where the taps start."""
+        """Record where the taps start."""
         held = parameter_ids(trainer.optimizers)
         layers = require_layers(self, pl_module)
         if not any(id(layer.offsets) in held for _, layer in layers):
@@ -108,24 +108,24 @@ class OffsetLogger(pl.Callback):
             )
         self._step = trainer.global_step
         if self._last is None:
-            self._note(trainer.global_step, {name: layer.positions.cpu() for name, layer in layers})
+            self._remember(trainer.global_step, {name: layer.positions.cpu() for name, layer in layers})
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Record and draw, once for each step that is due (not again while gradients accumulate)."""
-        # One batch may take several steps: with several optimizers.
+        """Record and draw when due; once for each step, also if gradients accumulate over several batches."""
+        # With several optimizers one batch may take several steps.
         before, self._step = self._step, trainer.global_step
         if self._step // self.every_n_steps > before // self.every_n_steps:
             self._record(trainer, pl_module)
         often = self.figures_every_n_steps
-        if often is not None and self._step // often > before // often and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if often is not None and self._step // often > before // often and not is_fast_dev_run(trainer):
             self._draw(trainer, pl_module, f"shapes_{self._step:06}.png")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Record the end, draw it and make the film."""
+        """Record the final positions, draw them and make the animation."""
         self._record(trainer, pl_module)
-        if trainer.fast_dev_run or trainer.barebones:  # type: ignore[attr-defined]
+        if is_fast_dev_run(trainer) or trainer.barebones:
             return
         if self.figures:
             self._draw(trainer, pl_module, "shapes.png")
@@ -133,11 +133,11 @@ class OffsetLogger(pl.Callback):
             self._animate(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """The last record and the frames so far, for a resume."""
+        """The last record and the frames so far."""
         return {"last": self._last, "frames": list(self._frames), "records": self._records, "stride": self._stride}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up where a checkpoint stopped."""
+        """Continue from the state of a checkpoint."""
         self._last, self._frames = state_dict["last"], list(state_dict["frames"])
         self._records, self._stride = state_dict["records"], state_dict["stride"]
 
@@ -146,13 +146,13 @@ class OffsetLogger(pl.Callback):
         if self._last[0] == trainer.global_step:
             return
         layers = require_layers(self, pl_module)
-        # On every process, as reading the positions takes them all under FSDP2.
+        # On every process: under FSDP2 reading the positions is a collective operation.
         positions = {name: layer.positions.cpu() for name, layer in layers}
         values = self._scalars(trainer.global_step, layers, positions)
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=trainer.global_step)
-        self._note(trainer.global_step, positions)
+        self._remember(trainer.global_step, positions)
 
     def _scalars(
         self, step: int, layers: list[tuple[str, ACUConv2d]], positions: dict[str, Tensor]
@@ -166,8 +166,8 @@ class OffsetLogger(pl.Callback):
         values = {name: float(value) for name, value in metrics.compute().items()}
         speeds = {}
         for name, layer in layers:
-            way = (positions[name] - last[name]).norm(dim=-1)[:, layer.movable.cpu()]
-            speeds[name] = way.mean().item() / (step - last_step) if way.numel() else 0.0
+            distance = (positions[name] - last[name]).norm(dim=-1)[:, layer.movable.cpu()]
+            speeds[name] = distance.mean().item() / (step - last_step) if distance.numel() else 0.0
         taps = max(1, sum(row.taps for row in rows.values()))
         values["acu/step_speed"] = sum(speeds[name] * row.taps for name, row in rows.items()) / taps
         for name, row in rows.items():
@@ -175,12 +175,12 @@ class OffsetLogger(pl.Callback):
             values[f"acu/step_speed/{name}"] = speeds[name]
         return values
 
-    def _note(self, step: int, positions: dict[str, Tensor]) -> None:
+    def _remember(self, step: int, positions: dict[str, Tensor]) -> None:
         self._last = (step, positions)
         if self.animation and self._records % self._stride == 0:
             self._frames.append(self._last)
-            most = max(2, min(_MAX_FRAMES, _MAX_NUMBERS // sum(taps.numel() for taps in positions.values())))
-            if len(self._frames) > most:
+            limit = max(2, min(_MAX_FRAMES, _MAX_NUMBERS // sum(taps.numel() for taps in positions.values())))
+            if len(self._frames) > limit:
                 self._frames = self._frames[::2]
                 self._stride *= 2
         self._records += 1
@@ -202,10 +202,14 @@ class OffsetLogger(pl.Callback):
         path, shapes = run_directory(trainer) / "shapes.gif", trained_shapes(pl_module)
         if trainer.is_global_zero:
             assert self._last is not None
-            moments = self._frames + ([] if self._frames[-1][0] == self._last[0] else [self._last])
+            frames = self._frames + ([] if self._frames[-1][0] == self._last[0] else [self._last])
             path.parent.mkdir(parents=True, exist_ok=True)
             animate_shapes(
-                [(step, [replace(shape, positions=at[shape.name]) for shape in shapes]) for step, at in moments], path
+                [
+                    (step, [replace(shape, positions=positions[shape.name]) for shape in shapes])
+                    for step, positions in frames
+                ],
+                path,
             )
             for logger in trainer.loggers:
                 if hasattr(logger, "log_video"):  # W&B

@@ -1,4 +1,4 @@
-"""Positions learn at their own pace: own parameter group, warm-up, schedule, normalised gradient."""
+"""Train positions with a learning rate of their own: parameter group, warm-up, schedule, normalised gradients."""
 
 from __future__ import annotations
 
@@ -29,45 +29,45 @@ __all__ = ["PositionLRSchedule"]
 
 _PAPERS_WARMUP = 10_000
 
-#: Pixels that hardly any layer's taps have reason to go.
+#: In pixels (units of the dilation): taps that have moved further have most likely diverged.
 _FAR = 25
 
 
 class PositionLRSchedule(pl.Callback):
     """Trains positions as the paper does: a small learning rate, after a warm-up, along normalised gradients.
 
-    Positions move into a parameter group of their own (named "acu_positions"), whose learning rate is ``multiplier``
-    times that of the group they came from, at every step and under any scheduler, times the factor of ``schedule``.
-    Gradients are normalised when they are complete (accumulated, averaged over processes, unscaled), and weights are
-    clipped as if the positions were not there.
+    Positions move into a parameter group of their own (named "acu_positions"). Its learning rate is, at every step and
+    under any scheduler, that of the group they came from times ``multiplier`` times the factor of ``schedule``.
+    Gradients are normalised when they are complete (accumulated, averaged over processes, unscaled). Gradient clipping
+    of the weights does not see the positions.
 
     How far a tap can move in one step: with ``normalize`` and SGD, the learning rate in pixels (with momentum m up to
-    1 / (1 - m) times that). Adam rescales every gradient by itself, so that a step is about the learning rate in each
-    direction, with or without ``normalize``. Taps wander: to end up half a pixel away takes a path of some tens of
-    pixels, so that a training of a few thousand steps needs a larger multiplier than the paper's 64,000
-    (docs/training.md has examples).
+    1 / (1 - m) times that). Adam rescales every gradient itself, so that a step is about the learning rate in each
+    direction, with or without ``normalize``. Taps do not move straight: to end up half a pixel away they travel some
+    tens of pixels, so that a training of a few thousand steps needs a larger multiplier than the paper's training of
+    64,000 (examples in docs/training.md).
 
     Steps are the trainer's ``global_step``, as ``Trainer(max_steps=...)`` counts them.
 
     Args:
         multiplier: learning rate of positions over that of the other parameters.
-        warmup_steps: optimizer steps for which positions stay exactly where they are.
+        warmup_steps: optimizer steps at the start in which positions do not move at all.
         normalize: scale each tap's gradient (g_y, g_x) to length 1.
         weight_decay: for positions; it pulls the taps back to the regular grid.
         schedule: a further factor on the learning rate, from the end of the warm-up until positions are rounded (see
             RoundThenFinetune) or the training ends: "constant", "cosine", "linear", "step", "lattice" (anneals the taps
-            onto whole pixels), or a :class:`~lightning_acu.callbacks.schedules.Schedule`.
+            onto whole pixels), or a :class:`~lightning_acu.training.schedules.Schedule`.
         warmup_epochs: epochs of warm-up, instead of ``warmup_steps``.
-        max_displacement: pixels that no tap may be away from where it started while positions learn; None for no
-            limit. Rounding goes to the nearest pixel, which may be a little further.
-        optimizer_idx: which of several optimizers to serve, as ``configure_optimizers`` returns them; None for all that
-            hold positions. Two callbacks can serve two optimizers.
+        max_displacement: maximum distance in pixels of a tap from where it started, while positions learn; None for no
+            limit. Rounding moves taps to the nearest pixel, which may be slightly further away.
+        optimizer_idx: the index of the optimizer whose positions to train, in the order of ``configure_optimizers``;
+            None for all optimizers that hold positions. Use one callback for each optimizer to train them differently.
 
     Raises:
         ValueError: a negative argument, both kinds of warm-up, or an unknown schedule.
-        RuntimeError: before training starts, if the model has no active convolution, no optimizer holds one's
-            positions, ``optimizer_idx`` does not exist, positions are to be rounded before the warm-up ends, the
-            schedule needs a length that the training does not have, or the strategy or optimizer cannot work.
+        RuntimeError: before training starts, if the model has no active convolution, no optimizer holds its positions,
+            ``optimizer_idx`` does not exist, positions would be rounded before the warm-up ends, the schedule needs
+            the length of a training whose end is not known, or the strategy or optimizer is not supported.
 
     Example::
 
@@ -107,7 +107,7 @@ class PositionLRSchedule(pl.Callback):
         self._warned = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Stand between the gradients and the optimizers, before LearningRateFinder makes its first steps."""
+        """Install the gate between gradients and optimizers, before LearningRateFinder takes its first steps."""
         require_lightning(self, pl_module)
         if stage == "fit":
             self._clock = GradientGate.add(pl_module, self._transform).clock
@@ -117,23 +117,23 @@ class PositionLRSchedule(pl.Callback):
         layers = require_layers(self, pl_module)
         require_whole_positions(self, trainer)
         for other in callbacks_of(trainer):
-            served = (getattr(other, "optimizer_idx", None), self.optimizer_idx)
-            mine_too = None in served or served[0] == served[1]
-            if isinstance(other, PositionLRSchedule) and other is not self and mine_too:
+            indices = (getattr(other, "optimizer_idx", None), self.optimizer_idx)
+            overlap = None in indices or indices[0] == indices[1]
+            if isinstance(other, PositionLRSchedule) and other is not self and overlap:
                 raise RuntimeError(
-                    f"PositionLRSchedule: two of them serve one optimizer (`optimizer_idx` {served[0]} and "
-                    f"{served[1]}); keep one, or give each an optimizer of its own"
+                    f"PositionLRSchedule: two of these callbacks train the positions of one optimizer (`optimizer_idx` "
+                    f"{indices[0]} and {indices[1]}); keep one, or give each an `optimizer_idx` of its own"
                 )
-        self._groups.claim(trainer, layers)
+        self._groups.split(trainer, layers)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find when positions learn, and whether that can work."""
+        """Find the steps in which positions learn, and check them."""
         self._phase = self._clock.phase(trainer, self._warmup)
         if math.isinf(self._phase.length) and self.schedule.needs_total:
             raise RuntimeError(
                 f"PositionLRSchedule: `schedule` (={self.schedule}) needs a training with a known end; "
                 + (
-                    "the loader has no length, so give `warmup_steps` in place of `warmup_epochs`"
+                    "the loader has no length, so give `warmup_steps` instead of `warmup_epochs`"
                     if math.isinf(self._phase.start)
                     else "set the trainer's max_steps, or round at a given step"
                 )
@@ -142,7 +142,7 @@ class PositionLRSchedule(pl.Callback):
         self._tie(trainer)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep the ratio after a scheduler that is stepped between epochs: LearningRateMonitor looks at it now."""
+        """Keep the ratio after a scheduler that steps between epochs: LearningRateMonitor reads the rates now."""
         self._tie(trainer)
 
     def on_train_batch_start(
@@ -150,19 +150,19 @@ class PositionLRSchedule(pl.Callback):
     ) -> None:
         """Keep the ratio of learning rates."""
         if self._groups.have_changed(trainer):
-            self._groups.follow(trainer, require_layers(self, pl_module))
+            self._groups.update(trainer, require_layers(self, pl_module))
         self._tie(trainer)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Keep the ratio where a module steps its schedulers by itself."""
+        """Keep the ratio if the module steps its schedulers itself."""
         self._tie(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Pull taps towards whole pixels or back inside their limit; keep the ratio after a scheduler's step."""
+        """Move taps back inside their limit and towards whole pixels; keep the ratio after a scheduler's step."""
         before, self._step = self._step, trainer.global_step
         gate = GradientGate.of(pl_module)
         assert gate is not None
@@ -175,7 +175,7 @@ class PositionLRSchedule(pl.Callback):
         self._tie(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say if taps have run away."""
+        """Warn of taps that have diverged."""
         if not self._warned:
             layers = require_layers(self, pl_module)
             furthest = max((layer.displacement.abs().max() / max(layer.dilation[0], 1)).item() for _, layer in layers)
@@ -187,11 +187,11 @@ class PositionLRSchedule(pl.Callback):
                 )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave the module as it was: Lightning calls no teardown then."""
+        """Restore the module's methods: Lightning does not call teardown after an exception."""
         GradientGate.remove(pl_module, self._transform)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leave the module as it was."""
+        """Restore the module's methods."""
         if stage == "fit":
             GradientGate.remove(pl_module, self._transform)
 
@@ -203,7 +203,7 @@ class PositionLRSchedule(pl.Callback):
     def _transform(self, trainer: pl.Trainer, optimizer: Optimizer, layers: Sequence[ACUConv2d]) -> None:
         if self.optimizer_idx is not None and optimizer is not trainer.optimizers[self.optimizer_idx]:
             return
-        # LearningRateFinder and BatchSizeFinder take all callbacks away, and give every group one rate.
+        # LearningRateFinder and BatchSizeFinder remove all callbacks and give all groups the same learning rate.
         if not self._clock.may_learn(trainer, self._warmup) or self not in callbacks_of(trainer):
             for layer in layers:
                 layer.offsets.grad = None
@@ -211,6 +211,6 @@ class PositionLRSchedule(pl.Callback):
             normalize_gradients_(layers)
             scaler = getattr(trainer.precision_plugin, "scaler", None)
             if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
-                # Fused optimizers divide by the scale of mixed precision themselves, in the step.
+                # Fused optimizers unscale gradients of mixed precision themselves, in the step.
                 for layer in layers:
                     layer.offsets.grad = scaler.scale(layer.offsets.grad)

@@ -1,4 +1,4 @@
-"""Round the learned positions to whole pixels, then let the weights adapt."""
+"""Round the learned positions to whole pixels, then fine-tune the weights."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from ._clock import Moment, PositionClock, step_of_rounding, total_steps
 from ._gate import GradientGate
 from ._layers import (
     averages_of,
+    is_fast_dev_run,
     require_layers,
     require_lightning,
     require_whole_positions,
@@ -43,36 +44,36 @@ __all__ = ["RoundThenFinetune"]
 
 
 class RoundThenFinetune(pl.Callback):
-    """Rounds all positions to the lattice at one step, and trains on with positions frozen (the paper's ACU-Round).
+    """Rounds all positions to the lattice at one step, then trains on with frozen positions (the paper's ACU-Round).
 
-    After rounding a layer is a plain convolution again, or a sparse one, and runs everywhere; the fine-tuning lets the
-    weights make up for the taps that moved. Positions stay bit for bit from then on, also after a resume; averaged
+    A rounded layer is a plain convolution again, or a sparse one, and runs everywhere; fine-tuning adapts the weights
+    to the taps that were moved. From then on positions do not change by a single bit, also after a resume; averaged
     copies of the model (WeightAveraging, StochasticWeightAveraging, timm's ModelEma) get the same positions. The
-    optimizer forgets what it knew of positions (momentum) and keeps the rest.
+    optimizer's state of positions (momentum) is deleted; that of the weights is kept.
 
-    The log directory keeps the model just before and just after (``before_rounding.ckpt``, ``rounded.ckpt``) and the
-    learned shapes (``shapes_before_rounding.png``). How good the model was at each stage, says
-    :func:`~lightning_acu.callbacks.evaluate_stages` after the training.
+    The model just before and just after rounding (``before_rounding.ckpt``, ``rounded.ckpt``) and a figure of the
+    learned shapes (``shapes_before_rounding.png``) are kept in the log directory.
+    :func:`~lightning_acu.callbacks.evaluate_stages` evaluates them after the training.
 
     Steps are the trainer's ``global_step``, as ``Trainer(max_steps=...)`` counts them.
 
     Args:
         at_step: round before this optimizer step; or
-        at_epoch: round at the start of this epoch, 1 or more (0 would be the first); or
-        at_fraction: round after this share of all steps, between 0 and 1. Give exactly one of the three.
-        finetune_lr: restart the learning rate of the weights at this value when rounding, in place of what their
-            scheduler says; groups keep their ratios, and the highest gets this value. None: the scheduler goes on.
-        finetune_schedule: how it runs from there to the end of the training: "cosine" or "linear" to zero, "constant",
-            "step", or a :class:`~lightning_acu.callbacks.schedules.Schedule`.
-        collision: what to do when taps of one layer end on one pixel: "report" them (their weights add up, nothing is
-            lost); raise an "error"; or "separate" them, each to a pixel of its own, as near as possible.
-        keep: write the two checkpoints (weights only) and the picture. They go to the logger's directory, or without a
-            logger to the trainer's ``default_root_dir``.
+        at_epoch: round at the start of this epoch, 1 or more (epochs count from 0); or
+        at_fraction: round after this fraction of all steps, between 0 and 1. Give exactly one of the three.
+        finetune_lr: restart the learning rate of the weights at this value after rounding, overriding their scheduler;
+            the highest group gets this value, and the others keep their ratio to it. None: the scheduler goes on.
+        finetune_schedule: the schedule of that learning rate until the training ends: "cosine" or "linear" to zero,
+            "constant", "step", or a :class:`~lightning_acu.training.schedules.Schedule`.
+        collision: what to do when taps of a layer are rounded to the same pixel: "report" them (their weights add up,
+            nothing is lost); raise an "error"; or "separate" them, each to a pixel of its own, as near as possible.
+        keep: write the two checkpoints (weights only) and the figure to the logger's directory, or without a logger to
+            the trainer's ``default_root_dir``.
 
     Raises:
-        ValueError: not exactly one of the three moments, or one out of range.
-        RuntimeError: before training starts, if the model has no active convolution, or if the moment never comes or
-            the strategy hides positions; when rounding, for collisions under "error".
+        ValueError: not exactly one of the first three arguments is given, or it is out of range.
+        RuntimeError: before training starts, if the model has no active convolution, the training ends before the step
+            of rounding, or the strategy is not supported; when rounding, for collisions under "error".
 
     Example::
 
@@ -94,9 +95,9 @@ class RoundThenFinetune(pl.Callback):
         self.moment = Moment(at_step, at_epoch, at_fraction)
         check_collision(collision)
         if finetune_lr is not None and at_least("finetune_lr", finetune_lr) == 0:
-            raise ValueError(f"`finetune_lr` (={finetune_lr}) must be positive; None lets the scheduler go on")
+            raise ValueError(f"`finetune_lr` (={finetune_lr}) must be positive; with None the scheduler goes on")
         if finetune_lr is None and finetune_schedule != "cosine":
-            raise ValueError(f"`finetune_schedule` (={finetune_schedule!r}) does nothing without `finetune_lr`")
+            raise ValueError(f"`finetune_schedule` (={finetune_schedule!r}) has no effect without `finetune_lr`")
         self.finetune_lr = finetune_lr
         self.finetune_schedule = find_schedule("finetune_schedule", finetune_schedule)
         self.collision = collision
@@ -107,50 +108,53 @@ class RoundThenFinetune(pl.Callback):
     def _forget(self) -> None:
         #: The step at which positions were rounded, None before.
         self.rounded_at: int | None = None
-        #: How far the taps of each layer had moved by then.
+        #: By layer, how far the taps had moved just before rounding.
         self.learned: dict[str, LayerStatistics] = {}
-        #: Where the model just before and just after rounding was saved.
+        #: The files of the model just before ("before_rounding") and just after rounding ("rounded").
         self.checkpoints: dict[str, str] = {}
-        #: For each optimizer, its groups' learning rates over the highest, when rounding.
+        #: For each optimizer, the learning rates of its groups when rounding, divided by the highest.
         self._ratios: list[list[float]] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Forget an earlier training; a checkpoint to resume from is read after this."""
+        """Reset what an earlier training left; the state of a checkpoint to resume from is loaded after this."""
         require_lightning(self, pl_module)
         if stage == "fit":
             if trainer.global_step == 0:
                 self._forget()
             self._clock = GradientGate.add(pl_module, self._freeze).clock
-            self._clock.set(self)
+            self._clock.add(self)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check that there is something to round."""
+        """Check the model, the strategy and the directory."""
         require_layers(self, pl_module)
         require_whole_positions(self, trainer)
         if self.keep:
             require_local_directory(self, trainer, "`keep` to False")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find the step, and whether it can work."""
+        """Check that the step of rounding is part of this training."""
         step, steps = step_of_rounding(self, trainer), total_steps(trainer)
         if self.finetune_lr is not None and self.finetune_schedule.needs_total and math.isinf(steps):
             raise RuntimeError(
-                f"RoundThenFinetune: `finetune_schedule` (={self.finetune_schedule}) needs a training with an end; "
-                "set the trainer's max_steps or choose 'constant'"
+                f"RoundThenFinetune: `finetune_schedule` (={self.finetune_schedule}) needs a training with a known "
+                "end; set the trainer's max_steps or choose 'constant'"
             )
         if self.rounded_at is not None:
             rank_zero_info(f"RoundThenFinetune: positions were rounded at step {self.rounded_at} and stay frozen")
             self._restart_rates(trainer)
             return
-        # Under manual optimisation the steps of an epoch are a guess.
-        known = self.moment.at_epoch is None or pl_module.automatic_optimization
-        if step is not None and step >= steps and known and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            raise RuntimeError(f"RoundThenFinetune: {self.moment} is step {step}, but this training has only {steps}")
+        # Under manual optimisation the number of steps in an epoch is an estimate.
+        exact = self.moment.at_epoch is None or pl_module.automatic_optimization
+        if step is not None and step >= steps and exact and not is_fast_dev_run(trainer):
+            raise RuntimeError(
+                f"RoundThenFinetune: {self.moment} is step {step}, but this training has only {steps} steps; train "
+                "longer or round earlier"
+            )
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Round when the moment has come."""
+        """Round when the step is reached."""
         if self.rounded_at is None and self.moment.has_come(trainer):
             self._round(trainer, pl_module)
         self._restart_rates(trainer)
@@ -158,39 +162,39 @@ class RoundThenFinetune(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Go on with the restarted learning rate after a scheduler's step."""
+        """Override the scheduler's learning rate after its step."""
         self._restart_rates(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Whole positions in averaged copies, before those are swapped in."""
+        """Round the positions of averaged copies, before they are swapped in."""
         self._hold(trainer, pl_module)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Whole positions in averaged copies; ``checkpoint`` has references to them."""
+        """Round the positions of averaged copies; ``checkpoint`` refers to the same tensors."""
         self._hold(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Whole positions in what averaging made of the model; say so if the step never came."""
+        """Round the positions of the final average; warn if the step of rounding was never reached."""
         self._hold(trainer, pl_module)  # WeightAveraging has copied its average into the model, or will
-        if self.rounded_at is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self.rounded_at is None and not is_fast_dev_run(trainer):
             rank_zero_warn(
                 f"RoundThenFinetune: training ended at step {trainer.global_step}, before {self.moment}; "
                 "the positions are not rounded"
             )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave the module as it was: Lightning calls no teardown then."""
+        """Restore the module's methods: Lightning does not call teardown after an exception."""
         self._leave(pl_module)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leave the module as it was."""
+        """Restore the module's methods."""
         if stage == "fit":
             self._leave(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """Whether and when positions were rounded, for a resume."""
+        """Whether and when positions were rounded, and what is needed to go on from there."""
         return {
             "rounded_at": self.rounded_at,
             "learned": {name: vars(row) for name, row in self.learned.items()},
@@ -199,7 +203,7 @@ class RoundThenFinetune(pl.Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up where a checkpoint stopped."""
+        """Continue from the state of a checkpoint, also of a version that kept ``results`` in it."""
         self.rounded_at = state_dict["rounded_at"]
         self.learned = {name: LayerStatistics(**row) for name, row in state_dict["learned"].items()}
         self.checkpoints = dict(state_dict["checkpoints"])
@@ -207,43 +211,43 @@ class RoundThenFinetune(pl.Callback):
 
     def _leave(self, pl_module: pl.LightningModule) -> None:
         GradientGate.remove(pl_module, self._freeze)
-        self._clock.unset(self)
+        self._clock.remove(self)
 
     def _round(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         layers = require_layers(self, pl_module)
         learned = {name: layer_statistics(layer) for name, layer in layers}
         self._keep(trainer, pl_module, "before_rounding")
         self._draw(trainer, pl_module)
-        reshard(pl_module)  # a validation may have left parameters gathered, where changes would be lost
+        reshard(pl_module)  # a validation may have left parameters gathered, and changes of those would be lost
         report = round_layers(layers, self.collision)
         self.learned, self.rounded_at = learned, trainer.global_step
         keep_rounded_(pl_module, averages_of(trainer))
         rank_zero_info(f"RoundThenFinetune: rounded the positions at step {self.rounded_at}; {report}")
         if report.nothing_learned:
             rank_zero_warn(
-                "RoundThenFinetune: after rounding all taps are where they started, so nothing was learned; raise the "
-                "`multiplier` of PositionLRSchedule, or train longer before rounding"
+                "RoundThenFinetune: after rounding all taps are where they started, so no position was learned; raise "
+                "the `multiplier` of PositionLRSchedule, or train longer before rounding"
             )
-        for optimizer in trainer.optimizers:  # momentum of positions means nothing any more
+        for optimizer in trainer.optimizers:  # the momentum of frozen positions has no meaning
             for _, layer in layers:
                 optimizer.state.pop(layer.offsets, None)
         self._keep(trainer, pl_module, "rounded")
         self._ratios = [rate_ratios(optimizer) for optimizer in trainer.optimizers]
 
     def _hold(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Not where another model is validated with the same trainer.
+        # Only in a fit: the same trainer may validate another model later.
         if self.rounded_at is not None and trainer.state.fn == TrainerFn.FITTING:
             keep_rounded_(pl_module, averages_of(trainer))
 
     def _restart_rates(self, trainer: pl.Trainer) -> None:
         if self.finetune_lr is not None and self.rounded_at is not None:
             length = total_steps(trainer) - self.rounded_at
-            share = self.finetune_schedule.rate(trainer.global_step - self.rounded_at, length)
-            restart_rates(trainer.optimizers, self._ratios, self.finetune_lr * share)
+            factor = self.finetune_schedule.rate(trainer.global_step - self.rounded_at, length)
+            restart_rates(trainer.optimizers, self._ratios, self.finetune_lr * factor)
 
     def _keep(self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> None:
         directory = run_directory(trainer)
-        if self.keep and not trainer.fast_dev_run and not trainer.barebones:  # type: ignore[attr-defined]
+        if self.keep and not is_fast_dev_run(trainer) and not trainer.barebones:
             path = Path(directory, f"{name}.ckpt")
             with swapped_in(trainer, pl_module):
                 trainer.save_checkpoint(path, weights_only=True)
@@ -256,7 +260,7 @@ class RoundThenFinetune(pl.Callback):
             plot_shapes(shapes, title=f"before rounding, iteration {trainer.global_step:,}").savefig(path)
 
     def _freeze(self, trainer: pl.Trainer, optimizer: Optimizer, layers: Sequence[ACUConv2d]) -> None:
-        # None, not requires_grad=False: DDP waits for the gradient of every parameter it saw at the start.
+        # None, not requires_grad=False: DDP waits for the gradients of all parameters that it had at the start.
         if not self._clock.may_learn(trainer):
             for layer in layers:
                 layer.offsets.grad = None

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..callbacks import RoundThenFinetune, evaluate_stages
-from ..callbacks._layers import callbacks_of
+from ..callbacks._layers import callbacks_of, is_fast_dev_run
 from ..callbacks._stages import run_directory
 from ..statistics import model_statistics
 from .commands import COMMANDS
@@ -41,9 +41,9 @@ class ACULightningCLI(LightningCLI):
     """LightningCLI for any LightningModule and LightningDataModule, named in the configuration by class path.
 
     With ``--test_after_fit true``, ``fit`` ends with a test of the final model (and of the model just before and after
-    rounding, where a RoundThenFinetune callback kept them), a table on the screen and ``summary.json`` in the log
-    directory. The test images play no part before (ImageFolderDataModule without a ``test`` folder has no others than
-    those for validation).
+    rounding, if a RoundThenFinetune callback kept them), prints a table and writes ``summary.json`` to the log
+    directory. The test images are not used before that (but an ImageFolderDataModule without a ``test`` folder tests on
+    the validation images).
 
     With ``--ckpt_path``, the configuration says what the model is and the checkpoint brings its state: LightningCLI's
     own way, hyperparameters of the checkpoint over those of the command line, would drop what is said there.
@@ -59,13 +59,11 @@ class ACULightningCLI(LightningCLI):
         """Nothing: see above."""
 
     def after_fit(self) -> None:
-        """Test, if asked to."""
-        if self.config["fit"]["test_after_fit"] and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        """Test the models of this fit, with ``--test_after_fit true``."""
+        if self.config["fit"]["test_after_fit"] and not is_fast_dev_run(self.trainer):
             directory = run_directory(self.trainer)
             self.trainer.save_checkpoint(directory / "final.ckpt", weights_only=True)
-            stages = evaluate_stages(
-                self.trainer, self.model, self._rounding, datamodule=self.datamodule, method="test"
-            )
+            stages = evaluate_stages(self.trainer, self.model, self._rounding, datamodule=self.datamodule)
             self._summarize(directory, stages)
 
     @property

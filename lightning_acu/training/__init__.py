@@ -1,14 +1,14 @@
-"""How positions are trained, in any loop: plain functions on torch's modules, optimizers and schedulers, no trainer.
+"""Training of positions in any loop: plain functions on torch's modules, optimizers and schedulers, without a trainer.
 
-The parts, in the order in which a training meets them:
+In the order in which a training needs them:
 
-* :mod:`.param_groups`: positions in a parameter group of their own, at a share of the weights' learning rate;
-* :mod:`.schedules`: how that share runs over the steps in which positions learn;
-* :mod:`.gradients`: gradients of unit length before a step, taps kept near or drawn to whole pixels after it;
-* :mod:`.rounding`: all positions to whole pixels, for fine-tuning;
-* :mod:`.averages`: averaged copies of the model, which are to get the same whole positions.
+* :mod:`.param_groups`: a parameter group for positions, with a learning rate tied to that of the weights;
+* :mod:`.schedules`: factors on that learning rate over the steps in which positions learn;
+* :mod:`.gradients`: unit gradients before a step; after it, a limit on displacement and a pull towards whole pixels;
+* :mod:`.rounding`: rounding of all positions to whole pixels, before fine-tuning;
+* :mod:`.averages`: averaged copies of the model, which have to get the same rounded positions.
 
-The callbacks (:mod:`lightning_acu.callbacks`) are its shell for Lightning.
+The callbacks in :mod:`lightning_acu.callbacks` call these functions from Lightning's hooks.
 """
 
 from .averages import averaged_layers, averaged_models, is_average, keep_rounded_, trained_layers

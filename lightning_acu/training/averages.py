@@ -1,4 +1,4 @@
-"""Averaged copies of a model (EMA and the like): which layers they copy, and their positions after rounding."""
+"""Averaged copies of a model (EMA and the like): the layers they are copies of, and their positions after rounding."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ __all__ = ["averaged_layers", "averaged_models", "is_average", "keep_rounded_", 
 
 
 def is_average(module: Any) -> bool:
-    """Whether it is torch's AveragedModel (Lightning's WeightAveraging uses it), or timm's ModelEma, V2 or V3."""
+    """Whether ``module`` is torch's AveragedModel (as in Lightning's WeightAveraging) or timm's ModelEma, V2 or V3."""
     names = {kind.__name__ for kind in type(module).__mro__}
     return isinstance(module, AveragedModel) or not names.isdisjoint(("ModelEma", "ModelEmaV2", "ModelEmaV3"))
 
 
 def averaged_models(objects: Iterable[Any]) -> Iterator[nn.Module]:
-    """The models inside those of ``objects`` that are averages (see :func:`is_average`)."""
+    """The averaged model inside each of ``objects`` that is an average (see :func:`is_average`)."""
     for value in objects:
         if is_average(value):
-            average = getattr(value, "module", None) or getattr(value, "ema", None)  # ModelEma calls it so
+            average = getattr(value, "module", None) or getattr(value, "ema", None)  # the attribute of timm's ModelEma
             if isinstance(average, nn.Module):
                 yield average
 
@@ -37,14 +37,15 @@ def trained_layers(module: nn.Module) -> list[tuple[str, ACUConv2d]]:
 
 
 def averaged_layers(module: nn.Module, averages: Iterable[nn.Module] = ()) -> Iterator[tuple[ACUConv2d, ACUConv2d]]:
-    """(trained layer, its averaged copy): of averages inside ``module`` or among its attributes, and of ``averages``.
+    """Pairs of a trained layer and its averaged copy.
 
-    The original of an average is recognised by its class and the names and shapes of its active convolutions; where
-    that fits several parts of the module (a student and a teacher), it is the one with the closest weights.
+    Averages are found among the submodules and attributes of ``module``. The part of the module that an average is a
+    copy of has the same class, and active convolutions of the same names and shapes; if several parts match (a student
+    and a teacher), it is the one with the closest weights.
 
     Args:
-        module: what is trained.
-        averages: averaged copies of it, or of a part of it, that are kept elsewhere.
+        module: the module that is trained.
+        averages: further averaged copies of it, or of a part of it, that are kept elsewhere.
     """
     roots = [*averaged_models(module.modules()), *averaged_models(vars(module).values()), *averages]
     inside = {id(child) for root in roots for child in root.modules()}
@@ -63,11 +64,15 @@ def averaged_layers(module: nn.Module, averages: Iterable[nn.Module] = ()) -> It
 
 @torch.no_grad()
 def keep_rounded_(module: nn.Module, averages: Iterable[nn.Module] = ()) -> None:
-    """Give averaged copies (as :func:`averaged_layers` finds them) exactly the whole positions of the model.
+    """Set the positions of averaged copies to the rounded positions of the model, exactly.
 
-    At rounding; and again later, as averaging equal numbers is not exact in every formula: with a decay of 0.9998,
-    ``decay * 3 + (1 - decay) * 3`` leads away from 3 by a thousandth over some hundred steps. The average may stand in
-    the model's place when this is called.
+    Call it when positions are rounded, and again before an average is used: averaging equal numbers is not always
+    exact. With a decay of 0.9998, ``decay * 3 + (1 - decay) * 3`` drifts from 3 by a thousandth over some hundred
+    steps. It may be called while an average is swapped in for the model.
+
+    Args:
+        module: the module that is trained, with rounded positions.
+        averages: see :func:`averaged_layers`, which finds the copies.
     """
     for layer, average in averaged_layers(module, averages):
         layer.round_()

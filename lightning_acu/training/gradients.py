@@ -1,6 +1,6 @@
-"""What is done to the (dy, dx) pairs of many layers at once: unit gradients, and taps kept near or drawn to pixels.
+"""Unit gradients of positions, and corrections of positions after a step.
 
-As one operation over all layers, because a GPU would spend its time on launching small ones.
+Each is one operation on the (dy, dx) pairs of all layers: many small ones would leave a GPU waiting for launches.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ __all__ = ["apply_to_pairs_", "confine_positions_", "normalize_gradients_", "uni
 
 
 def unit_vectors(pairs: Tensor) -> Tensor:
-    """(N, 2) to (N, 2): each row divided by its length; a zero row stays zero, one that is not finite stays so.
+    """Divide each row of ``pairs`` (N, 2) by its length; rows of zeros stay zero, rows with inf or nan stay non-finite.
 
-    The learning rate of positions is then in pixels a step (for SGD without momentum), whatever the scale of the loss
-    and the depth of the layer. Source: Jeon & Kim, section 3.3, the normalised gradient (g_y, g_x) / |g|.
+    With such gradients the learning rate of positions is in pixels per step (for SGD without momentum), whatever the
+    scale of the loss and the depth of the layer. Source: Jeon & Kim, section 3.3, the normalised gradient
+    (g_y, g_x) / |g|.
     """
-    # Scaled by the larger entry first: the square of a float32 gradient below 1e-19 would underflow to zero.
+    # Divide by the larger entry first: the square of a float32 gradient below 1e-19 would underflow to zero.
     largest = pairs.abs().amax(-1, keepdim=True)
     scaled = torch.where(largest > 0, pairs / largest, pairs)
     length = scaled.norm(dim=-1, keepdim=True)
@@ -34,21 +35,22 @@ def unit_vectors(pairs: Tensor) -> Tensor:
 def normalize_gradients_(layers: Sequence[ACUConv2d]) -> None:
     """Scale the gradient of each tap's position to length 1, in place (see :func:`unit_vectors`).
 
-    To be called between ``backward`` (and the clipping of the weights' gradients) and ``optimizer.step``. Layers whose
-    positions have no gradient are left out.
+    Call it after ``backward`` and gradient clipping of the weights, before ``optimizer.step``. Layers whose positions
+    have no gradient are skipped.
     """
     apply_to_pairs_([layer.offsets.grad for layer in layers if layer.offsets.grad is not None], unit_vectors)
 
 
 def confine_positions_(layers: Sequence[ACUConv2d], pull: float = 0.0, max_displacement: float | None = None) -> None:
-    """Move each tap back to within ``max_displacement``, then a share of its way to the nearest pixel, in place.
+    """Move taps back to within ``max_displacement``, then a part of the way to their nearest pixel, in place.
 
-    To be called after ``optimizer.step``.
+    Call it after ``optimizer.step``.
 
     Args:
-        layers: whose taps to move.
-        pull: the share of the way, 0 to 1; see :meth:`~lightning_acu.training.schedules.Schedule.pull`.
-        max_displacement: pixels that a tap may be away from where it started; None for no limit.
+        layers: the layers whose taps to move.
+        pull: the fraction of the way to the nearest pixel, 0 to 1; see
+            :meth:`~lightning_acu.training.schedules.Schedule.pull`.
+        max_displacement: maximum distance in pixels of a tap from where it started; None for no limit.
     """
 
     def confine(offsets: Tensor, start: Tensor) -> Tensor:
@@ -64,24 +66,27 @@ def confine_positions_(layers: Sequence[ACUConv2d], pull: float = 0.0, max_displ
 
 @torch.no_grad()
 def apply_to_pairs_(tensors: Sequence[Tensor], function: Callable[..., Tensor], *others: Sequence[Tensor]) -> None:
-    """Write ``function(pairs)`` into ``tensors``, which are 1-D with an even length each: offsets, or their gradients.
+    """Replace the (dy, dx) pairs in ``tensors`` by ``function(pairs)``, in place.
+
+    Under FSDP2 a collective operation, to be called on every process.
 
     Args:
-        tensors: to change, in place: DDP and CUDA graphs know them.
-        function: from (N, 2), the pairs of many of ``tensors``, to the same.
-        others: for each further argument of ``function``, tensors of the lengths of ``tensors``, not sharded.
+        tensors: offsets or their gradients, each 1-D of even length. They are changed in place because DDP and CUDA
+            graphs hold references to them.
+        function: maps (N, 2), the pairs of many tensors, to (N, 2).
+        others: for each further argument of ``function``, tensors of the same lengths as ``tensors``, not sharded.
     """
-    kinds: dict[Any, list[int]] = defaultdict(list)
+    groups: dict[Any, list[int]] = defaultdict(list)
     for index, tensor in enumerate(tensors):
-        kinds[tensor.device, tensor.dtype, is_sharded(tensor)].append(index)
-    for (*_, sharded), indices in kinds.items():
-        mine = [tensors[index] for index in indices]
-        complete = [whole(tensor) for tensor in mine]  # a process may hold one number of a pair only
+        groups[tensor.device, tensor.dtype, is_sharded(tensor)].append(index)
+    for (*_, sharded), indices in groups.items():
+        group = [tensors[index] for index in indices]
+        complete = [whole(tensor) for tensor in group]  # a shard may end in the middle of a pair
         arguments = [complete, *([other[index] for index in indices] for other in others)]
         pairs = function(*(torch.cat(argument).view(-1, 2) for argument in arguments))
-        pieces = pairs.flatten().split([len(tensor) for tensor in complete])
+        results = pairs.flatten().split([len(tensor) for tensor in complete])
         if sharded:
-            for tensor, piece in zip(mine, pieces, strict=True):
-                copy_whole_(tensor, piece)
+            for tensor, result in zip(group, results, strict=True):
+                copy_whole_(tensor, result)
         else:
-            torch._foreach_copy_(mine, list(pieces))
+            torch._foreach_copy_(group, list(results))

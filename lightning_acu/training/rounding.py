@@ -1,4 +1,4 @@
-"""All positions of a model to whole pixels, and what that did."""
+"""Rounding of all positions of a model to whole pixels, with a report."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from ..statistics import layer_statistics
 
 __all__ = ["Collision", "RoundingReport", "check_collision", "round_layers"]
 
-#: What to do where taps of one layer end on one pixel.
+#: What to do when taps of a layer are rounded to the same pixel.
 Collision = Literal["report", "error", "separate"]
 
 
 @dataclass(frozen=True)
 class RoundingReport:
-    """What rounding did to the taps that can move; ``str`` of it is a sentence for people.
+    """What rounding did to the taps that can move; ``str(report)`` is a sentence.
 
     Attributes:
-        taps: how many can move, in all layers.
-        mean_distance: how far rounding moved them, in pixels; 0 without any.
-        max_distance: the furthest.
-        away: how many are away from where they started, now that they are rounded.
-        collisions: for each layer where taps fell on the pixel of another, how many did.
-        separated: whether those were then put on pixels of their own.
+        taps: the number of taps that can move, in all layers.
+        mean_distance: by how many pixels rounding moved them, on average; 0 if there are none.
+        max_distance: by how many pixels at most.
+        away: the number of taps that are not where they started, after rounding.
+        collisions: for each layer in which taps were rounded to the pixel of another, their number.
+        separated: whether those taps were then moved to pixels of their own.
     """
 
     taps: int
@@ -41,28 +41,29 @@ class RoundingReport:
 
     @property
     def nothing_learned(self) -> bool:
-        """Whether all taps are where they started, though some can move."""
+        """Whether all taps are back where they started, although some can move."""
         return self.taps > 0 and self.away == 0
 
     def __str__(self) -> str:
-        """How far the taps moved, how many are away from their start, and which collided."""
+        """How far the taps were moved, how many are not where they started, and which collided."""
         moved = "no tap can move"  # only 1x1 kernels with a fixed centre
         if self.taps:
             moved = (
-                f"{self.taps} taps moved {self.mean_distance:.2f} pixels on average, {self.max_distance:.2f} at most"
+                f"{self.taps} taps were moved by {self.mean_distance:.2f} pixels on average, by at most "
+                f"{self.max_distance:.2f}; {self.away} of them are not where they started"
             )
-        collided = "no two taps fell on one pixel"
+        collided = "no two taps share a pixel"
         if self.collisions:
-            collided = f"taps that fell on the pixel of another: {_text(self.collisions)}"
-            collided += ", now apart" if self.separated else ""
-        return f"{moved}; {self.away} of {self.taps} are away from where they started; {collided}"
+            collided = f"taps rounded to the pixel of another: {_text(self.collisions)}"
+            collided += ", then separated" if self.separated else ""
+        return f"{moved}; {collided}"
 
 
 def check_collision(collision: str) -> None:
-    """Nothing for one of the choices.
+    """Check that ``collision`` is one of the choices.
 
     Raises:
-        ValueError: anything else.
+        ValueError: it is not.
     """
     if collision not in get_args(Collision):
         raise ValueError(f"`collision` (={collision!r}) must be 'report', 'error' or 'separate'")
@@ -76,12 +77,15 @@ def round_layers(layers: Sequence[tuple[str, ACUConv2d]], collision: Collision =
 
     Args:
         layers: (name, layer), as :func:`~lightning_acu.training.trained_layers` finds them.
-        collision: what to do when taps of one layer end on one pixel: "report" them (their weights add up, nothing is
-            lost); raise an "error"; or "separate" them, each to a pixel of its own, as near as possible.
+        collision: what to do when taps of a layer are rounded to the same pixel: "report" them (their weights add up,
+            nothing is lost); raise an "error"; or "separate" them, each to a pixel of its own, as near as possible.
+
+    Returns:
+        What rounding did.
 
     Raises:
-        ValueError: another ``collision``.
-        RuntimeError: taps ended on one pixel, under "error"; all positions are as before then.
+        ValueError: ``collision`` is none of these.
+        RuntimeError: taps collided and ``collision`` is "error"; no position is changed then.
     """
     check_collision(collision)
     before = [whole(layer.offsets.detach()).clone() for _, layer in layers]
@@ -95,8 +99,8 @@ def round_layers(layers: Sequence[tuple[str, ACUConv2d]], collision: Collision =
             copy_whole_(layer.offsets, offsets)
         if collision == "error":
             raise RuntimeError(
-                f"taps fell on the pixel of another: {_text(collisions)} (`collision`='error'); positions are not "
-                "rounded. Choose 'separate', or 'report' to let their weights add up"
+                f"taps would be rounded to the pixel of another: {_text(collisions)} (`collision`='error'); no "
+                "position was changed. Choose 'separate', or 'report' to let their weights add up"
             )
         for _, layer in layers:
             layer.round_(separate=True)
@@ -115,9 +119,10 @@ def round_layers(layers: Sequence[tuple[str, ACUConv2d]], collision: Collision =
     )
 
 
-def _movable(ways: Iterable[tuple[ACUConv2d, Tensor]]) -> Tensor:
-    """The lengths of ``ways``, (layer, (P, K, 2)), of the taps that can move, in one row."""
-    return torch.cat([torch.empty(0), *(way.norm(dim=-1)[:, layer.movable].flatten().cpu() for layer, way in ways)])
+def _movable(displacements: Iterable[tuple[ACUConv2d, Tensor]]) -> Tensor:
+    """The lengths of displacements, pairs of a layer and (P, K, 2), of all taps that can move, 1-D."""
+    lengths = [moved.norm(dim=-1)[:, layer.movable].flatten().cpu() for layer, moved in displacements]
+    return torch.cat([torch.empty(0), *lengths])
 
 
 def _text(collisions: Mapping[str, int]) -> str:

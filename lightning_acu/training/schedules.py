@@ -1,7 +1,7 @@
-"""How the learning rate of positions runs over the steps in which they learn: pure functions of the step.
+"""Schedules of the learning rate of positions: pure functions of the step.
 
-``step`` counts from the end of the warm-up, ``total`` is the number of steps until positions are rounded, or until the
-training ends. To write your own, subclass :class:`Schedule`.
+``step`` counts from the end of the warm-up; ``total`` is the number of steps from there until positions are rounded, or
+until the training ends. To write your own, subclass :class:`Schedule`.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ __all__ = ["Constant", "Cosine", "LatticeDecay", "Linear", "Schedule", "Step", "
 
 
 class Schedule:
-    """The base of all: a constant rate, and taps that go where they like."""
+    """The base class: a constant factor of 1, and taps that move freely."""
 
     def rate(self, step: int, total: float) -> float:
-        """Factor on the learning rate of positions at ``step``, 0 <= step <= total."""
+        """The factor on the learning rate of positions at ``step``, 0 <= step <= total."""
         return 1.0
 
     def slack(self, step: int, total: float) -> float:
-        """How far from whole pixels taps may be at ``step``: 1, as far as they like, to 0, on them.
+        """How far from whole pixels taps may be at ``step``: from 1, anywhere, to 0, on whole pixels.
 
-        From one step to the next every tap goes a share of its way to the nearest pixel, see :meth:`pull`.
+        Taps are pulled towards their nearest pixel as it decreases, see :meth:`pull`.
         """
         return 1.0
 
     def pull(self, before: int, step: int, total: float) -> float:
-        """The share of its way to the nearest pixel, 0 to 1, that each tap goes from step ``before`` to ``step``."""
+        """The fraction of its way to the nearest pixel, 0 to 1, by which a tap is moved from ``before`` to ``step``."""
         slack = self.slack(before, total)
         return 1 - self.slack(step, total) / slack if slack > 0 else 1.0
 
     @property
     def needs_total(self) -> bool:
-        """Whether the schedule makes sense only for a training whose length is known."""
+        """Whether the schedule needs a training whose length is known."""
         return True
 
 
@@ -43,7 +43,7 @@ class Constant(Schedule):
 
     @property
     def needs_total(self) -> bool:
-        """It runs for ever."""
+        """No: it does not depend on the length."""
         return False
 
 
@@ -77,7 +77,7 @@ class Linear(Schedule):
 
 @dataclass(frozen=True)
 class Step(Schedule):
-    """Multiplied by ``factor`` at each of the ``milestones``, given as shares of the total."""
+    """Multiplied by ``factor`` at each of the ``milestones``, which are fractions of the total."""
 
     milestones: tuple[float, ...] = (0.5, 0.75)
     factor: float = 0.1
@@ -96,12 +96,16 @@ class Step(Schedule):
 
 @dataclass(frozen=True)
 class LatticeDecay(Schedule):
-    """Anneals the taps onto whole pixels, so that rounding in the end moves nothing.
+    """Anneals the taps onto whole pixels, so that rounding at the end does not move them.
 
-    Until the share ``start`` of the steps, taps move freely. From there to the end the learning rate falls to 0 along a
-    line, and a decay pulls each tap towards its nearest pixel, ever more strongly: without gradients its distance would
-    shrink as ((1 - progress) / (1 - start)) ** power, to exactly 0 at the end. A gradient that is strong enough still
-    carries a tap over to the next pixel, less and less likely.
+    Taps move freely for the fraction ``start`` of the steps. Then the learning rate decreases linearly to 0, and each
+    tap is pulled towards its nearest pixel more and more strongly: without gradients its distance shrinks as
+    ((1 - progress) / (1 - start)) ** power, to exactly 0 at the end. A strong gradient can still move a tap to the next
+    pixel, but this becomes less and less likely.
+
+    Args:
+        start: the fraction of the steps at which annealing starts, from 0 to below 1.
+        power: the exponent above; larger values pull earlier.
     """
 
     start: float = 0.5
@@ -134,8 +138,12 @@ _NAMES: dict[str, type[Schedule]] = {
 def find_schedule(argument: str, schedule: str | Schedule) -> Schedule:
     """The schedule of that name, with its defaults; a :class:`Schedule` is returned as it is.
 
+    Args:
+        argument: the name of the caller's argument, for error messages.
+        schedule: "constant", "cosine", "linear", "step", "lattice", or a Schedule.
+
     Raises:
-        ValueError: an unknown name; ``argument`` is what the message calls it.
+        ValueError: an unknown name.
         TypeError: neither a name nor a Schedule.
     """
     if isinstance(schedule, Schedule):
@@ -148,7 +156,7 @@ def find_schedule(argument: str, schedule: str | Schedule) -> Schedule:
 
 
 def _progress(step: int, total: float) -> float:
-    """0 to 1; a training of no steps is at its end."""
+    """The fraction of the steps that are done, 0 to 1; 1 if there are no steps."""
     return min(1.0, max(0.0, step / total)) if total > 0 else 1.0
 
 

@@ -470,7 +470,10 @@ def test_before_an_averaging_callback_positions_are_averaged(tmp_path, average):
 
 @pytest.mark.parametrize("average", averaging(), ids=lambda callback: type(callback).__name__)
 def test_behind_an_averaging_callback_is_an_error(tmp_path, average):
-    with pytest.raises(RuntimeError, match=rf"ConvertToACU: {type(average).__name__} stands before it .* put .* first"):
+    with pytest.raises(
+        RuntimeError,
+        match=rf"has copied InInit before .*; ConvertToACU must be listed before {type(average).__name__} in",
+    ):
         fit(InInit(), [average, ConvertToACU()], tmp_path)
 
 

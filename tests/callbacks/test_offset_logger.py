@@ -216,5 +216,5 @@ def test_fast_dev_run_and_barebones_write_nothing(tmp_path):
 
 
 def test_figures_in_between_without_figures():
-    with pytest.raises(ValueError, match=r"`figures_every_n_steps` \(=5\) does nothing with `figures`=False"):
+    with pytest.raises(ValueError, match=r"`figures_every_n_steps` \(=5\) has no effect with `figures`=False"):
         OffsetLogger(10, figures=False, figures_every_n_steps=5)

@@ -115,7 +115,7 @@ def test_positions_that_no_optimizer_holds(tmp_path):
 
 
 def test_a_warmup_that_never_ends_warns(tmp_path):
-    with pytest.warns(UserWarning, match=r"`warmup_steps` \(=10000\) is no less than the 12 steps of this training"):
+    with pytest.warns(UserWarning, match=r"`warmup_steps` \(=10000\) is not less than the 12 steps of this training"):
         fit(TinyModule(), [PositionLRSchedule()], tmp_path)
 
 
@@ -154,7 +154,7 @@ def test_a_schedule_begins_when_the_warmup_of_epochs_ends(tmp_path):
 def test_a_long_warmup_of_epochs_warns_only_where_it_can_know(tmp_path, data):
     schedule = PositionLRSchedule(0.1, warmup_epochs=2)
     if data is loader:
-        with pytest.warns(UserWarning, match=r"`warmup_epochs` \(=2\) is no less than the 12 steps"):
+        with pytest.warns(UserWarning, match=r"`warmup_epochs` \(=2\) is not less than the 12 steps"):
             fit(TinyModule(), [schedule], tmp_path)
     else:
         fit(TinyModule(), [schedule], tmp_path, data())
@@ -518,8 +518,8 @@ def two_with_a_plain_second():
     ("module", "arguments", "trainer", "message"),
     [
         (lambda: TinyModule(convert=False), {}, {}, "TinyModule has no active convolution; call convert_to_acu"),
-        (frozen, {}, {}, "the positions of all layers have requires_grad=False; thaw some"),
-        (TinyModule, {"optimizer_idx": 1}, {}, r"`optimizer_idx` \(=1\) does not exist, .* made 1"),
+        (frozen, {}, {}, "the positions of all layers have requires_grad=False; unfreeze some"),
+        (TinyModule, {"optimizer_idx": 1}, {}, r"`optimizer_idx` \(=1\) does not exist; the number of optimizers is 1"),
         (two_with_a_plain_second, {"optimizer_idx": 1}, {}, "optimizer 1 holds no positions"),
         (lambda: TinyModule(torch.optim.LBFGS), {}, {}, "LBFGS has no parameter groups; choose another optimizer"),
         (
@@ -556,5 +556,7 @@ def test_strategies_that_hide_positions(strategy):
 def test_two_that_serve_the_same_optimizer(tmp_path):
     for pair in ((None, None), (None, 0), (0, 0)):
         callbacks = [PositionLRSchedule(0.1, 0, optimizer_idx=index) for index in pair]
-        with pytest.raises(RuntimeError, match="PositionLRSchedule: two of them serve one optimizer"):
+        with pytest.raises(
+            RuntimeError, match="PositionLRSchedule: two of these callbacks train the positions of one optimizer"
+        ):
             fit(TinyModule(), callbacks, tmp_path)

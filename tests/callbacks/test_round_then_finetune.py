@@ -8,6 +8,7 @@ from lightning.pytorch.loggers import Logger
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_acu.callbacks import OffsetLogger, PositionLRSchedule, RoundThenFinetune
+from lightning_acu.metrics import LayerStatistics
 
 
 def schedule():
@@ -67,9 +68,13 @@ def test_the_optimizer_forgets_the_momentum_of_positions_only(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:RoundThenFinetune. training ended at step")
+@pytest.mark.parametrize("written_by", ["this version", "the version before"])
 @pytest.mark.parametrize("stop", [1, 2, 3])
-def test_resume_before_at_and_after_rounding_equals_an_uninterrupted_run(tmp_path, stop):
-    """Rounding is at the start of epoch 2; stopped after 1, 2 or 3 of 4 epochs."""
+def test_resume_before_at_and_after_rounding_equals_an_uninterrupted_run(tmp_path, stop, written_by):
+    """Rounding is at the start of epoch 2; stopped after 1, 2 or 3 of 4 epochs.
+
+    The version before evaluated during training, and kept ``results`` in the callback's state.
+    """
 
     def train(epochs, ckpt_path=None):
         torch.manual_seed(0)
@@ -81,9 +86,31 @@ def test_resume_before_at_and_after_rounding_equals_an_uninterrupted_run(tmp_pat
     _, trainer = train(stop)
     path = tmp_path / "stopped.ckpt"
     trainer.save_checkpoint(path)
+    if written_by == "the version before":
+        checkpoint = torch.load(path)
+        checkpoint["callbacks"]["RoundThenFinetune"]["results"] = {"before_rounding": {"loss": 1.0}}
+        torch.save(checkpoint, path)
     resumed, _ = train(4, path)
     assert torch.equal(resumed.offsets, whole.offsets)
     torch.testing.assert_close(resumed.weights, whole.weights, rtol=0, atol=0)
+
+
+def test_the_results_in_the_state_of_the_version_before_are_ignored():
+    row = {
+        "mean_displacement": 0.5, "max_displacement": 1.0, "receptive_radius": 2.0, "off_lattice": 0.25,
+        "collisions": 1, "taps": 8,
+    }  # fmt: skip
+    rounding = RoundThenFinetune(at_step=9)
+    rounding.load_state_dict(
+        {
+            "rounded_at": 9, "learned": {"net.0": row}, "checkpoints": {"rounded": "here.ckpt"},
+            "results": {"before_rounding": {"loss": 1.0}}, "ratios": [[1.0, 0.2]],
+        }
+    )  # fmt: skip
+    assert rounding.rounded_at == 9
+    assert rounding.learned == {"net.0": LayerStatistics(**row)}
+    assert rounding.checkpoints == {"rounded": "here.ckpt"}
+    assert "results" not in rounding.state_dict()
 
 
 class StopAfter(pl.Callback):
@@ -97,12 +124,12 @@ class StopAfter(pl.Callback):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "give exactly one of `at_step`, `at_epoch` and `at_fraction`, got none"),
+        ({}, "give exactly one of `at_step`, `at_epoch` and `at_fraction`; got none"),
         ({"at_step": 3, "at_epoch": 1}, r"exactly one .* got \{'at_step': 3, 'at_epoch': 1\}"),
         ({"at_step": 0}, r"`at_step` \(=0\) must be at least 1"),
         ({"at_fraction": 1.0}, r"`at_fraction` \(=1.0\) must be between 0 and 1"),
         ({"at_fraction": float("nan")}, r"`at_fraction` \(=nan\) must"),
-        ({"at_step": 1, "finetune_schedule": "linear"}, r"`finetune_schedule` \(='linear'\) does nothing without"),
+        ({"at_step": 1, "finetune_schedule": "linear"}, r"`finetune_schedule` \(='linear'\) has no effect without"),
         ({"at_epoch": 1, "collision": "merge"}, r"`collision` \(='merge'\) must be 'report', 'error' or 'separate'"),
     ],
 )
@@ -114,12 +141,12 @@ def test_bad_arguments(arguments, message):
 @pytest.mark.parametrize(
     ("rounding", "callback", "message"),
     [
-        (RoundThenFinetune(at_step=12), None, r"`at_step` \(=12\) is step 12, but this training has only 12"),
-        (RoundThenFinetune(at_epoch=9), None, r"`at_epoch` \(=9\) is step 54, but this training has only 12"),
+        (RoundThenFinetune(at_step=12), None, r"`at_step` \(=12\) is step 12, but this training has only 12 steps"),
+        (RoundThenFinetune(at_epoch=9), None, r"`at_epoch` \(=9\) is step 54, but this training has only 12 steps"),
         (
             RoundThenFinetune(at_step=3),
             PositionLRSchedule(1, 3),
-            "rounded at step 3, before the warm-up ends",
+            r"rounded at step 3, before the warm-up \(`warmup_steps` \(=3\)\) ends",
         ),
     ],
 )
@@ -131,7 +158,7 @@ def test_moments_that_cannot_work_stop_before_training(tmp_path, rounding, callb
 
 
 def test_a_fraction_of_an_endless_training(tmp_path):
-    with pytest.raises(RuntimeError, match=r"`at_fraction` \(=0.5\) of a training without a known end"):
+    with pytest.raises(RuntimeError, match=r"`at_fraction` \(=0.5\) needs a training with a known end"):
         fit(TinyModule(), [RoundThenFinetune(at_fraction=0.5)], tmp_path, max_epochs=-1)
 
 
@@ -148,12 +175,12 @@ def test_taps_that_fell_on_one_pixel(tmp_path, caplog, collision):
     rounding = RoundThenFinetune(at_step=1, collision=collision)
     still = PositionLRSchedule(multiplier=0, warmup_steps=0)
     if collision == "error":
-        with pytest.raises(RuntimeError, match=r"taps fell on the pixel of another: 1 in net\.2"):
+        with pytest.raises(RuntimeError, match=r"taps would be rounded to the pixel of another: 1 in net\.2"):
             fit(model, [still, rounding], tmp_path)
     else:
         with caplog.at_level("INFO"):
             fit(model, [still, rounding], tmp_path)
-        assert "taps that fell on the pixel of another: 1 in net.2" in caplog.text
+        assert "taps rounded to the pixel of another: 1 in net.2" in caplog.text
 
 
 def test_training_that_ends_early_says_that_nothing_was_rounded(tmp_path):
@@ -182,7 +209,7 @@ def test_a_collision_that_is_an_error_leaves_the_positions(tmp_path):
     with torch.no_grad():
         model.net[2].offsets.copy_(start)
     rounding = RoundThenFinetune(at_step=1, collision="error")
-    with pytest.raises(RuntimeError, match="fell on the pixel of another"):
+    with pytest.raises(RuntimeError, match="rounded to the pixel of another"):
         fit(model, [PositionLRSchedule(multiplier=0, warmup_steps=0), rounding], tmp_path)
     assert torch.equal(model.net[2].offsets.detach(), start)
     assert rounding.rounded_at is None
@@ -249,7 +276,7 @@ def test_taps_that_fell_on_one_pixel_are_put_apart(tmp_path, caplog):
     model, spy, rounding = colliding(TinyModule()), Spy(), RoundThenFinetune(at_step=1, collision="separate")
     with caplog.at_level("INFO"):
         fit(model, [PositionLRSchedule(multiplier=0, warmup_steps=0), rounding, spy], tmp_path)
-    assert "taps that fell on the pixel of another: 1 in net.2, now apart" in caplog.text
+    assert "taps rounded to the pixel of another: 1 in net.2, then separated" in caplog.text
     for layer in (model.net[0], model.net[2]):
         assert torch.equal(layer.offsets, layer.offsets.round())
         assert len(layer.positions[0].unique(dim=0)) == 9
@@ -260,10 +287,10 @@ def test_taps_that_fell_on_one_pixel_are_put_apart(tmp_path, caplog):
 def test_no_collisions_are_reported_as_that(tmp_path, caplog):
     with (
         caplog.at_level("INFO"),
-        pytest.warns(UserWarning, match="all taps are where they started, so nothing was learned; raise the `mult"),
+        pytest.warns(UserWarning, match="all taps are where they started, so no position was learned; raise the `mult"),
     ):
         fit(TinyModule(), [RoundThenFinetune(at_step=1)], tmp_path)
-    assert "0 of 16 are away from where they started; no two taps fell on one pixel" in caplog.text
+    assert "0 of them are not where they started; no two taps share a pixel" in caplog.text
 
 
 def test_a_model_whose_taps_cannot_move(tmp_path, caplog):

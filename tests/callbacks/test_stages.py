@@ -10,7 +10,6 @@ from helpers.tiny import TinyModule, fit, loader, validate
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_acu.callbacks import ConvertToACU, PositionLRSchedule, RoundThenFinetune, evaluate_stages
-from lightning_acu.metrics import LayerStatistics
 
 
 class Validating(TinyModule):
@@ -44,11 +43,12 @@ def assert_same(state, other):
     assert all(torch.equal(state[name], other[name]) for name in state)
 
 
-@pytest.mark.parametrize("method", ["validate", "test"])
+@pytest.mark.parametrize("method", ["validate", "test", "by default"])
 def test_the_numbers_are_those_of_the_kept_checkpoints_and_of_the_end(tmp_path, method):
     trainer, model, rounding = trained(tmp_path, logger=CSVLogger(tmp_path))
     final, callbacks = state_of(model), list(trainer.callbacks)
-    stages = evaluate_stages(trainer, model, rounding, method=method)
+    arguments = {} if method == "by default" else {"method": method}
+    stages = evaluate_stages(trainer, model, rounding, **arguments)
     assert_same(model.state_dict(), final)
     assert trainer.callbacks == callbacks
     assert list(stages) == ["before rounding", "after rounding", "after fine-tuning"]
@@ -72,13 +72,15 @@ def test_loggers_hear_of_it_as_of_any_validation(tmp_path):
 def test_where_nothing_was_rounded_there_is_only_the_end(tmp_path, given):
     model, rounding = Validating(), RoundThenFinetune(at_step=9)
     trainer = fit(model, [PositionLRSchedule(3.0, warmup_steps=1)], tmp_path)
-    stages = evaluate_stages(trainer, model, rounding if given == "one that did not round" else None)
+    stages = evaluate_stages(trainer, model, rounding if given == "one that did not round" else None, method="validate")
     assert stages == {"final": validate(model, tmp_path)}
 
 
 def test_without_kept_checkpoints_there_is_only_the_end(tmp_path):
     trainer, model, rounding = trained(tmp_path, rounding=RoundThenFinetune(at_step=9, keep=False))
-    assert evaluate_stages(trainer, model, rounding) == {"after fine-tuning": validate(model, tmp_path)}
+    assert evaluate_stages(trainer, model, rounding, method="validate") == {
+        "after fine-tuning": validate(model, tmp_path)
+    }
 
 
 def test_a_checkpoint_that_is_gone_is_said_and_left_out(tmp_path):
@@ -109,7 +111,7 @@ def test_an_error_on_the_way_leaves_the_final_weights_and_the_callbacks(tmp_path
     final, callbacks = state_of(model), list(trainer.callbacks)
     model.failing = True
     with pytest.raises(ArithmeticError):
-        evaluate_stages(trainer, model, rounding)
+        evaluate_stages(trainer, model, rounding, method="validate")
     assert_same(model.state_dict(), final)
     assert trainer.callbacks == callbacks
 
@@ -124,10 +126,10 @@ def test_several_loaders_of_a_datamodule(tmp_path):
 
     model, rounding = Validating(), RoundThenFinetune(at_step=9)
     trainer = fit(model, [PositionLRSchedule(3.0, 1), rounding], tmp_path)
-    stages = evaluate_stages(trainer, model, rounding, datamodule=Data())
+    stages = evaluate_stages(trainer, model, rounding, datamodule=Data(), method="validate")
     names = {f"{name}/dataloader_idx_{index}" for name in ("loss", "accuracy") for index in (0, 1)}
     assert [set(metrics) for metrics in stages.values()] == [names] * 3
-    alone = evaluate_stages(trainer, model, rounding, dataloaders=loader(3, 2))
+    alone = evaluate_stages(trainer, model, rounding, dataloaders=loader(3, 2), method="validate")
     assert [metrics["loss"] for metrics in alone.values()] == [
         metrics["loss/dataloader_idx_1"] for metrics in stages.values()
     ]
@@ -147,24 +149,5 @@ def test_a_module_that_a_callback_converted_and_whose_hyperparameters_name_a_cla
 
 
 def test_the_method_is_one_of_two(tmp_path):
-    with pytest.raises(ValueError, match=r"`method` \(='predict'\) must be 'validate' or 'test'"):
+    with pytest.raises(ValueError, match=r"`method` \(='predict'\) must be 'test' or 'validate'"):
         evaluate_stages(None, None, method="predict")
-
-
-def test_the_state_of_a_callback_from_before_has_results_that_play_no_part():
-    """RoundThenFinetune once evaluated during training, and kept ``results`` in its state."""
-    row = {
-        "mean_displacement": 0.5, "max_displacement": 1.0, "receptive_radius": 2.0, "off_lattice": 0.25,
-        "collisions": 1, "taps": 8,
-    }  # fmt: skip
-    rounding = RoundThenFinetune(at_step=9)
-    rounding.load_state_dict(
-        {
-            "rounded_at": 9, "learned": {"net.0": row}, "checkpoints": {"rounded": "here.ckpt"},
-            "results": {"before_rounding": {"loss": 1.0}}, "ratios": [[1.0, 0.2]],
-        }
-    )  # fmt: skip
-    assert rounding.rounded_at == 9
-    assert rounding.learned == {"net.0": LayerStatistics(**row)}
-    assert rounding.checkpoints == {"rounded": "here.ckpt"}
-    assert "results" not in rounding.state_dict()

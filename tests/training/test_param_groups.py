@@ -135,5 +135,5 @@ def test_an_optimizer_without_a_learning_rate():
     weight, offsets = parameters()
     optimizer = torch.optim.Adafactor([weight, offsets])
     optimizer.param_groups[0]["lr"] = None
-    with pytest.raises(RuntimeError, match=r"Adafactor has no learning rate \(lr=None\) that positions could have"):
+    with pytest.raises(RuntimeError, match=r"Adafactor has no learning rate \(lr=None\) to set that of positions from"):
         split_off_positions(optimizer, [], [offsets], 0.1, 0.0)

@@ -23,8 +23,8 @@ def test_the_report_counts_taps_that_can_move_and_how_far_rounding_moved_them():
     assert report.mean_distance == pytest.approx((0.25 + 0.3 + 0.4 + 0.5) / 4, rel=1e-5)
     assert report.max_distance == pytest.approx(0.5, rel=1e-5)
     assert str(report) == (
-        "4 taps moved 0.36 pixels on average, 0.50 at most; 3 of 4 are away from where they started; "
-        "no two taps fell on one pixel"
+        "4 taps were moved by 0.36 pixels on average, by at most 0.50; 3 of them are not where they started; "
+        "no two taps share a pixel"
     )
     assert torch.equal(one.offsets, torch.tensor([0.0, 0.0, 0.0, 0.0, 3.0, 4.0]))
     assert torch.equal(two.offsets, torch.tensor([0.0, -1.0, 0.0, 0.0, 1.0, 0.0]))
@@ -51,7 +51,7 @@ def test_collisions_are_reported():
     one, two = colliding()
     report = round_layers([("one", one), ("two", two)], "report")
     assert report.collisions == {"one": 1}
-    assert str(report).endswith("; taps that fell on the pixel of another: 1 in one")
+    assert str(report).endswith("; taps rounded to the pixel of another: 1 in one")
     assert torch.equal(one.offsets, torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0, 0.0]))
 
 
@@ -66,7 +66,7 @@ def test_a_collision_as_an_error_leaves_all_layers():
 def test_taps_are_put_apart_from_where_they_were_not_from_where_they_fell():
     one, two = colliding()
     report = round_layers([("one", one), ("two", two)], "separate")
-    assert str(report).endswith("1 in one, now apart")
+    assert str(report).endswith("1 in one, then separated")
     for conv in (one, two):
         assert torch.equal(conv.offsets, conv.offsets.round())
         assert len(conv.positions[0].unique(dim=0)) == 3
