@@ -12,7 +12,10 @@ import matplotlib.pyplot as plt
 
 from .settings import callbacks_of
 
-__all__ = ["displacements", "draw_displacements", "layers_learned"]
+__all__ = ["displacements", "draw_displacements", "layers_learned", "thinned"]
+
+#: Records of a layer in a run that go to displacement.csv, at most.
+_RECORDS = 64
 
 _MEAN = "acu/mean_displacement/"
 
@@ -37,6 +40,26 @@ def displacements(folder: Path, runs: Sequence[dict[str, Any]]) -> list[dict[str
                     for key, value in record.items()
                     if value and key.startswith(_MEAN)
                 ]
+    return found
+
+
+def thinned(moved: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """At most 64 records of each layer in each run: every n-th, the last among them.
+
+    ``step_speed`` is the mean since the record before, as in ``moved``, so that taps walked as far.
+    """
+    ways: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
+    for record in moved:
+        ways.setdefault((record["row"], record["seed"], record["layer"]), []).append(record)
+    found = []
+    for way in ways.values():
+        way.sort(key=_step)
+        every, before = -(-len(way) // _RECORDS), 0
+        for end in range((len(way) - 1) % every, len(way), every):
+            some, step = way[max(0, end - every + 1) : end + 1], way[end]["step"]
+            walked = _walked(some, before, before)
+            found.append(way[end] | {"step_speed": walked / max(1, step - before)})
+            before = step
     return found
 
 
@@ -89,9 +112,9 @@ def _step(record: dict[str, Any]) -> int:
     return step
 
 
-def _walked(way: Sequence[dict[str, Any]], start: float) -> float:
-    """Pixels from step ``start`` on; a record's speed is the mean since the one before."""
-    length, before = 0.0, 0
+def _walked(way: Sequence[dict[str, Any]], start: float, before: int = 0) -> float:
+    """Pixels from step ``start`` on. A speed is the mean since the record before, the first one's since ``before``."""
+    length = 0.0
     for record in way:
         length += record["step_speed"] * max(0.0, record["step"] - max(before, start))
         before = record["step"]

@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from .layers import displacements, draw_displacements, layers_learned
+from lightning_acu.figures.animation import palette
+
+from .layers import displacements, draw_displacements, layers_learned, thinned
 from .settings import callbacks_of, settings_of
 from .tables import TABLES, Row
 
@@ -51,7 +54,7 @@ def report(name: str, rows: Sequence[Row], folder: Path, seeds: int | None = Non
     """Print the table of the runs in ``folder`` and write it there, with figures. ``seeds``: below this; None: all.
 
     runs.csv: a line for each run. table.csv, table.png: their means. layers.csv: how far the taps of each layer moved;
-    displacement.csv, displacement.png: over the steps; shapes.png: where to. tables.md: both tables.
+    displacement.csv (up to 64 records), displacement.png: over the steps; shapes.png: where to. tables.md: both tables.
 
     Raises:
         FileNotFoundError: no run is finished.
@@ -70,7 +73,7 @@ def report(name: str, rows: Sequence[Row], folder: Path, seeds: int | None = Non
     written += _draw_table(name, lines, folder)
     if moved := displacements(folder, every):
         written.append(folder / "displacement.csv")
-        _write(written[-1], moved)
+        _write(written[-1], thinned(moved))
         if learned := layers_learned(moved, every):
             tables.append(_table_of_layers(learned))
             written.append(folder / "layers.csv")
@@ -249,7 +252,11 @@ def _draw_shapes(folder: Path, runs: Sequence[dict[str, Any]]) -> list[Path]:
         panel.imshow(image)
         panel.set_title(row, fontsize=10)
         panel.axis("off")
-    return [_save(figure, folder / "shapes.png")]
+    path = _save(figure, folder / "shapes.png")
+    with Image.open(path) as image:
+        few_colours = image.convert("RGB").quantize(palette=palette(), dither=Image.Dither.NONE)
+    few_colours.save(path, optimize=True)  # a fifth of the bytes
+    return [path]
 
 
 def _save(figure: Any, path: Path) -> Path:

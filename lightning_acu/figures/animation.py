@@ -15,7 +15,7 @@ from .panel import FIXED, FRAME, GRID, INK, LEARNED, MOST_SETS, SETS, SHARED, ST
 from .plot import Page
 from .shapes import LayerShape, common_reach
 
-__all__ = ["animate_shapes"]
+__all__ = ["animate_shapes", "palette"]
 
 _HOLD = 1.5  # seconds that the last frame stays
 _SHORTEST = 0.02  # seconds a frame: browsers play shorter ones slowly
@@ -58,7 +58,7 @@ def animate_shapes(
     canvas.draw()
     background = canvas.copy_from_bbox(page.figure.bbox)
 
-    palette = _palette(max(len(shape.positions) for shape in frames[0][1]))
+    colours = palette(max(len(shape.positions) for shape in frames[0][1]))
     size = canvas.get_width_height()
     images = []
     for iteration, shapes in frames:
@@ -67,12 +67,13 @@ def animate_shapes(
         for artist in page.moving:
             artist.draw(canvas.get_renderer())
         image = Image.frombuffer("RGBA", size, canvas.buffer_rgba(), "raw", "RGBA", 0, 1).convert("RGB")
-        images.append(image.quantize(palette=palette, dither=Image.Dither.NONE))
+        images.append(image.quantize(palette=colours, dither=Image.Dither.NONE))
 
     pause = max(_SHORTEST, round(seconds / max(1, len(images) - 1), 2))  # GIF counts hundredths
     durations = [round(1000 * pause)] * (len(images) - 1) + [round(1000 * _HOLD)]
     first, *rest = images
-    first.save(path, "GIF", save_all=True, append_images=rest, duration=durations, loop=0, optimize=False)
+    # Optimized: what did not change since the last frame is stored as transparent, in a third of the bytes.
+    first.save(path, "GIF", save_all=True, append_images=rest, duration=durations, loop=0, optimize=True)
     return path
 
 
@@ -98,18 +99,18 @@ def _check(frames: Sequence[tuple[int, Sequence[LayerShape]]], path: Path, secon
             )
 
 
-def _palette(groups: int) -> Image.Image:
-    """The figure's colours and their fading into white, so that a frame only has to store what changed."""
+def palette(groups: int = MOST_SETS) -> Image.Image:
+    """The colours of a figure with that many position groups, and their fading into white."""
     # By hand: chosen from the pixels, rare colours would be lost, and with them what tells position groups apart.
-    fades = [(LEARNED, 10), (INK, 8), (START, 4), (SHARED, 6), (FRAME, 2), (GRID, 1)]
+    fades = [(LEARNED, 6), (INK, 6), (START, 3), (SHARED, 4), (FRAME, 2), (GRID, 1)]
     fades += [(colour, 6) for colour in SETS[1 : min(groups, MOST_SETS)]]
     colours = [(1.0, 1.0, 1.0), to_rgb(FIXED)]
     for colour, levels in fades:
         colours += [_mixed(colour, "white", level / levels) for level in range(1, levels + 1)]
     colours += [_mixed(LEARNED, FIXED, level / 4) for level in (1, 2, 3)]
-    palette = Image.new("P", (1, 1))
-    palette.putpalette([round(255 * value) for colour in colours for value in colour])
-    return palette
+    image = Image.new("P", (1, 1))
+    image.putpalette([round(255 * value) for colour in colours for value in colour])
+    return image
 
 
 def _mixed(colour: str, other: str, share: float) -> tuple[float, float, float]:

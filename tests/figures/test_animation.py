@@ -70,6 +70,18 @@ def test_every_frame_is_the_figure_of_its_moment(groups, tmp_path):
         assert (image[0, 0] == 255).all()  # white stays white
 
 
+def test_a_frame_stores_only_what_changed(stack, tmp_path):
+    """One tap of the first layer and one of the last, so that all that lies between them is in their bounding box."""
+    shapes, frames = shapes_of(stack(5)), []
+    for moment in range(9):
+        moved = [shape.positions.clone() for shape in shapes]
+        for index in (0, -1):
+            moved[index][..., 0, :] += 0.1 * moment
+        frames.append((7, [replace(shape, positions=at) for shape, at in zip(shapes, moved, strict=True)]))
+    still, film = (len(animate_shapes(some, tmp_path / "a.gif").read_bytes()) for some in (frames[:1], frames))
+    assert film < 1.5 * still
+
+
 def test_text_follows_the_frame():
     layer = ACUConv2d(1, 1, 3)
     nn.init.constant_(layer.offsets, 1.0)

@@ -361,6 +361,29 @@ def test_how_far_each_layer_moved():
     assert line["walked_last_third"] == pytest.approx((30 * 0.005 + 30 * 0.01) / 2)
 
 
+def test_fewer_records_of_the_same_way():
+    from paper.layers import thinned
+
+    rng = np.random.default_rng(0)
+    moved = [
+        {"row": "acu", "seed": seed, "layer": layer, "step": step, "mean_displacement": step / 7, "step_speed": speed}
+        for layer, seed, count in (("conv1/1", 0, 64), ("conv1/1", 1, 65), ("conv1/2", 1, 300))
+        for step, speed in zip(range(10, 10 * count + 1, 10), rng.random(count), strict=True)
+    ]
+    kept = thinned(moved)
+    for (layer, seed), steps in {
+        ("conv1/1", 0): list(range(10, 641, 10)),  # few enough
+        ("conv1/1", 1): list(range(10, 651, 20)),
+        ("conv1/2", 1): list(range(50, 3001, 50)),
+    }.items():
+        before, after = ([r for r in rs if (r["layer"], r["seed"]) == (layer, seed)] for rs in (moved, kept))
+        assert [record["step"] for record in after] == steps
+        assert all(record["mean_displacement"] == record["step"] / 7 for record in after)
+        lengths = np.diff([0, *steps])
+        walked = np.cumsum([10 * record["step_speed"] for record in before])[np.array(steps) // 10 - 1]
+        assert np.cumsum(lengths * [record["step_speed"] for record in after]) == pytest.approx(walked)
+
+
 def test_displacement_is_recorded_from_the_grid_on(whole):
     found = [record for record in records(whole[0], "acu-all") if "acu/mean_displacement" in record]
     warm, later = (
