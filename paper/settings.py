@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser
+
 from lightning_acu.cli.commands import configs_directory
-from lightning_acu.cli.config_files import load_config
+from lightning_acu.cli.config_files import ConfigFile
 
 from .tables import Row
 
-__all__ = ["callbacks_of", "classes_of", "effective_config", "length_of", "settings_of"]
+__all__ = ["callbacks_of", "classes_of", "effective_config", "length_of", "load_config", "settings_of"]
 
 #: Arguments that count steps, by the last part of a callback's class path.
 _STEPS = {
@@ -21,6 +25,26 @@ _STEPS = {
     "OffsetLogger": ("every_n_steps",),
     "ModelCheckpoint": ("every_n_train_steps",),
 }
+
+
+def load_config(path: Path) -> dict[str, Any]:
+    """What the configuration file ``path`` and its bases say, merged as ``lightning-acu fit`` merges them."""
+    config: dict[str, Any] = _parser().parse_args(["--config", str(path)], defaults=False).as_dict()
+    del config["config"]  # the names of the files
+    return config
+
+
+@cache
+def _parser() -> LightningArgumentParser:
+    """What the files of configs/ may say."""
+    parser = LightningArgumentParser()
+    parser.add_argument("--config", action=ConfigFile)
+    parser.add_argument("--seed_everything", type=int)
+    parser.add_argument("--test_after_fit", type=bool)
+    parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
+    parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
+    parser.add_lightning_class_args(Trainer, "trainer")
+    return parser
 
 
 def effective_config(row: Row, seed: int, options: argparse.Namespace) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from ..models import create_model
 from ..saving.checkpoint import load_any
 from ..surgery import ACUReport, ConvertConfig, NoEffectWarning, report_acu
 from ..surgery.arithmetic import default_input_size
-from .config_files import base_of
+from .config_files import with_bases
 
 __all__ = ["COMMANDS", "configs_directory"]
 
@@ -53,16 +53,14 @@ def _configs(arguments: Sequence[str]) -> None:
     target = options.to / known[name].name
     if _differs(target, known[name]):
         parser.error(f"{target} exists already, and differs; remove it or choose another directory with --to")
-    bases = []
-    source = known[name]
-    while (base := base_of(source)) is not None:  # next to it, where the copy looks for them
-        bases.append(source := base)
+    sources = with_bases(known[name])  # the bases beside it, where the copy looks for them
+    for base in sources[:-1]:
         copy = options.to / base.name
         if _differs(copy, base):
             parser.error(f"{copy} exists already, and differs from what {name} builds on; choose another --to")
     options.to.mkdir(parents=True, exist_ok=True)
-    for path in (known[name], *bases):
-        shutil.copyfile(path, options.to / path.name)
+    for source in sources:
+        shutil.copyfile(source, options.to / source.name)
     print(f"copied to {target}; run: lightning-acu fit --config {target}")
 
 

@@ -5,116 +5,73 @@ A file says only what differs from its base, which may have a base itself:
     base: cifar10_plain.yaml            # relative to the folder of this file
     model:
       init_args:
-        convert: {kernel_sizes: [3]}    # mappings merge, key by key; anything else replaces what the base says
+        convert: {kernel_sizes: [3]}
     trainer:
-      callbacks+:                       # "+" after a key: these come after those of the base's list
+      callbacks+:                       # appended to the list of the base
         - class_path: lightning_acu.callbacks.OffsetLogger
 
-Where a mapping names another ``class_path`` than the base does, it replaces the base's: the arguments of one class mean
-nothing to another.
+``--config FILE`` then means ``--config BASE --config FILE``, which jsonargparse merges: mappings and the arguments of
+classes key by key, while any other value replaces that of the base, and ``+`` after the name of a list appends to it.
+Where a file names another ``class_path`` than its base, those arguments are kept that the new class has too.
 """
 
 from __future__ import annotations
 
-import math
+import argparse
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import get_loader
-from yaml import SafeDumper, YAMLError, dump
+import yaml
+from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 
-__all__ = ["BASE", "base_of", "expand_configs", "load_config"]
-
-BASE = "base"
+__all__ = ["ConfigFile", "with_bases"]
 
 
-def load_config(path: str | Path) -> dict[str, Any]:
-    """The configuration in a YAML file, merged into its base.
+class ConfigFile(ActionConfigFile):
+    """jsonargparse's ``--config``, which reads the bases of a file before the file."""
 
-    Raises:
-        FileNotFoundError: the file or a base does not exist; the message says which file asks for it.
-        ValueError: a file is no YAML or no mapping, a base is no file name, files are the base of each other, "+" is
-            used where the base has no list, or a key stands there with and without it.
-    """
-    chain: list[Path] = []
-    configs = []
-    following: Path | None = Path(path)
-    while following is not None:
-        if following.resolve() in (seen.resolve() for seen in chain):
-            raise ValueError(f"`base` goes in a circle: {' -> '.join(map(str, [*chain, following]))}")
-        if not following.is_file():
-            asked = f", which is `base` in {chain[-1]}" if chain else ""
-            raise FileNotFoundError(f"there is no configuration file {following}{asked}")
-        chain.append(following)
-        configs.append(_read(following))
-        following = _base(configs[-1], chain[-1])
-    merged: dict[str, Any] = {}
-    for config, source in zip(reversed(configs), reversed(chain), strict=True):
-        config.pop(BASE, None)
-        merged = _merge(merged, config, str(source))
-    return merged
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        """Add to ``cfg`` what the bases and the file say; jsonargparse treats text that is not the name of a file."""
+        if not os.path.isfile(values):  # not Path's, which raises for a text that is too long to be a name
+            super().__call__(parser, cfg, values, option_string)
+            return
+        try:
+            files = with_bases(values)
+        except (FileNotFoundError, ValueError) as error:
+            raise argparse.ArgumentError(self, str(error)) from error
+        for file in files:
+            super().__call__(parser, cfg, str(file), option_string)
+            cfg.pop("base", None)
 
 
-def base_of(path: Path) -> Path | None:
-    """The file that the configuration in ``path`` builds on, None where there is none; ValueError as load_config."""
-    return _base(_read(path), path)
-
-
-def expand_configs(arguments: Sequence[str]) -> list[str]:
-    """A command line in which each ``--config FILE`` with a base is the merged configuration, as LightningCLI takes it.
+def with_bases(path: str | Path) -> list[Path]:
+    """The configuration files that ``path`` stands for: first the one without a base, ..., last ``path`` itself.
 
     Raises:
-        FileNotFoundError, ValueError: see :func:`load_config`.
+        FileNotFoundError: the file or a base does not exist; the message names both.
+        ValueError: a file is not valid YAML or not a mapping, has a key with and without "+", its base is not the name
+            of a file, or files are the base of each other.
     """
-    expanded: list[str] = []
-    for argument in arguments:
-        option, equals, value = argument.partition("=")
-        if equals and option in ("--config", "-c"):
-            expanded.append(f"{option}={_expand(value)}")
-        elif expanded and expanded[-1] in ("--config", "-c"):
-            expanded.append(_expand(argument))
-        else:
-            expanded.append(argument)
-    return expanded
+    files = [Path(path)]
+    while (base := _base_of(files[0])) is not None:
+        if not base.is_file():
+            raise FileNotFoundError(f"{base}, the `base` of {files[0]}, does not exist or is not a file")
+        if any(base.samefile(file) for file in files):
+            raise ValueError(f"`base` goes in a circle: {' -> '.join(map(str, [*reversed(files), base]))}")
+        files.insert(0, base)
+    return files
 
 
-def _expand(value: str) -> str:
-    """YAML on one line; what is no file, or has no base, is left to LightningCLI."""
-    if not os.path.isfile(value):  # not Path's, which raises for a text that is too long to be a name
-        return value
-    config = _load(Path(value))
-    if not isinstance(config, dict) or BASE not in config:
-        return value
-    style: dict[str, Any] = {"default_flow_style": True, "sort_keys": False, "allow_unicode": True, "width": math.inf}
-    return str(dump(load_config(value), Dumper=_Dumper, **style)).strip()
-
-
-class _Dumper(SafeDumper):
-    """Quotes every string: "1e-4" is one in YAML 1.1, and a number to LightningCLI."""
-
-
-_Dumper.add_representer(str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"'))
-
-
-def _load(path: Path) -> Any:
+def _base_of(path: Path) -> Path | None:
     try:
-        # As LightningCLI reads: "1e-4" is a number there, though not in YAML 1.1.
-        return get_loader("yaml")(path.read_text())
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML file: {error}") from error
-
-
-def _read(path: Path) -> dict[str, Any]:
-    config = _load(path)
+        config = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a valid YAML file: {error}") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{path} must hold a mapping of options, and holds {type(config).__name__}")
-    return config
-
-
-def _base(config: dict[str, Any], path: Path) -> Path | None:
-    name = config.get(BASE)
+        raise ValueError(f"{path} must hold a mapping of options, not {type(config).__name__}")
+    _check_appending(config, path)
+    name = config.get("base")
     if name is None:
         return None
     if not isinstance(name, str):
@@ -122,27 +79,12 @@ def _base(config: dict[str, Any], path: Path) -> Path | None:
     return path.parent / name
 
 
-def _merge(base: dict[str, Any], config: dict[str, Any], source: str) -> dict[str, Any]:
-    """``config`` over ``base``, neither of which changes."""
-    merged = dict(base)
-    for key, value in config.items():
-        name = str(key).removesuffix("+")
-        known = merged.get(name)
-        if name != str(key):
-            if name in config:
-                raise ValueError(
-                    f"`{name}` and `{key}` both stand in {source}: say what replaces the list, or is added"
-                )
-            if not isinstance(known, list) or not isinstance(value, list):
-                raise ValueError(f"`{key}` in {source} needs a list here and a list `{name}` in the base")
-            merged[name] = [*known, *value]
-        elif isinstance(value, dict):
-            kept = known if isinstance(known, dict) and not _another_class(known, value) else {}
-            merged[key] = _merge(kept, value, source)
-        else:
-            merged[key] = value
-    return merged
-
-
-def _another_class(base: dict[str, Any], config: dict[str, Any]) -> bool:
-    return "class_path" in config and config["class_path"] != base.get("class_path")
+def _check_appending(config: Any, path: Path) -> None:
+    """Jsonargparse would forget one of ``callbacks`` and ``callbacks+``, silently."""
+    if isinstance(config, dict):
+        for key in config:
+            if f"{key}+" in config:
+                raise ValueError(f"`{key}` and `{key}+` both appear in {path}; use one")
+    if isinstance(config, dict | list):
+        for value in config.values() if isinstance(config, dict) else config:
+            _check_appending(value, path)

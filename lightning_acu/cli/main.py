@@ -26,7 +26,7 @@ from ..callbacks._layers import callbacks_of, is_fast_dev_run
 from ..callbacks._stages import run_directory
 from ..statistics import model_statistics
 from .commands import COMMANDS
-from .config_files import expand_configs
+from .config_files import ConfigFile
 
 __all__ = ["ACULightningCLI", "main"]
 
@@ -48,6 +48,13 @@ class ACULightningCLI(LightningCLI):
     With ``--ckpt_path``, the configuration says what the model is and the checkpoint brings its state: LightningCLI's
     own way, hyperparameters of the checkpoint over those of the command line, would drop what is said there.
     """
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """LightningCLI's, with a ``--config`` that knows ``base``."""
+        kwargs.setdefault("dump_header", [f"lightning.pytorch=={pl.__version__}"])  # type: ignore[attr-defined]
+        parser = self.parser_class(**kwargs)
+        parser.add_argument("-c", "--config", action=ConfigFile, help="Path to a configuration file in YAML.")
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """One argument more than LightningCLI."""
@@ -101,26 +108,18 @@ class ACULightningCLI(LightningCLI):
 def main(args: ArgsType = None) -> None:
     """Run ``lightning-acu`` with ``args`` (default: those of the command line)."""
     given = sys.argv[1:] if args is None else args
-    if isinstance(given, list) and given:
-        if given[0] in COMMANDS:
-            COMMANDS[given[0]](given[1:])
-            return
-        try:
-            given = expand_configs(given)
-        except (FileNotFoundError, ValueError) as error:
-            sys.exit(f"lightning-acu: {error}")
-    if args is None:  # LightningCLI warns of arguments beside those of the command line
-        sys.argv[1:] = given
-    else:
-        args = given
-    # Lightning's own use of torch and jsonargparse, once a loader: nothing that a user could change.
-    warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
-    ACULightningCLI(
-        pl.LightningModule,
-        pl.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        seed_everything_default=0,
-        parser_kwargs=dict.fromkeys(("fit", "validate", "test", "predict"), _EXACT) | _EXACT,
-        args=args,
-    )
+    if isinstance(given, list) and given and given[0] in COMMANDS:
+        COMMANDS[given[0]](given[1:])
+        return
+    with warnings.catch_warnings():
+        # Lightning's own use of torch and jsonargparse, once a loader: nothing that a user could change.
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+        ACULightningCLI(
+            pl.LightningModule,
+            pl.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            parser_kwargs=dict.fromkeys(("fit", "validate", "test", "predict"), _EXACT) | _EXACT,
+            args=args,
+        )

@@ -1,15 +1,31 @@
-"""Configurations with a base: merging, errors, and how the command line sees them."""
+"""Configurations with a base: which files are read, how they merge, errors, and what Lightning prints and saves."""
 
 import json
 import math
 import sys
+from typing import Any
 
 import pytest
 import yaml
 from jsonargparse import get_loader
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_acu.cli import main
-from lightning_acu.cli.config_files import base_of, expand_configs, load_config
+from lightning_acu.cli.commands import configs_directory
+from lightning_acu.cli.config_files import ConfigFile, with_bases
+
+CLASSIFIER = {"class_path": "lightning_acu.ImageClassifier", "init_args": {"model": "acu_plain", "num_classes": 3}}
+DIGITS = {"class_path": "lightning_acu.data.DigitsDataModule", "init_args": {"batch_size": 50}}
+LOGGER, SCHEDULE, ROUND = (
+    {"class_path": f"lightning_acu.callbacks.{name}", "init_args": arguments}
+    for name, arguments in {
+        "OffsetLogger": {"every_n_steps": 7},
+        "PositionLRSchedule": {"multiplier": 2.0},
+        "RoundThenFinetune": {"at_step": 3},
+    }.items()
+)
+SHIPPED = sorted(configs_directory().rglob("*.yaml"))
 
 
 @pytest.fixture
@@ -25,116 +41,252 @@ def write(tmp_path):
     return to
 
 
-def test_mappings_merge_and_all_else_replaces(write):
-    write("below.yaml", {"model": {"init_args": {"model": "a", "sizes": [3, 5], "lr": 1}}, "seed": 0, "gone": {"x": 1}})
-    top = write("top.yaml", {"base": "below.yaml", "model": {"init_args": {"sizes": [3], "lr": None}}, "gone": 2})
-    expected = {"model": {"init_args": {"model": "a", "sizes": [3], "lr": None}}, "seed": 0, "gone": 2}
-    assert load_config(top) == expected
+@pytest.fixture(scope="module")
+def parser():
+    """Of what a configuration may say, without defaults: like that of ``lightning-acu fit``, and with other types."""
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_argument("-c", "--config", action=ConfigFile)
+    parser.add_argument("--seed_everything", type=int)
+    parser.add_argument("--rate", type=float)
+    parser.add_argument("--name", type=str)
+    parser.add_argument("--many", type=list[Any])
+    parser.add_argument("--mapping", type=dict)
+    parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True, required=False)
+    parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True, required=False)
+    parser.add_lightning_class_args(Trainer, "trainer")
+    return parser
 
 
-def test_a_base_is_looked_for_beside_its_file_and_may_have_one(write):
-    write("a.yaml", {"a": 1, "b": 1, "c": 1})
-    write("folder/b.yaml", {"base": "../a.yaml", "b": 2, "c": 2})
-    c = write("folder/deep/c.yaml", {"base": "../b.yaml", "c": 3})
-    assert load_config(c) == {"a": 1, "b": 2, "c": 3}
-    assert base_of(c).read_text() == (c.parent / "../b.yaml").read_text()
-    assert base_of(c.parent / "../../a.yaml") is None
+@pytest.fixture
+def load(parser):
+    """What configurations say together, and nothing else."""
+
+    def of(*paths):
+        given = [text for path in paths for text in ("--config", str(path))]
+        config = parser.parse_args(given, defaults=False).as_dict()
+        del config["config"]
+        return config
+
+    return of
 
 
-def test_a_plus_appends_to_the_list_of_the_base(write):
-    write("below.yaml", {"trainer": {"callbacks": ["first"], "max_steps": 1}})
-    top = write("top.yaml", {"base": "below.yaml", "trainer": {"callbacks+": ["second", "third"]}})
-    assert load_config(top)["trainer"] == {"callbacks": ["first", "second", "third"], "max_steps": 1}
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["lightning-acu", *map(str, arguments)])
+    main()
 
 
-def test_arguments_of_another_class_are_not_kept(write):
-    sgd = {"class_path": "SGD", "init_args": {"lr": 1, "momentum": 2}}
-    write("below.yaml", {"optimizer": sgd})
-    same = write("same.yaml", {"base": "below.yaml", "optimizer": {"class_path": "SGD", "init_args": {"lr": 3}}})
-    other = write("other.yaml", {"base": "below.yaml", "optimizer": {"class_path": "Adam", "init_args": {"lr": 3}}})
-    assert load_config(same)["optimizer"]["init_args"] == {"lr": 3, "momentum": 2}
-    assert load_config(other)["optimizer"] == {"class_path": "Adam", "init_args": {"lr": 3}}
+def printed(monkeypatch, capsys, *arguments):
+    """The whole configuration of ``lightning-acu fit`` with these arguments."""
+    with pytest.raises(SystemExit) as caught:
+        run(monkeypatch, "fit", *arguments)
+    written = capsys.readouterr()
+    assert caught.value.code == 0, written.err
+    return yaml.safe_load(written.out)
 
 
-def test_numbers_are_read_as_lightning_reads_them(write):
-    assert load_config(write("a.yaml", "lr: 1e-4\n")) == {"lr": 1e-4}
+def test_mappings_merge_and_all_else_replaces(write, load):
+    below = {"model": {**CLASSIFIER, "init_args": {"model": "acu_plain", "convert": {"kernel_sizes": [3, 5]}}}}
+    write("below.yaml", {**below, "seed_everything": 1, "many": [1, 2], "trainer": {"max_steps": 5, "min_steps": 2}})
+    said = {"convert": {"kernel_sizes": [3], "position_groups": 2}, "num_classes": 4}
+    top = {"base": "below.yaml", "model": {"init_args": said}, "many": [3], "trainer": {"max_steps": 6}}
+    config = load(write("top.yaml", top))
+    assert config["model"]["class_path"] == "lightning_acu.ImageClassifier"
+    assert config["model"]["init_args"] == {"model": "acu_plain", **said}
+    assert {key: config[key] for key in ("seed_everything", "many")} == {"seed_everything": 1, "many": [3]}
+    assert config["trainer"] == {"max_steps": 6, "min_steps": 2}
+    none = load(write("none.yaml", {"base": "top.yaml", "model": {"init_args": {"convert": None}}}))
+    assert none["model"]["init_args"] == {"model": "acu_plain", "num_classes": 4, "convert": None}
+
+
+def test_a_base_is_looked_for_beside_its_file_and_may_have_one(write, load):
+    a = write("a.yaml", {"trainer": {"max_steps": 1, "min_steps": 1, "max_epochs": 1}})
+    b = write("folder/b.yaml", {"base": "../a.yaml", "trainer": {"min_steps": 2, "max_epochs": 2}})
+    c = write("folder/deep/c.yaml", {"base": "../b.yaml", "trainer": {"max_epochs": 3}})
+    assert load(c)["trainer"] == {"max_steps": 1, "min_steps": 2, "max_epochs": 3}
+    assert [file.resolve() for file in with_bases(c)] == [a.resolve(), b.resolve(), c.resolve()]
+    assert with_bases(str(a)) == [a]
+    d = write("d.yaml", {"base": str(b), "trainer": {"max_steps": 4}})  # a whole path
+    assert load(d)["trainer"] == {"max_steps": 4, "min_steps": 2, "max_epochs": 2}
+
+
+def test_a_plus_appends_to_the_list_of_the_base(write, load):
+    write("below.yaml", {"trainer": {"callbacks": [LOGGER], "max_steps": 9}})
+    write("middle.yaml", {"base": "below.yaml", "trainer": {"callbacks+": [SCHEDULE, ROUND]}})
+    top = write("top.yaml", {"base": "middle.yaml", "trainer": {"callbacks+": LOGGER, "max_steps": 3}})
+    assert load(top)["trainer"] == {"callbacks": [LOGGER, SCHEDULE, ROUND, LOGGER], "max_steps": 3}
+    write("bare.yaml", {"trainer": {"max_steps": 9}})
+    alone = write("alone.yaml", {"base": "bare.yaml", "trainer": {"callbacks+": [SCHEDULE]}})
+    assert load(alone)["trainer"] == {"callbacks": [SCHEDULE], "max_steps": 9}
+    instead = write("instead.yaml", {"base": "below.yaml", "trainer": {"callbacks": [SCHEDULE]}})
+    assert load(instead)["trainer"]["callbacks"] == [SCHEDULE]
+
+
+def test_arguments_of_another_class_are_kept_where_it_has_them(write, load):
+    def classifier(optimizer, **arguments):
+        optimizer = {"class_path": f"torch.optim.{optimizer}", "init_args": arguments}
+        return {**CLASSIFIER, "init_args": {"model": "acu_plain", "optimizer": optimizer}}
+
+    write("below.yaml", {"model": classifier("SGD", lr=1.0, momentum=0.5, weight_decay=0.25)})
+    same = write("same.yaml", {"base": "below.yaml", "model": classifier("SGD", lr=3.0)})
+    other = write("other.yaml", {"base": "below.yaml", "model": classifier("Adam", lr=3.0)})
+    same, other = (load(path)["model"]["init_args"]["optimizer"] for path in (same, other))
+    assert same["init_args"] == {"lr": 3.0, "momentum": 0.5, "weight_decay": 0.25}
+    assert other == {"class_path": "torch.optim.Adam", "init_args": {"lr": 3.0, "weight_decay": 0.25}}
+
+
+def test_several_configurations_on_a_command_line(write, load):
+    write("below.yaml", {"trainer": {"max_steps": 1, "callbacks": [LOGGER]}})
+    top = write("top.yaml", {"base": "below.yaml", "trainer": {"min_steps": 2}})
+    other = write("other.yaml", {"trainer": {"max_steps": 5, "callbacks+": [SCHEDULE]}})
+    assert load(top, other)["trainer"] == {"max_steps": 5, "min_steps": 2, "callbacks": [LOGGER, SCHEDULE]}
+    assert load(other, top)["trainer"] == {"max_steps": 1, "min_steps": 2, "callbacks": [LOGGER]}
 
 
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"top": "base: nowhere.yaml"}, r"no configuration file .*nowhere\.yaml, which is `base` in .*top\.yaml"),
+        ({"top": "base: nowhere.yaml"}, r"nowhere\.yaml, the `base` of .*top\.yaml, does not exist or is not a file"),
+        ({"top": "base: ."}, r"the `base` of .*top\.yaml, does not exist or is not a file"),
+        ({"top": "base: b.yaml", "b": "base: nowhere.yaml"}, r"nowhere\.yaml, the `base` of .*b\.yaml, does not exist"),
         ({"top": "base: b.yaml", "b": "base: top.yaml"}, r"circle: .*top\.yaml -> .*b\.yaml -> .*top\.yaml"),
+        ({"top": "base: top.yaml"}, r"circle: .*top\.yaml -> .*top\.yaml"),
         ({"top": "base: [b.yaml]"}, r"`base` \(=\['b.yaml'\]\) in .*top\.yaml must be the name of a file"),
-        ({"top": "base: b.yaml", "b": "a: [1"}, r"b\.yaml is no YAML file: (.|\n)*line 1"),
-        ({"top": "base: b.yaml", "b": "- 1"}, r"b\.yaml must hold a mapping of options, and holds list"),
-        ({"top": "base: b.yaml\nx+: [1]", "b": "y: 1"}, r"`x\+` in .*top\.yaml needs a list"),
-        ({"top": "base: b.yaml\nx+: 1", "b": "x: [1]"}, r"`x\+` in .*top\.yaml needs a list"),
-        ({"top": "base: b.yaml\ny: {x+: [1]}", "b": "z: 1"}, r"`x\+` in .*top\.yaml needs a list"),
+        ({"top": "base: b.yaml", "b": "a: [1"}, r"b\.yaml is not a valid YAML file: (.|\n)*line 1"),
+        ({"top": "a: [1"}, r"top\.yaml is not a valid YAML file: (.|\n)*line 1"),
+        ({"top": "base: b.yaml", "b": "- 1"}, r"b\.yaml must hold a mapping of options, not list"),
+        ({"top": ""}, r"top\.yaml must hold a mapping of options, not NoneType"),
         (
-            {"top": "base: b.yaml\ny: {class_path: A, x+: [1]}", "b": "y: {x: [1]}"},
-            r"`x\+` in .*top\.yaml needs a list",
+            {"top": "base: b.yaml\nmany+: [1]\nmany: [2]", "b": "many: [1]"},
+            r"`many` and `many\+` both appear in .*top\.yaml; use one",
         ),
-        ({"top": "base: b.yaml\nx+: [1]\nx: [2]", "b": "x: [1]"}, r"`x` and `x\+` both stand in .*top\.yaml"),
+        (
+            {"top": "base: b.yaml", "b": "x: [{y: 1, callbacks: [], callbacks+: []}]"},
+            r"`callbacks` and `callbacks\+` both appear in .*b\.yaml; use one",
+        ),
     ],
 )
-def test_errors_name_the_file(write, files, message):
+def test_errors_name_the_file(write, monkeypatch, capsys, files, message):
     paths = {name: write(f"{name}.yaml", content) for name, content in files.items()}
     with pytest.raises((FileNotFoundError, ValueError), match=message):
-        load_config(paths["top"])
+        with_bases(paths["top"])
+    with pytest.raises(SystemExit) as caught:
+        run(monkeypatch, "fit", "--config", paths["top"])
+    assert caught.value.code == 2
+    assert with_bases_message(paths["top"]) in capsys.readouterr().err
 
 
-def test_only_files_with_a_base_are_expanded(write):
-    plain = write("plain.yaml", "a: 1\nname: 'base: none'\n")
-    top = write("top.yaml", {"base": "plain.yaml", "a": 2})
-    given = [
-        "fit",
-        "--config",
-        str(plain),
-        f"--config={top}",
-        "-c",
-        str(top),
-        "--x=--config",
-        "--config",
-        "a: {base: 1}",
-    ]
-    merged = {"a": 2, "name": "base: none"}
-    expanded = expand_configs(given)
-    assert [expanded[i] for i in (0, 1, 2, 4, 6, 7, 8)] == [given[i] for i in (0, 1, 2, 4, 6, 7, 8)]
-    assert get_loader("yaml")(expanded[3].removeprefix("--config=")) == merged
-    assert get_loader("yaml")(expanded[5]) == merged
-
-
-def test_values_reach_lightning_as_they_stand_in_the_file(write):
-    lines = ["clip: .inf", "rate: 1e-4", "name: '1e-4'", "path: a/🙂 b/é", "day: '2020-01-02'", "none: null"]
-    write("below.yaml", "\n".join([*lines, "long: " + "word " * 99]))
-    (_, text) = expand_configs(["--config", str(write("top.yaml", "base: below.yaml\nmany: [1, [], {}, true]"))])
-    assert "\n" not in text
-    expected = {"clip": math.inf, "rate": 1e-4, "name": "1e-4", "path": "a/🙂 b/é", "day": "2020-01-02"}
-    expected |= {"long": ("word " * 99).strip(), "none": None, "many": [1, [], {}, True]}
-    assert get_loader("yaml")(text) == expected
-
-
-@pytest.mark.parametrize("text", ["a: 1\nb: 2", json.dumps({"a": "x" * 5000}), "no/such/file.yaml", ""])
-def test_what_is_no_file_is_left_to_lightning(text):
-    assert expand_configs(["fit", "--config", text, f"-c={text}", "--config"]) == [
-        "fit", "--config", text, f"-c={text}", "--config",
-    ]  # fmt: skip
+def with_bases_message(path):
+    try:
+        with_bases(path)
+    except (FileNotFoundError, ValueError) as error:
+        return str(error)
 
 
 @pytest.mark.parametrize("by", ["command line", "argument"])
-def test_the_command_line_says_what_is_wrong(write, monkeypatch, by):
-    top = write("top.yaml", "base: nowhere.yaml")
-    given = ["fit", "--config", str(top)]
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("trainer: {max_stepz: 3}", "max_stepz"),
+        ("trainer: {max_steps+: [3]}", "max_steps+"),
+        ("trainer: {max_steps: three}", "trainer.max_steps"),
+        ("trainer: {callbacks+: 3}", "trainer.callbacks"),
+        ("model: {init_args: {model+: [a]}}", "model+"),
+        ("model: {init_args: {convert: {kernel: 3}}}", "kernel"),
+        ("nothing: {like: this}", "nothing"),
+    ],
+)
+def test_a_wrong_key_or_value_is_named(write, monkeypatch, capsys, by, text, message):
+    write("below.yaml", {"model": CLASSIFIER, "data": DIGITS, "trainer": {"callbacks": [LOGGER]}})
+    given = ["fit", "--config", str(write("top.yaml", f"base: below.yaml\n{text}"))]
     monkeypatch.setattr(sys, "argv", ["lightning-acu", *(given if by == "command line" else [])])
-    with pytest.raises(SystemExit, match=r"lightning-acu: there is no configuration file .*nowhere\.yaml"):
+    with pytest.raises(SystemExit) as caught:
         main(None if by == "command line" else given)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
 
 
-def test_a_wrong_key_of_a_merged_file_is_named(write, monkeypatch, capsys):
-    write("below.yaml", {"model": {"class_path": "lightning_acu.ImageClassifier", "init_args": {"model": "resnet18"}}})
-    top = write("top.yaml", {"base": "below.yaml", "trainer": {"max_stepz": 3}})
-    monkeypatch.setattr(sys, "argv", ["lightning-acu", "fit", "--config", str(top)])
+def test_a_missing_file_is_named(monkeypatch, capsys):
     with pytest.raises(SystemExit):
-        main()
-    assert "max_stepz" in capsys.readouterr().err
+        run(monkeypatch, "fit", "--config", "no/such/file.yaml")
+    assert "no/such/file.yaml" in capsys.readouterr().err
+
+
+def test_values_arrive_as_they_stand_in_the_file(write, load):
+    lines = ["rate: 1e-4", "name: '1e-4'", "seed_everything: null"]
+    lines += ["mapping: {clip: .inf, path: a/🙂 b/é, day: '2020-01-02', switch: 'off', long: '" + "word " * 999 + "'}"]
+    write("below.yaml", "\n".join(lines))
+    config = load(write("top.yaml", "base: below.yaml\nmany: [1, [], {}, true]"))
+    mapping = {"clip": math.inf, "path": "a/🙂 b/é", "day": "2020-01-02", "switch": "off", "long": "word " * 999}
+    expected = {"rate": 1e-4, "name": "1e-4", "seed_everything": None, "mapping": mapping, "many": [1, [], {}, True]}
+    assert {key: config[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("name", ["base", "x" * 5000])
+def test_text_that_is_not_a_file_is_left_to_jsonargparse(parser, name):
+    text = json.dumps({"name": name, "many": [1]})
+    config = parser.parse_args(["--config", text, f"--config={json.dumps({'many+': [2]})}"])
+    assert (config.name, config.many) == (name, [1, 2])
+
+
+def test_the_command_line_has_the_last_word(write, monkeypatch, capsys):
+    write("below.yaml", {"model": CLASSIFIER, "data": DIGITS, "trainer": {"max_steps": 1, "min_steps": 1}})
+    top = write("top.yaml", {"base": "below.yaml", "trainer": {"max_steps": 2}})
+    for given in (["-c", top], [f"--config={top}"]):
+        config = printed(monkeypatch, capsys, *given, "--trainer.min_steps=0", "--print_config")
+        assert (config["trainer"]["max_steps"], config["trainer"]["min_steps"]) == (2, 0)
+
+
+def test_what_is_printed_and_saved_has_no_base_and_runs_again(write, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    classifier = {**CLASSIFIER, "init_args": {"model": "test_resnet", "in_chans": 1, "num_classes": 10}}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "max_steps": 1}
+    quiet["limit_val_batches"] = 0
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "first"}}
+    write("below.yaml", {"model": classifier, "data": DIGITS, "trainer": {**quiet, "logger": logger}})
+    convert = {"model": {"init_args": {"convert": {"kernel_sizes": [3]}}}}
+    top = write("top.yaml", {"base": "below.yaml", **convert, "trainer": {"callbacks+": [LOGGER]}})
+    whole = printed(monkeypatch, capsys, "--print_config", "--config", top)
+    assert not {"base", "config"} & whole.keys()
+    again = printed(monkeypatch, capsys, "--config", write("printed.yaml", whole), "--print_config")
+    assert again == whole
+    run(monkeypatch, "fit", "--config", top)
+    saved = next(tmp_path.glob("first/*/*/config.yaml"))
+    assert yaml.safe_load(saved.read_text()) == whole
+    run(monkeypatch, "fit", "--config", saved, "--trainer.logger.init_args.save_dir=second")
+    again = yaml.safe_load(next(tmp_path.glob("second/*/*/config.yaml")).read_text())
+    again["trainer"]["logger"]["init_args"]["save_dir"] = "first"
+    assert again == whole
+
+
+def merged(path):
+    """What a shipped file says, merged without jsonargparse: they never change a class."""
+    config = get_loader("yaml")(path.read_text())
+    base = config.pop("base", None)
+    return config if base is None else _merged(merged(path.parent / base), config)
+
+
+def _merged(below, above):
+    result = dict(below)
+    for key, value in above.items():
+        if key.endswith("+"):
+            result[key[:-1]] = result.get(key[:-1], []) + value
+        else:
+            mappings = isinstance(value, dict) and isinstance(result.get(key), dict)
+            result[key] = _merged(result[key], value) if mappings else value
+    return result
+
+
+def _said(config, whole):
+    """``whole`` reduced to what ``config`` mentions."""
+    if isinstance(config, dict) and isinstance(whole, dict):
+        return {key: _said(value, whole.get(key)) for key, value in config.items()}
+    if isinstance(config, list) and isinstance(whole, list) and len(config) == len(whole):
+        return [_said(*pair) for pair in zip(config, whole, strict=True)]
+    return whole
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_file_means_what_it_says(path, monkeypatch, capsys):
+    config, whole = merged(path), printed(monkeypatch, capsys, "--config", path, "--print_config")
+    assert config.keys() <= whole.keys()
+    assert _said(config, whole) == config

@@ -14,7 +14,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from lightning_acu import acu_layers
 from lightning_acu.cli import ACULightningCLI, main
 from lightning_acu.cli.commands import configs_directory
-from lightning_acu.cli.config_files import load_config
+from paper.settings import load_config
 
 PAPER = configs_directory() / "paper"
 NAMES = sorted(path.stem for path in PAPER.glob("*.yaml"))
