@@ -24,6 +24,7 @@ from rich.table import Table
 from ..callbacks import RoundThenFinetune, evaluate_stages
 from ..callbacks._layers import callbacks_of, is_fast_dev_run
 from ..callbacks._stages import run_directory
+from ..data import ImageDataModule
 from ..statistics import model_statistics
 from .commands import COMMANDS
 from .config_files import ConfigFile
@@ -48,6 +49,17 @@ class ACULightningCLI(LightningCLI):
     With ``--ckpt_path``, the configuration says what the model is and the checkpoint brings its state: LightningCLI's
     own way, hyperparameters of the checkpoint over those of the command line, would drop what is said there.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with warnings.catch_warnings():  # what is ignored here is ignored until the command ends
+            # Lightning's own use of torch and jsonargparse, once a loader: nothing that a user could change.
+            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+            super().__init__(*args, **kwargs)
+
+    def after_instantiate_classes(self) -> None:
+        """No advice to load images in worker processes that are in memory already."""
+        if isinstance(self.datamodule, ImageDataModule) and not self.datamodule.needs_workers:
+            warnings.filterwarnings("ignore", ".*does not have many workers which may be a bottleneck")
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """LightningCLI's, with a ``--config`` that knows ``base``."""
@@ -111,15 +123,12 @@ def main(args: ArgsType = None) -> None:
     if isinstance(given, list) and given and given[0] in COMMANDS:
         COMMANDS[given[0]](given[1:])
         return
-    with warnings.catch_warnings():
-        # Lightning's own use of torch and jsonargparse, once a loader: nothing that a user could change.
-        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
-        ACULightningCLI(
-            pl.LightningModule,
-            pl.LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            seed_everything_default=0,
-            parser_kwargs=dict.fromkeys(("fit", "validate", "test", "predict"), _EXACT) | _EXACT,
-            args=args,
-        )
+    ACULightningCLI(
+        pl.LightningModule,
+        pl.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        seed_everything_default=0,
+        parser_kwargs=dict.fromkeys(("fit", "validate", "test", "predict"), _EXACT) | _EXACT,
+        args=args,
+    )

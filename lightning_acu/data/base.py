@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sized
 from typing import Any, ClassVar, cast
@@ -28,8 +27,9 @@ class ImageDataModule(LightningDataModule, ABC):
 
     Args:
         batch_size: images per batch and device.
-        num_workers: loader processes. None: none for small images already in memory, else one less than the CPU cores
-            that this process may use, shared among the devices of the trainer, and at most 8.
+        num_workers: loader processes. None: none for small images already in memory (where Lightning may advise some:
+            they would slow it down), else one less than the CPU cores that this process may use, shared among the
+            devices of the trainer, and at most 8.
         pin_memory: copy batches to the GPU from page-locked memory; without CUDA it has no effect. None: with CUDA.
         seed: the split into training and validation images depends on this number alone, so that it stays the same
             when ``seed_everything`` changes. Shuffling and augmentation follow ``seed_everything``.
@@ -141,8 +141,6 @@ class ImageDataModule(LightningDataModule, ABC):
             # The bound that Lightning itself compares with, so that the default never draws its warning.
             devices = self.trainer.num_devices if self.trainer is not None else 1
             return min(_MAX_DEFAULT_WORKERS, suggested_max_num_workers(devices))
-        # Zero workers are right here, and Lightning's advice to add some would be wrong.
-        warnings.filterwarnings("ignore", message=".*does not have many workers which may be a bottleneck")
         return 0
 
 

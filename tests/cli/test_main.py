@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,17 @@ def test_a_checkpoint_of_a_module_made_in_python(quickstart, tmp_path, monkeypat
     trainer.save_checkpoint(tmp_path / "python.ckpt")
     arguments = ["--config", str(quickstart / "config.yaml"), "--ckpt_path", str(tmp_path / "python.ckpt")]
     run(tmp_path, monkeypatch, "test", *arguments, *QUIET)
+
+
+@pytest.mark.filterwarnings("default:The '.*_dataloader' does not have many workers")
+@pytest.mark.parametrize(("in_memory", "advised"), [(True, False), (False, True)])
+def test_advice_on_workers_where_it_is_right(tmp_path, monkeypatch, recwarn, in_memory, advised):
+    monkeypatch.setattr("lightning.pytorch.trainer.connectors.data_connector.suggested_max_num_workers", lambda _: 16)
+    monkeypatch.setattr("lightning_acu.data.DigitsDataModule.needs_workers", not in_memory)
+    before = list(warnings.filters)
+    fit_quickstart(tmp_path, monkeypatch, "quickstart_baseline", "--trainer.fast_dev_run=1", "--data.num_workers=1")
+    assert any("does not have many workers" in str(warning.message) for warning in recwarn) is advised
+    assert warnings.filters == before
 
 
 @pytest.mark.parametrize(

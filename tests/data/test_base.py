@@ -172,7 +172,7 @@ def test_bad_arguments():
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # Lightning's own use of torch
 def test_trainer_on_a_machine_with_many_cores(monkeypatch, arrays, save):
-    # Where there are more cores than workers Lightning would advise more workers: with a warning, an error here.
+    # There Lightning advises more workers; of our own code a warning would be an error here.
     monkeypatch.setattr("lightning.pytorch.trainer.connectors.data_connector.suggested_max_num_workers", lambda _: 16)
     data, model = ArrayDataModule(save(arrays), val_size=30, batch_size=10), Tiny()
     model(torch.zeros(1, 3, 5, 7))
