@@ -36,3 +36,11 @@ def test_training_md(tmp_path, monkeypatch):
     assert {"shapes.png", "shapes.gif", "rounded.ckpt"} <= {path.name for path in tmp_path.iterdir()}
     assert list(namespace["stages"]) == ["before rounding", "after rounding", "after fine-tuning"]
     assert all((offsets == offsets.round()).all() for offsets in namespace["offsets"])
+
+
+@pytest.mark.parametrize("folder", ["paper", "benchmarks"])
+def test_a_readme_names_every_file_and_no_other(folder):
+    folder = DOCS.parent / folder
+    files = {path.name for path in folder.glob("*.py")} - {"__init__.py"}
+    named = set(re.findall(r"`(\w+\.py)`", (folder / "README.md").read_text()))
+    assert named == files
