@@ -14,7 +14,7 @@ plain's median in the same rounds. On CUDA, launch "graph" replays a CUDA graph,
 has the host's in it. float32 there is TF32 unless ``--no-tf32``. Every call has the same tensors: where they fit into a
 cache, all methods find them there; 64 images of the first ResNet layer do not fit into an H100's.
 
-What a method cannot do is said at the end; the exit status is 1 where that is plain, ours or dense.
+What a method cannot do is reported at the end; the exit status is 1 where that is plain, ours or dense.
 
 The 8 GB are those of dcls with 512 channels; it and deform take most of the time, and ``--methods plain ours dense``
 leaves them out. With as many threads as cores the machine has to be idle: threads that wait for a busy core multiply
@@ -157,12 +157,12 @@ def arguments():
     )
     parser.add_argument("--memory-format", default="channels_last", choices=list(MEMORY_FORMATS))
     parser.add_argument("--kind", nargs="+", default=KINDS, choices=KINDS, help="in the order given")
-    parser.add_argument("--only", default="", help="a regular expression that finds something in a layer's name")
+    parser.add_argument("--only", default="", help="a regular expression to search for in the names of layers")
     parser.add_argument("--budget", type=float, help="seconds for each number (default 0.6; 0.1 if --quick)")
-    parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which no other layer begins")
-    parser.add_argument("--samples", type=int, help="at most as many for each number (default 15; 3 if --quick)")
+    parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which no further layer starts")
+    parser.add_argument("--samples", type=int, help="at most this many for each number (default 15; 3 if --quick)")
     parser.add_argument("--seed", type=int, default=0, help="of offsets and images")
-    parser.add_argument("--quick", action="store_true", help="other defaults: few numbers of little precision")
+    parser.add_argument("--quick", action="store_true", help="other defaults: few layers and few samples")
     parser.add_argument("--memory", action="store_true", help="peak memory of forward+backward, not times")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of CSV and chart")
@@ -184,7 +184,7 @@ def arguments():
     if options.quick and not options.only:
         options.layers = list({layer.kind: layer for layer in reversed(options.layers)}.values())[::-1]
     if not options.layers:
-        parser.error(f"--kind and --only leave none of: {', '.join(layer.name for layer in LAYERS)}")
+        parser.error(f"no layer matches both --kind and --only; there are: {', '.join(layer.name for layer in LAYERS)}")
     return options
 
 

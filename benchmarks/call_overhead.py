@@ -1,4 +1,4 @@
-"""What a call costs beside its arithmetic: a depthwise layer so small that nearly all of the time is overhead.
+"""What a call costs besides its arithmetic: a depthwise layer so small that nearly all of the time is overhead.
 
     python benchmarks/call_overhead.py
 

@@ -5,7 +5,7 @@
 
 Both arms train the same network in the same state; they take turns, so that both see the same machine. Two measures:
 the ratio of mean step times (which noise of a percent or so blurs), and the time spent inside the callbacks' own hooks
-and the gradient gate (which it does not). Drawing the pictures at the end of a training is timed by itself.
+and the gradient gate (which it does not). Drawing the pictures at the end of a training is timed separately.
 """
 
 import argparse
@@ -115,7 +115,7 @@ def measure(arguments, setting, warmup_steps):
         for arm in means:
             callbacks = [
                 PositionLRSchedule(warmup_steps=warmup_steps),
-                RoundThenFinetune(at_step=TRAINING - 1),  # its hooks run at every step; rounding is no part of one
+                RoundThenFinetune(at_step=TRAINING - 1),  # its hooks run at every step; rounding is not one of them
                 OffsetLogger(),
             ]
             times, seconds = train(arguments, model, callbacks if arm == "on" else [])

@@ -4,8 +4,8 @@
     python benchmarks/data_throughput.py --device cuda --num-workers 8
 
 Images of random pixels in the shape of CIFAR, padded by 4, cropped and mirrored: uint8 that is normalised then
-("normalize"), and float32 that is done ("whiten"). The two loaders take turns, an epoch each, so that what the machine
-does happens to both. The DataLoader's batches are moved to the device, as Lightning does. Rows go to a CSV file.
+("normalize"), and float32 that is done ("whiten"). The two loaders take turns, an epoch each, so that both meet the
+same machine. The DataLoader's batches are moved to the device, as Lightning does. Rows go to a CSV file.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What rows of results say, as text, and what went wrong; needs Python alone.
+"""Rows of results as text, and what went wrong; needs only Python.
 
     python benchmarks/tables.py FOLDER     # a short summary of all CSV files there
 

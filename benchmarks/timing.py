@@ -1,4 +1,4 @@
-"""Timing side by side: calls take turns, so that what the machine does happens to all of them; and peak memory."""
+"""Timing side by side: calls take turns, so that all of them meet the same machine; and peak memory."""
 
 import ctypes
 import functools
@@ -76,7 +76,7 @@ class CapturedCalls:
     def __init__(self, call: Callable[[], object]) -> None:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # torch asks for a warm-up beside the default stream
+        with torch.cuda.stream(stream):  # torch asks for a warm-up outside the default stream
             for _ in range(3):
                 call()
         torch.cuda.current_stream().wait_stream(stream)
@@ -140,7 +140,7 @@ def peak_memory(call: Callable[[], object], device: str) -> int:
         return torch.cuda.max_memory_allocated() - before
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)  # so that what was freed is not reused unseen
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = _status("VmRSS")
     call()
     return _status("VmHWM") - before

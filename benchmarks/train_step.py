@@ -8,7 +8,7 @@ weights; taps of the converted ones are moved by uniform(-1, 1), all but the cen
 there while they are timed. ``--compile`` does plain and converted once more through torch.compile, ratios again to
 plain. (float16 is not scaled: small gradients vanish, which takes no time.)
 
-What fails (memory, a missing compiler) is said at the end, with exit status 1; the rest goes on.
+What fails (memory, a missing compiler) is reported at the end, with exit status 1; the rest goes on.
 """
 
 import argparse
@@ -134,7 +134,7 @@ def arguments():
     parser.add_argument("--compile", nargs="?", const="inductor", metavar="BACKEND", help="and compiled, by inductor")
     parser.add_argument("--samples", type=int, default=9, help="of each arm")
     parser.add_argument("--warm-up", type=int, default=2, help="steps of each arm before")
-    parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which no other network begins")
+    parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which no further network starts")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the CSV file")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():

@@ -94,7 +94,7 @@ def finished_runs(folder: Path, row: Row, seeds: int | None = None) -> list[dict
 
 
 def check_settings(rows: Sequence[Row], runs: dict[str, list[dict[str, Any]]]) -> None:
-    """That the runs of a row, and those of its base, differ in nothing that the command line decides.
+    """Check that the runs of a row, and those of its base, differ in nothing that the command line decides.
 
     Raises:
         ValueError: they do; the message names two of them and what they differ in.
@@ -110,7 +110,7 @@ def check_settings(rows: Sequence[Row], runs: dict[str, list[dict[str, Any]]]) -
                 if theirs != value:
                     raise ValueError(
                         f"{other} and {folder} cannot be compared: {option} was {theirs} there and {value} here; "
-                        "take other --rows or --seeds, or run one of them again with another --out"
+                        "choose other --rows or --seeds, or run one of them again with another --out"
                     )
 
 

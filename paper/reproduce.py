@@ -6,12 +6,12 @@
 
 Each row is one configuration of configs/paper, trained by ``lightning-acu fit``, one seed of all rows after the other.
 It can be killed at any time: started again, finished runs are skipped and the one that was interrupted goes on from its
-last checkpoint. Every run leaves result.json and metrics.csv, the table is printed and written with its figures (see
-paper_runs.py and paper_report.py).
+last checkpoint. Every run leaves result.json and metrics.csv, and the table is printed and written with its
+figures (see runs.py and report.py).
 
 With --steps the schedule is shortened in proportion: learning-rate steps, warm-up, rounding and fine-tuning. The rate
-of positions then grows with the root of the ratio of steps, for with the paper's they would have no time to go
-anywhere. With --lr it stays what it is in pixels a step. --multiplier sets it.
+of positions then grows with the square root of the ratio of steps, because with the paper's they would have no time to
+move far. With --lr it stays the same in pixels a step. --multiplier sets it.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def arguments(args=None):
     parser.add_argument("--batch-size", type=int, metavar="N", help="default: as published")
     parser.add_argument("--lr", type=float, help="learning rate; that of a fine-tuning keeps its ratio to it")
     parser.add_argument("--multiplier", type=float, metavar="M", help="of the learning rate for positions")
-    parser.add_argument("--data", type=Path, metavar="PATH", help="folder of the data, or an .npz of one's own images")
+    parser.add_argument("--data", type=Path, metavar="PATH", help="folder of the data, or an .npz of your own images")
     parser.add_argument("--preprocessing", choices=["normalize", "whiten"], help="of CIFAR; default: as published")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU where there is one")
     parser.add_argument("--compile-mode", metavar="MODE", help="of ImageClassifier; default: as published, none")
@@ -62,7 +62,7 @@ def arguments(args=None):
     except ValueError as error:
         parser.error(str(error))
     if options.data is not None and not options.data.exists():
-        parser.error(f"--data {options.data}: there is no such folder or file")
+        parser.error(f"--data {options.data}: does not exist")
     if options.data is not None and options.data.suffix == ".npz" and options.table == "places365":
         parser.error(f"--data {options.data}: Places365 needs a folder of images, not an .npz file")
     if options.data is not None and options.data.suffix == ".npz":
@@ -76,15 +76,15 @@ def arguments(args=None):
 
 
 def check_classes(rows, path):
-    """That the images of ``path`` are of as many classes as each row's network tells apart."""
+    """Check that ``path`` has as many classes as each row's network."""
     found = int(read_npz(path).y_train.max()) + 1
     if wrong := {row.name: count for row in rows if (count := classes_of(row)) != found}:
         name, count = next(iter(wrong.items()))
-        raise ValueError(f"it has {found} classes, and {name} is for {count}; choose other --rows or other images")
+        raise ValueError(f"it has {found} classes, but {name} is for {count}; choose other --rows or other images")
 
 
 def speaker(name):
-    """Shows progress: on a terminal in one line that changes, else a line each half minute."""
+    """Shows progress: on a terminal in one line that changes, else a line every half minute."""
     shown, when = "", -math.inf
 
     def say(text):

@@ -74,7 +74,7 @@ def _only_one(run: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RuntimeError(f"another process trains in {run} now: wait for it, or give another --out") from None
+            raise RuntimeError(f"another process is training in {run}: wait for it, or choose another --out") from None
         yield
 
 
@@ -101,7 +101,7 @@ def _step_of(checkpoint: Path) -> int:
         step: int = torch.load(checkpoint, map_location="cpu", weights_only=False)["global_step"]
     except Exception as error:  # whatever torch and pickle raise for a damaged file
         raise RuntimeError(
-            f"{checkpoint} is damaged ({error}): delete {checkpoint.parents[1]} to begin again"
+            f"{checkpoint} is damaged ({error}): delete {checkpoint.parents[1]} to start over"
         ) from error
     return step
 
@@ -112,7 +112,7 @@ def _claim(run: Path, config: dict[str, Any]) -> None:
     if path.exists():
         if (found := yaml.safe_load(path.read_text())) != config:
             keys = ", ".join(sorted(_differences(found, config)))
-            raise ValueError(f"{run} holds a run with other settings ({keys}): give these again, or another --out")
+            raise ValueError(f"{run} holds a run with other settings ({keys}): use these, or choose another --out")
         return
     text = yaml.safe_dump(config, sort_keys=False)
     _write_whole(path, f"# Made by paper/reproduce.py, to be run in this folder.\n{text}")

@@ -62,7 +62,7 @@ def effective_config(row: Row, seed: int, options: argparse.Namespace) -> dict[s
     _set_checkpoints(trainer["callbacks"], steps)
     for callback, arguments in _callbacks(config):
         if callback == "PositionLRSchedule":
-            # Another learning rate of the weights is none of the positions.
+            # Another learning rate of the weights leaves that of the positions as it is.
             arguments["multiplier"] *= 1 if options.lr is None else optimizer["lr"] / options.lr
             arguments["multiplier"] = options.multiplier or float(f"{arguments['multiplier']:.3g}")
         if callback == "RoundThenFinetune" and options.lr is not None:
@@ -91,7 +91,7 @@ def length_of(config: dict[str, Any]) -> int:
 
 
 def classes_of(row: Row) -> int:
-    """How many kinds of images the network of ``row`` tells apart."""
+    """The number of classes of the network of ``row``."""
     classes: int = load_config(_file(row))["model"]["init_args"]["num_classes"]
     return classes
 

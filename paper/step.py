@@ -1,4 +1,4 @@
-"""What makes a training step of the paper's CIFAR network short: each option alone and together, in turns.
+"""What makes a training step of the paper's CIFAR network fast: each option alone and together, in turns.
 
     python -m paper.step                                   # on the CPU
     python -m paper.step --device cuda --batch 64          # and CUDA graphs

@@ -80,10 +80,10 @@ def find_rows(table: str, names: list[str] | None = None) -> list[Row]:
         ValueError: an unknown table or row; the message lists the known ones.
     """
     if table not in TABLES:
-        raise ValueError(f"--table {table}: there is no such table, but {', '.join(TABLES)}")
+        raise ValueError(f"--table {table}: unknown table; choose one of {', '.join(TABLES)}")
     rows = {row.name: row for row in TABLES[table]}
     wanted = set(rows if names is None else names)
     if unknown := sorted(wanted - rows.keys()):
-        raise ValueError(f"--rows {' '.join(unknown)}: {table} has no such row, but {', '.join(rows)}")
+        raise ValueError(f"--rows {' '.join(unknown)}: unknown row; those of {table} are {', '.join(rows)}")
     wanted |= {source for name in wanted if (source := rows[name].continues)}
     return [row for row in TABLES[table] if row.name in wanted]

@@ -1,4 +1,4 @@
-"""``lightning-acu`` for paper_runs.py: the same, but it ends when the process that started it does."""
+"""``lightning-acu`` for runs.py: the same, but it ends when the process that started it does."""
 
 import os
 import threading

@@ -1,7 +1,7 @@
 """Every timm and torchvision model with a 3x3 or 5x5 convolution: converted, perturbed, folded, compared.
 
 python scripts/census.py --all --out docs/census.csv      the full sweep, about an hour on 2 cores
-python scripts/census.py --all --out ... --resume         go on where it was interrupted
+python scripts/census.py --all --out ... --resume         continue after an interruption
 python scripts/census.py resnet50 torchvision/resnet18    some models
 
 Each is built with random weights and run at an even and an odd image size (where it takes one), in eval and in train

@@ -82,7 +82,7 @@ class Case:
         yield from ["strided"] * (self.arguments["stride"] != (1, 1))
         yield from ["groups"] * (self.arguments["groups"] > 1)
         yield from ["position groups"] * (len(offsets) > 1)
-        yield from ["channels no multiple of 16"] * bool(weight.shape[0] % 16)
+        yield from ["channels not a multiple of 16"] * bool(weight.shape[0] % 16)
 
 
 def make(seed: int) -> Case:
@@ -221,7 +221,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--cases", type=int, default=200, help="how many cases")
-    parser.add_argument("--leaks", type=int, metavar="CALLS", help="instead, watch the memory over so many calls")
+    parser.add_argument("--leaks", type=int, metavar="CALLS", help="instead, watch the memory over this many calls")
     parser.add_argument("--built-in", help="fail unless the package is the one in this folder")
     options = parser.parse_args()
     package = Path(lightning_acu.__file__).resolve()

@@ -85,7 +85,7 @@ for pid in "${warming[@]}"; do wait "$pid" && ((ready += 1)); done
 row warm-ups - $((SECONDS - start)) \
     "$ready of ${#warming[@]} filled the compilers' caches; a failure shows again in its step"
 
-# Random layers of the tests against the closed form; without torch's own pools, what lies beyond a tensor is nobody's.
+# Random layers of the tests against the closed form. Without torch's memory pool, no memory beyond a tensor is allocated.
 if command -v compute-sanitizer >/dev/null; then
     step sanitizer 55 env PYTHONPATH="$PYTHONPATH:tests" PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
         compute-sanitizer --error-exitcode 1 --report-api-errors no "$python" -c 'import torch

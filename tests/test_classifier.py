@@ -100,7 +100,7 @@ def test_checkpoint_restores_the_active_model(tmp_path):
         ({"model": "resnet_18"}, r"`model` \(='resnet_18'\) is neither a timm model .* did you mean 'resnet18'"),
         (
             {"model": "deeplabv3_resnet50"},
-            "is no timm model but one of torchvision's; write 'torchvision/deeplabv3_resnet50'",
+            "is a torchvision model, not a timm model; write 'torchvision/deeplabv3_resnet50'",
         ),
         ({"lr_scheduler_interval": "batch"}, r"`lr_scheduler_interval` \(='batch'\) must be 'epoch' or 'step'"),
         ({"convert": ConvertConfig(backend="cuda")}, r"`backend` \(='cuda'\) is unknown"),

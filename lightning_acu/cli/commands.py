@@ -24,7 +24,7 @@ from .config_files import with_bases
 
 __all__ = ["COMMANDS", "configs_directory"]
 
-_CLASS_PATH = "the LightningModule of a checkpoint that does not say (default: ImageClassifier)"
+_CLASS_PATH = "the LightningModule's class if the checkpoint does not name it (default: ImageClassifier)"
 
 
 def configs_directory() -> Path:
@@ -36,9 +36,9 @@ def configs_directory() -> Path:
 
 def _configs(arguments: Sequence[str]) -> None:
     """``lightning-acu configs [NAME] [--to DIRECTORY]``."""
-    parser = argparse.ArgumentParser("lightning-acu configs", description="list the configurations, or copy one out")
-    parser.add_argument("name", nargs="?", help="the one to copy")
-    parser.add_argument("--to", type=Path, default=Path(), metavar="DIRECTORY", help="where to (default: here)")
+    parser = argparse.ArgumentParser("lightning-acu configs", description="list the configurations, or copy one")
+    parser.add_argument("name", nargs="?", help="name of the one to copy")
+    parser.add_argument("--to", type=Path, default=Path(), metavar="DIRECTORY", help="where to copy (default: here)")
     options = parser.parse_args(arguments)
     root = configs_directory()
     paths = sorted(root.rglob("*.yaml"), key=lambda path: (len(path.parts), path))  # folders last
@@ -49,15 +49,15 @@ def _configs(arguments: Sequence[str]) -> None:
         return
     name = options.name if options.name.endswith(".yaml") else f"{options.name}.yaml"
     if name not in known:
-        parser.error(f"no configuration is called {options.name!r}; there are {', '.join(known)}")
+        parser.error(f"there is no configuration {options.name!r}; choose one of {', '.join(known)}")
     target = options.to / known[name].name
     if _differs(target, known[name]):
-        parser.error(f"{target} exists already, and differs; remove it or choose another directory with --to")
+        parser.error(f"{target} already exists and differs; remove it or choose another directory with --to")
     sources = with_bases(known[name])  # the bases beside it, where the copy looks for them
     for base in sources[:-1]:
         copy = options.to / base.name
         if _differs(copy, base):
-            parser.error(f"{copy} exists already, and differs from what {name} builds on; choose another --to")
+            parser.error(f"{copy} already exists and differs from a base of {name}; choose another directory with --to")
     options.to.mkdir(parents=True, exist_ok=True)
     for source in sources:
         shutil.copyfile(source, options.to / source.name)
@@ -65,7 +65,7 @@ def _configs(arguments: Sequence[str]) -> None:
 
 
 def _differs(copy: Path, source: Path) -> bool:
-    """Whether ``copy`` is there and is something else."""
+    """Whether ``copy`` exists and is not a copy of ``source``."""
     return copy.exists() and not (copy.is_file() and copy.read_bytes() == source.read_bytes())
 
 
@@ -73,12 +73,14 @@ def _report(arguments: Sequence[str]) -> None:
     """``lightning-acu report --model NAME`` or ``--ckpt FILE``."""
     parser = argparse.ArgumentParser(
         "lightning-acu report",
-        description="what a conversion makes active and why not the rest, and the arithmetic of its fold",
+        description="which convolutions a conversion makes active, why not the others, and the arithmetic of its fold",
         allow_abbrev=False,
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", metavar="NAME", help="a model of timm or torchvision, with random weights")
-    what.add_argument("--ckpt", type=Path, metavar="FILE", help="a converted model: of save_acu, or Lightning's")
+    what.add_argument(
+        "--ckpt", type=Path, metavar="FILE", help="a converted model: of save_acu, or a Lightning checkpoint"
+    )
     _add_input_size(parser)
     parser.add_argument("--class_path", metavar="package.Class", help=_CLASS_PATH)
     conversion = parser.add_argument_group("conversion", "of --model, as in convert_to_acu")
@@ -87,12 +89,12 @@ def _report(arguments: Sequence[str]) -> None:
     conversion.add_argument("--exclude_modules", metavar="REGEX")
     conversion.add_argument("--position_groups", type=int, metavar="P")
     conversion.add_argument("--preset", help="all, or C23: all but the first stage")
-    parser.add_argument("--every", action="store_true", help="one row for each layer that is skipped")
+    parser.add_argument("--every", action="store_true", help="one row for each skipped layer")
     options = parser.parse_args(arguments)
     names = ("kernel_sizes", "target_modules", "exclude_modules", "position_groups", "preset")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if given and options.ckpt is not None:
-        parser.error(f"--{next(iter(given))} says how to convert a --model; what is in a --ckpt is converted already")
+        parser.error(f"--{next(iter(given))} says how to convert a --model; a --ckpt is converted already")
     try:
         if options.ckpt is not None:
             model = load_any(options.ckpt, options.class_path)
@@ -113,20 +115,22 @@ def _export(arguments: Sequence[str]) -> None:
     """``lightning-acu export --ckpt FILE --to onnx|pt2``."""
     parser = argparse.ArgumentParser(
         "lightning-acu export",
-        description="fold a trained model into plain convolutions and write it for other runtimes, checked",
+        description="fold a trained model into plain convolutions, write it for other runtimes, and check the file",
         allow_abbrev=False,
     )
-    parser.add_argument("--ckpt", type=Path, required=True, metavar="FILE", help="of save_acu, or Lightning's")
+    parser.add_argument(
+        "--ckpt", type=Path, required=True, metavar="FILE", help="of save_acu, or a Lightning checkpoint"
+    )
     parser.add_argument("--to", required=True, choices=FORMATS)
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: beside the checkpoint, with this ending")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: next to the checkpoint, with this suffix")
     parser.add_argument("--class_path", metavar="package.Class", help=_CLASS_PATH)
     _add_input_size(parser)
     parser.add_argument("--no_fold", action="store_true", help="keep active convolutions (pt2 only)")
-    parser.add_argument("--one_image", action="store_true", help="a batch of one instead of any")
+    parser.add_argument("--one_image", action="store_true", help="fix the batch size to 1")
     options = parser.parse_args(arguments)
     output = options.output or options.ckpt.with_suffix(f".{options.to}")
     if output.suffix != f".{options.to}":
-        parser.error(f"--output {output} should end in .{options.to}")
+        parser.error(f"--output {output} must end in .{options.to}")
     try:
         model = load_any(options.ckpt, options.class_path)
         size = tuple(options.input_size) if options.input_size else default_input_size(model)
@@ -142,7 +146,7 @@ def _export(arguments: Sequence[str]) -> None:
         parser.exit(2, f"lightning-acu export: {error}\n")
     if not options.input_size:
         print(
-            f"images are taken to be {'x'.join(map(str, size))}; say --input_size C H W if they are not",
+            f"assuming images of {'x'.join(map(str, size))}; pass --input_size C H W otherwise",
             file=sys.stderr,
         )
     batch = "1" if options.one_image else "N"
@@ -154,23 +158,27 @@ def _export(arguments: Sequence[str]) -> None:
 
 def _add_input_size(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--input_size", type=int, nargs=3, metavar=("C", "H", "W"), help="of an image (default: timm's, or 224x224)"
+        "--input_size",
+        type=int,
+        nargs=3,
+        metavar=("C", "H", "W"),
+        help="of an image (default: timm's, or 224x224)",
     )
 
 
 def _create(name: str) -> nn.Module:
-    """By its name alone: timm's if it has one, else torchvision's."""
+    """The model of that name: timm's, or else torchvision's."""
     if "/" not in name and not timm.is_model(name) and name in torchvision.models.list_models():
         name = f"torchvision/{name}"
     return create_model(name)
 
 
 def _report_at_its_size(model: nn.Module) -> ACUReport:
-    """At the default size; without arithmetic, with a remark, for a model that takes something else than one image."""
+    """At the default size; without the arithmetic, which it says, if the model takes something other than one image."""
     try:
         return report_acu(model, default_input_size(model))
     except ValueError as error:
-        print(f"no arithmetic of the whole model: {error}", file=sys.stderr)
+        print(f"the arithmetic of the whole model is left out: {error}", file=sys.stderr)
         return report_acu(model)
 
 

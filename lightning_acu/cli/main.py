@@ -32,7 +32,7 @@ from .config_files import ConfigFile
 __all__ = ["ACULightningCLI", "main"]
 
 
-#: A mistyped option is an error, not the one it happens to begin.
+#: A mistyped option is an error, and never taken for the option that it abbreviates.
 _EXACT: dict[str, Any] = {"allow_abbrev": False}
 
 _DISPLACEMENTS = ("mean_displacement", "max_displacement")

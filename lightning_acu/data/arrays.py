@@ -1,4 +1,4 @@
-"""One's own images from one .npz file."""
+"""Your own images, from one .npz file."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ __all__ = ["ArrayDataModule"]
 class ArrayDataModule(InMemoryDataModule):
     """Images from an .npz file with the arrays ``x_train``, ``y_train``, ``x_test`` and ``y_test``.
 
-    Images are (N, H, W), (N, H, W, C) or (N, C, H, W) with C 1 or 3; uint8 is scaled to [0, 1], floating point is taken
-    as it is. Labels are integers (N,) that count from 0. The file is read when first needed: by ``setup``, or when
+    Images are (N, H, W), (N, H, W, C) or (N, C, H, W) with C 1 or 3; uint8 is scaled to [0, 1], floating point is used
+    as it is. Labels are integers (N,) that start from 0. The file is read when first needed: by ``setup``, or when
     ``num_classes``, ``in_chans`` or ``image_size`` is asked for. ``numpy.savez`` writes such a file.
 
     Args:
@@ -61,9 +61,7 @@ class ArrayDataModule(InMemoryDataModule):
             raise ValueError(f"`crop_padding` (={crop_padding}) must be at least 0 pixels")
         for name, value in (("mean", mean), ("std", std)):
             if preprocessing == "whiten" and value is not None:
-                raise ValueError(
-                    f"`{name}` (={value}) has no use with `preprocessing='whiten'`, which needs neither; leave it out"
-                )
+                raise ValueError(f"`{name}` (={value}) has no effect with `preprocessing='whiten'`; leave it out")
         super().__init__(
             preprocessing=preprocessing,
             on_device=on_device,
@@ -101,7 +99,7 @@ class ArrayDataModule(InMemoryDataModule):
         """Read the file and split off the validation images, once and whatever the stage.
 
         Raises:
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: the file does not exist.
             ValueError: an array, ``mean``, ``std`` or ``val_size`` does not fit; the message names it.
         """
         if self.train_set is not None:
@@ -118,7 +116,7 @@ class ArrayDataModule(InMemoryDataModule):
     def _statistics(self, images: Tensor) -> tuple[list[float], list[float]]:
         """Mean and standard deviation per channel: those given, else those of ``images``."""
         scale = 255.0 if images.dtype == torch.uint8 else 1.0
-        # One channel at a time, for it is copied to float32; and none where both are given.
+        # One channel at a time, because it is copied to float32; none if both are given.
         unknown = range(self.in_chans) if self.mean is None or self.std is None else ()
         channels = [torch.std_mean(images[:, channel].float(), correction=0) for channel in unknown]
         mean = [float(m) / scale for _, m in channels] if self.mean is None else list(self.mean)

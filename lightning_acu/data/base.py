@@ -121,13 +121,13 @@ class ImageDataModule(LightningDataModule, ABC):
             generator=self._resumed_generator() if shuffle else None,
             drop_last=drop_last,
             num_workers=workers,
-            # Asked without CUDA, torch would warn and go on without: the outcome that is documented above.
+            # Without CUDA torch would warn and go on unpinned, which is what the class documents.
             pin_memory=torch.cuda.is_available() and self.pin_memory is not False,
             persistent_workers=workers > 0,
         )
 
     def _resumed_generator(self) -> torch.Generator | None:
-        """For a training that goes on: with the seed alone, it would see the orders of its first epochs again."""
+        """For a resumed training: with the seed alone, it would see the orders of its first epochs again."""
         step = self.trainer.global_step if self.trainer is not None else 0
         if not step:
             return None

@@ -36,7 +36,7 @@ class CIFARDataModule(InMemoryDataModule):
         val_size: training images set aside for validation; a float is a share of them. 0: train on all 50,000 as
             published recipes do, without validation.
         augment: crop training images at random after padding by 4 pixels, and mirror them with probability 1/2.
-        download: get the data where ``root`` lacks them.
+        download: download the data if ``root`` lacks them.
         preprocessing: "normalize", by the usual mean and standard deviation of each channel, or "whiten", the paper's
             global contrast normalisation and ZCA whitening, fitted on the images trained on.
         on_device: hold the images on the training device and make batches there; faster, also on a CPU.
@@ -82,7 +82,7 @@ class CIFARDataModule(InMemoryDataModule):
         """Download the data, or unpack an archive that is in ``root`` already, if ``download`` is set.
 
         Raises:
-            RuntimeError: that did not work.
+            RuntimeError: the download failed, or the archive is damaged.
         """
         if not self.download:
             return
@@ -113,7 +113,7 @@ class CIFARDataModule(InMemoryDataModule):
             self.test_set = TensorImages(images, labels, plain)
 
     def _test_whitening(self) -> ZCAWhitening:
-        """That of the training images, which are read again where a stage did without them."""
+        """The whitening of the training images, which are read again if no earlier stage has read them."""
         if self._whitening is not None:
             return self._whitening
         images, labels = self._read(train=True)
@@ -140,11 +140,11 @@ class CIFARDataModule(InMemoryDataModule):
             if (self.root / _VARIANTS[others][0].base_folder).is_dir():
                 return f"`root` has {_VARIANTS[others][0].base_folder}, which is for `num_classes={others}`"
             if archive.is_file() and not check_integrity(archive, source.tgz_md5):
-                return f"{archive} is damaged, for its checksum is wrong"
+                return f"{archive} is damaged: its checksum is wrong"
             return f"`root` has no folder {source.base_folder}"
         files = [*source.train_list, *source.test_list, (source.meta["filename"], source.meta["md5"])]
         damaged = [name for name, md5 in files if not check_integrity(folder / name, md5)]
-        return f"{folder} lacks {', '.join(damaged)}, or these are damaged"
+        return f"these files in {folder} are missing or damaged: {', '.join(damaged)}"
 
     def _advice(self) -> str:
         return (

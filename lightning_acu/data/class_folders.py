@@ -20,13 +20,13 @@ __all__ = ["ClassFoldersDataModule"]
 
 
 class ClassFoldersDataModule(ImageDataModule):
-    """What data modules over ``root/FOLDER/CLASS/*.jpg`` share. A subclass says what becomes of an image.
+    """What data modules over ``root/FOLDER/CLASS/*.jpg`` share. A subclass defines the transform of an image.
 
     Args:
         root: folder of the data.
-        folders: folder in ``root`` of "train", "val" and, where it is not that of "val", "test".
+        folders: the folder in ``root`` for "train", "val" and, unless it is that of "val", "test".
         **loader: ``batch_size``, ``num_workers``, ``pin_memory`` and ``seed`` of :class:`ImageDataModule`; the seed has
-            no use here, since the folders are the split.
+            no effect here: the folders are the split.
     """
 
     in_chans = 3
@@ -52,7 +52,7 @@ class ClassFoldersDataModule(ImageDataModule):
         """List the images that the stage needs, once. Only fitting needs the training images.
 
         Raises:
-            FileNotFoundError: a folder is missing, or has no class or a class without images.
+            FileNotFoundError: a folder is missing, has no class folders, or has one without images.
             ValueError: the classes of two folders differ.
         """
         if stage in (None, "fit") and self.train_set is None:

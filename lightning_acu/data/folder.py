@@ -1,4 +1,4 @@
-"""ImageNet, Places365 or one's own images: a folder for each class."""
+"""ImageNet, Places365 or your own images: a folder for each class."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ __all__ = ["ImageFolderDataModule"]
 class ImageFolderDataModule(ClassFoldersDataModule):
     """Images in folders, one for each class: ``root/train/CLASS/*.jpg`` and ``root/val/CLASS/*.jpg``.
 
-    Training images are cropped, resized and mirrored at random; others are resized and cropped at the centre. A setting
-    that is None is the one that the authors of ``transforms_of`` published; without that, the one of ImageNet.
+    Training images are cropped, resized and mirrored at random; others are resized and cropped at the centre. Settings
+    left None are those that the authors of ``transforms_of`` published; without that, those of ImageNet.
 
     Args:
         root: folder of the data.
@@ -35,17 +35,17 @@ class ImageFolderDataModule(ClassFoldersDataModule):
         std: per channel, of images in [0, 1]. None: of ``transforms_of``, or of ImageNet.
         interpolation: "nearest", "bilinear", "bicubic", ... None: of ``transforms_of``, or "bicubic".
         crop_pct: the share of a side that the crop at the centre keeps. None: of ``transforms_of``, or 0.875.
-        transforms_of: a timm model whose published settings fill those left None. Neither built nor downloaded.
+        transforms_of: a timm model whose published settings fill those left None. It is neither built nor downloaded.
         auto_augment: a policy of timm, like "rand-m9-mstd0.5-inc1". None: none.
         hflip: probability of mirroring a training image.
         scale: smallest and largest share of the area of a training image that its crop keeps.
-        color_jitter: strength of random changes of brightness, contrast and saturation; timm leaves them out beside
+        color_jitter: strength of random changes of brightness, contrast and saturation; timm leaves them out with
             most policies of ``auto_augment``. None: none.
         **loader: ``batch_size``, ``num_workers``, ``pin_memory`` and ``seed`` of :class:`ImageDataModule`; the seed has
-            no use here, since the folders are the split.
+            no effect here: the folders are the split.
 
     Raises:
-        ValueError: ``transforms_of`` is no timm model, or ``mean``, ``std``, ``interpolation`` or ``crop_pct`` does
+        ValueError: ``transforms_of`` is not a timm model, or ``mean``, ``std``, ``interpolation`` or ``crop_pct`` does
             not fit.
     """
 

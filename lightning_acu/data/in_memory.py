@@ -23,24 +23,24 @@ Preprocessing = Literal["normalize", "whiten"]
 
 
 class InMemoryDataModule(ImageDataModule):
-    """Images that are held in memory, so that they can be whitened beforehand and lie on the training device.
+    """Images that are held in memory, so that they can be whitened beforehand and stay on the training device.
 
     Args:
         preprocessing: "normalize" subtracts the mean of each channel and divides by its standard deviation; "whiten"
             is the paper's: global contrast normalisation to scale 55, then ZCA whitening with bias 0.1, fitted on the
             images trained on and not on those for validation or testing
-            (:mod:`~lightning_acu.data.whitening` has the formulas). Zeros of a padded image are black under
-            "normalize", and the mean of the whitened images under "whiten".
+            (:mod:`~lightning_acu.data.whitening` has the formulas). The zeros of the padding are black
+            with "normalize", and the mean of the whitened images with "whiten".
         on_device: hold the images on the training device and make batches there, all images of a batch at once
-            (:class:`~lightning_acu.data.device_loader.DeviceLoader`). Also faster on a CPU. Prediction has ordinary
-            loaders still, in which Lightning counts the images.
+            (:class:`~lightning_acu.data.device_loader.DeviceLoader`). Also faster on a CPU. Prediction still has an
+            ordinary DataLoader, in which Lightning counts the images.
         whitening_cache: folder in which the fitted whitening is kept for the next time. None: that of the data.
         val_size: training images for validation; a float is a share of them.
         **loader: ``batch_size``, ``num_workers``, ``pin_memory`` and ``seed`` of :class:`ImageDataModule`.
 
     Raises:
-        ValueError: ``preprocessing`` is neither of the two, or ``num_workers`` or ``pin_memory`` is asked for with
-            ``on_device``, where there is nothing for them to do.
+        ValueError: ``preprocessing`` is neither of the two, or ``num_workers`` or ``pin_memory`` is given with
+            ``on_device``, where it would have no effect.
     """
 
     def __init__(
@@ -58,8 +58,8 @@ class InMemoryDataModule(ImageDataModule):
         for name in ("num_workers", "pin_memory"):
             if on_device and getattr(self, name):
                 raise ValueError(
-                    f"`{name}` (={getattr(self, name)}) has no use with `on_device=True`, where no batch is loaded or "
-                    "transferred; leave one of the two out"
+                    f"`{name}` (={getattr(self, name)}) has no effect with `on_device=True`, where no batch is loaded "
+                    "or transferred; leave one of the two out"
                 )
         self.preprocessing = preprocessing
         self.on_device = on_device
@@ -96,7 +96,7 @@ class InMemoryDataModule(ImageDataModule):
     def _loader(self, dataset: Dataset[Any], shuffle: bool = False, drop_last: bool = False) -> Any:
         if not self.on_device:
             return super()._loader(dataset, shuffle, drop_last)
-        device, seed, shares = torch.device("cpu"), 0, {}  # the loader asks that there be one process
+        device, seed, shares = torch.device("cpu"), 0, {}  # the loader checks that there is only one process
         trainer = self.trainer
         if shuffle:
             seed = int(torch.empty((), dtype=torch.int64).random_())

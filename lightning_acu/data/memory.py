@@ -34,7 +34,7 @@ class TensorImages(Dataset[tuple[Tensor, int]]):
 
 
 def subset(images: TensorImages, indices: Tensor) -> Subset[tuple[Tensor, int]]:
-    """Those images whose ``indices`` (M,) are given, in their order; nothing is copied."""
+    """The images with these ``indices`` (M,), in this order; nothing is copied."""
     return Subset(images, indices.tolist())
 
 

@@ -33,8 +33,8 @@ def read_npz(path: Path) -> ImageArrays:
     """The four arrays of the archive, checked, with channels first.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no .npz archive, an array is missing, or one does not fit; the message names it.
+        FileNotFoundError: the file does not exist.
+        ValueError: it is not an .npz archive, an array is missing, or one does not fit; the message names it.
     """
     arrays = _load(path)
     for key, array in arrays.items():
@@ -50,8 +50,8 @@ def read_npz(path: Path) -> ImageArrays:
     x_train, x_test = arrays["x_train"], arrays["x_test"]
     if x_train.shape[1:] != x_test.shape[1:] or x_train.dtype != x_test.dtype:
         raise ValueError(
-            "`x_train` and `x_test` must have one image shape and dtype, "
-            f"but are {x_train.shape[1:]} {x_train.dtype} and {x_test.shape[1:]} {x_test.dtype}"
+            "`x_train` and `x_test` must have the same image shape and dtype, "
+            f"but have {x_train.shape[1:]} {x_train.dtype} and {x_test.shape[1:]} {x_test.dtype}"
         )
     _check_classes(arrays["y_train"], arrays["y_test"])
     y_train, y_test = (torch.from_numpy(arrays[key].astype(np.int64)) for key in ("y_train", "y_test"))
@@ -60,11 +60,11 @@ def read_npz(path: Path) -> ImageArrays:
 
 def _load(path: Path) -> dict[str, NDArray[Any]]:
     if not path.is_file():
-        raise FileNotFoundError(f"`path` (={str(path)!r}) names no file; give an .npz archive of {', '.join(_KEYS)}")
-    if not zipfile.is_zipfile(path):
-        raise ValueError(
-            f"`path` (={str(path)!r}) is not an .npz archive, or only the beginning of one; write one with numpy.savez"
+        raise FileNotFoundError(
+            f"`path` (={str(path)!r}) does not exist or is not a file; give an .npz archive of {', '.join(_KEYS)}"
         )
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"`path` (={str(path)!r}) is not an .npz archive, or is cut short; write one with numpy.savez")
     # Pickled arrays could run any code, and images and labels do not need them.
     with np.load(path, allow_pickle=False) as archive:
         missing = [key for key in _KEYS if key not in archive]
@@ -76,7 +76,7 @@ def _load(path: Path) -> dict[str, NDArray[Any]]:
             return {key: _numbers(archive, key) for key in _KEYS}
         # Checksums and compressed data that are wrong; NumPy's headers are behind the checksums.
         except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-            raise ValueError(f"`path` (={str(path)!r}) is damaged ({error}); get or write it again") from error
+            raise ValueError(f"`path` (={str(path)!r}) is damaged ({error}); download or write it again") from error
 
 
 def _numbers(archive: Any, key: str) -> NDArray[Any]:
@@ -95,7 +95,7 @@ def _check_labels(name: str, y: NDArray[Any]) -> None:
     if y.dtype.kind not in "iu":
         raise ValueError(f"`{name}` (dtype {y.dtype}) must hold integers; convert it with .astype('int64')")
     if y.min() < 0:
-        raise ValueError(f"`{name}` has the label {y.min()}; labels must count from 0")
+        raise ValueError(f"`{name}` has the label {y.min()}; labels must start from 0")
 
 
 def _check_classes(y_train: NDArray[Any], y_test: NDArray[Any]) -> None:

@@ -41,12 +41,12 @@ class Places365DataModule(ClassFoldersDataModule):
         root: folder of the data; a download goes there.
         image_size: pixels of the crop, up to 256. 224 for torchvision's AlexNet, whose first layer pads by 2 and so has
             the 55 x 55 outputs of the original at 227, and for residual networks; 227 for an AlexNet that does not pad.
-        num_classes: classes that have to be there; another number is an error. Less than 365 for a part of the data.
+        num_classes: how many classes the data must have. Fewer than 365 for a part of the data.
         mean: per channel, of images in [0, 1]: ImageNet's.
         std: per channel, of images in [0, 1]: ImageNet's. Caffe subtracts the mean and leaves the contrast as it is.
-        download: get the data, 26 GB, where ``root`` lacks them.
+        download: download the data, 26 GB, if ``root`` lacks them.
         **loader: ``batch_size``, ``num_workers``, ``pin_memory`` and ``seed`` of :class:`ImageDataModule`; the seed has
-            no use here, since the folders are the split.
+            no effect here: the folders are the split.
 
     Raises:
         ValueError: ``image_size``, ``num_classes``, ``mean`` or ``std`` does not fit.
@@ -80,7 +80,7 @@ class Places365DataModule(ClassFoldersDataModule):
 
     @property
     def num_classes(self) -> int:
-        """As given, so that it is known before the data are there; ``setup`` compares it with them."""
+        """As given, so that it is known before the data exist; ``setup`` compares it with them."""
         return self._num_classes
 
     @property
@@ -91,7 +91,7 @@ class Places365DataModule(ClassFoldersDataModule):
         """Download and unpack the data that ``root`` lacks, if ``download`` is set.
 
         Raises:
-            RuntimeError: that did not work.
+            RuntimeError: the download failed, or an archive is damaged.
         """
         if not self.download or self._has_folders:
             return
@@ -111,12 +111,12 @@ class Places365DataModule(ClassFoldersDataModule):
             dataset = Places365(self.root, _SPLITS[argument], small=True, transform=transform)
         except RuntimeError as error:
             raise FileNotFoundError(f"Places365 is missing or damaged ({error}). {self._advice()}") from error
-        # Not all of 1.8 million, but enough to see an archive that was unpacked in part.
+        # Not all of 1.8 million, but enough to notice an archive that was only partly unpacked.
         for path, _ in [*dataset.imgs[:: max(1, len(dataset.imgs) // 1000)], dataset.imgs[-1]]:
             if not Path(path).is_file():
                 raise FileNotFoundError(
-                    f"Places365 is incomplete: {path} does not exist. Delete {dataset.images_dir}, if it is there, for "
-                    f"it may be unpacked in part. {self._advice()}"
+                    f"Places365 is incomplete: {path} does not exist. Delete {dataset.images_dir} if it exists: it "
+                    f"may be only partly unpacked. {self._advice()}"
                 )
         self._check_classes(dataset.classes, "classes in its list")
         return dataset

@@ -1,4 +1,4 @@
-"""Seeded, stratified splits: one order of the images, of which every run holds each class in proportion."""
+"""Seeded, stratified splits: one order of the images, each slice of which holds the classes in proportion."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def resolve_size(name: str, size: int | float, total: int, of: str = "training i
     """
     if isinstance(size, float):
         if not 0 <= size < 1:
-            raise ValueError(f"`{name}` (={size}) must be a whole number of images, or a share of them from 0 up to 1")
+            raise ValueError(f"`{name}` (={size}) must be a whole number of images, or a share of them in [0, 1)")
         count = max(1, round(size * total)) if size else 0
     else:
         count = size

@@ -36,7 +36,7 @@ def global_contrast_normalize(
         images: (N, ...), of any floating point or integer type.
         scale: the norm of a normalised image; 55 is about sqrt(3 * 32 * 32), a standard deviation of 1 for CIFAR.
         sqrt_bias: added inside the square root; above 0 it keeps images of little contrast from being amplified.
-        min_divisor: divisors below this are taken for rounding errors, and replaced by 1.
+        min_divisor: divisors below this are treated as rounding errors, and replaced by 1.
 
     Returns:
         (N, ...), float64 if ``images`` are, else float32.
@@ -67,7 +67,7 @@ class ZCAWhitening:
         mean: (C, H, W), float32; of the images after contrast normalisation.
         matrix: (D, D) with D = C * H * W, float32; symmetric.
         bias: what was added to the eigenvalues.
-        contrast_scale: the ``scale`` of :func:`global_contrast_normalize`, which images go through first. None: none.
+        contrast_scale: the ``scale`` of :func:`global_contrast_normalize`, which comes first. None: left out.
     """
 
     def __init__(self, mean: Tensor, matrix: Tensor, bias: float, contrast_scale: float | None = None) -> None:
@@ -80,7 +80,7 @@ class ZCAWhitening:
     def fit(
         cls, images: Tensor, indices: Tensor | None = None, *, bias: float = 0.1, contrast_scale: float | None = None
     ) -> ZCAWhitening:
-        """The whitening of ``images``, computed in float64. Beside these it needs memory for four D x D matrices.
+        """The whitening of ``images``, computed in float64. Besides these it needs memory for four D x D matrices.
 
         Args:
             images: (N, C, H, W), uint8 or floating point.

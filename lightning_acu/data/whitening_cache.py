@@ -1,4 +1,4 @@
-"""Whitening that is fitted once: the file it is kept in, whose name tells the images and the parameters."""
+"""Whitening that is fitted once: the file that it is kept in, named after the images and the parameters."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from .whitening import ZCAWhitening
 
 __all__ = ["cached_whitening"]
 
-#: Changes when the computation does, so that no file of an older one is taken for it.
+#: Changes when the computation does, so that no older file is taken for its result.
 _VERSION = "1"
 
 
 def cached_whitening(
     images: Tensor, indices: Tensor, folder: Path, *, bias: float = 0.1, contrast_scale: float | None = 55.0
 ) -> ZCAWhitening:
-    """:meth:`ZCAWhitening.fit`, or what it gave for the same images and parameters before.
+    """:meth:`ZCAWhitening.fit`, or its earlier result for the same images and parameters.
 
     The file ``whitening-HASH.safetensors`` in ``folder`` holds it; HASH is of the images fitted on and the parameters.
-    A file that is damaged is warned about and written again. A folder that cannot be written to is warned about.
+    A damaged file is written again, with a warning. There is a warning, too, if the folder cannot be written to.
 
     Args:
         images: (N, C, H, W), uint8 or float32.
         indices: (M,), which of them to fit on; their order does not matter.
-        folder: where the file is; made if need be.
+        folder: where the file is; created if it does not exist.
         bias: of :meth:`ZCAWhitening.fit`.
         contrast_scale: of :meth:`ZCAWhitening.fit`.
     """
@@ -50,8 +50,8 @@ def cached_whitening(
         _write(path, key, whitening)
     except (OSError, SafetensorError) as error:
         warnings.warn(
-            f"the whitening could not be kept in {folder} ({error}) and will be fitted again next time; "
-            "give `whitening_cache`, a folder to write to",
+            f"the whitening could not be saved in {folder} ({error}) and will be fitted again next time; "
+            "pass `whitening_cache`, a folder that can be written to",
             stacklevel=2,
         )
     return whitening
@@ -77,9 +77,9 @@ def _read(path: Path, key: str, shape: tuple[int, ...], bias: float, contrast_sc
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in ("mean", "matrix")}
     if metadata.get("key") != key:
-        raise ValueError("it is of other images or parameters")
+        raise ValueError("it belongs to other images or parameters")
     if tuple(tensors["mean"].shape) != shape or metadata.get("checksum") != _checksum(tensors):
-        raise ValueError("its numbers are not those that were written")
+        raise ValueError("its numbers are not those that were saved")
     return ZCAWhitening(tensors["mean"], tensors["matrix"], bias, contrast_scale)
 
 

@@ -28,7 +28,7 @@ def animate_shapes(
     seconds: float = 6.0,
     dpi: int = 80,
 ) -> Path:
-    """Write an animated GIF of the figure of :func:`plot_shapes`, "iteration N" for each frame. It repeats for ever.
+    """Write an animated GIF of the figure of :func:`plot_shapes`, "iteration N" for each frame. It repeats forever.
 
     All frames share one scale. Where two frames are equal to the pixel, the viewer sees one of them for longer.
 
@@ -88,11 +88,11 @@ def _check(frames: Sequence[tuple[int, Sequence[LayerShape]]], path: Path, secon
         raise ValueError(f"`path` (={str(path)!r}) must end in .gif")
     first = [(shape.name, tuple(shape.positions.shape)) for shape in frames[0][1]]
     if not first:
-        raise ValueError(f"`frames` have no layers at iteration {frames[0][0]}; make them with shapes_of(model)")
+        raise ValueError(f"`frames` has no layers at iteration {frames[0][0]}; make them with shapes_of(model)")
     for iteration, shapes in frames[1:]:
         here = [(shape.name, tuple(shape.positions.shape)) for shape in shapes]
         if here != first:
-            odd = sorted({name for name, _ in set(here) ^ set(first)}) or "their order"
+            odd = sorted({name for name, _ in set(here) ^ set(first)}) or "the order of the layers"
             raise ValueError(
                 f"`frames` must show the same layers: iteration {iteration} differs from iteration {frames[0][0]} "
                 f"in {odd}"

@@ -27,13 +27,13 @@ def plot_shapes(
     """Draw where the taps of every active convolution sit: one panel a layer, taps joined to the centre.
 
     Grey circles are where the taps started, the grid behind is the pixels of the layer's input (one line a pixel, or
-    one for each ``dilation`` pixels where that is larger). Taps of one position group on one place have a ring and
-    their number. All panels share one scale, in units of that grid, which is the same after rounding; taps that ran
-    far away are arrows at the border. Up to four position groups have a colour each; more are a cloud of dots, larger
-    where they coincide, around the mean of each tap.
+    one for each ``dilation`` pixels where that is larger). Taps of one position group at the same place have a
+    ring and their number. All panels share one scale, in units of that grid, which is the same after rounding; taps
+    that ran far away are arrows at the border. Up to four position groups have a colour each; more are a cloud of dots,
+    larger where they coincide, around the mean of each tap.
 
     Args:
-        model_or_shapes: any module with active convolutions, or what :func:`shapes_of` made of it.
+        model_or_shapes: any module with active convolutions, or the result of :func:`shapes_of`.
         title: printed above, for example the iteration.
         reach: half the side of a panel in grid lines, for example to compare figures; None: chosen from the taps.
 

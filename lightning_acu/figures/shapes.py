@@ -77,7 +77,7 @@ def mean_move(shape: LayerShape) -> float:
 
 
 def groups_that_share(shape: LayerShape) -> int:
-    """How many position groups have several taps on exactly one place."""
+    """How many position groups have several taps at exactly the same place."""
     finite = shape.positions.double().where(shape.positions.isfinite(), torch.nan)
     # As complex numbers, which sort: quicker than unique rows. nan differs from itself.
     places = np.sort(torch.view_as_complex(finite).numpy())

@@ -1,4 +1,4 @@
-"""How wide a text is, and what of it fits."""
+"""How wide a text is, and how much of it fits."""
 
 from __future__ import annotations
 

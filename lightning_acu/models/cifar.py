@@ -57,7 +57,7 @@ class _CIFARNet(nn.Module):
 
     #: Modules from the image to the features, in this order.
     stages: tuple[str, ...]
-    #: How many of them, at the beginning, are no stage of ``feature_info``.
+    #: How many of them, at the beginning, are not a stage of ``feature_info``.
     skipped = 0
     #: Names of the parameters of the first layer.
     stem: str
@@ -93,7 +93,7 @@ class _CIFARNet(nn.Module):
         return {"stem": self.stem, "blocks": r"^(?:conv|layer)(\d)\." if coarse else by_block}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether training keeps what goes from stage to stage only, and computes the rest again going back."""
+        """Whether training keeps only the outputs of the stages, and computes the rest again in the backward pass."""
         self.grad_checkpointing = enable
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -225,7 +225,7 @@ def _named(*layers: nn.Module, start: int = 1) -> nn.Sequential:
 
 
 def _cfg(first_conv: str) -> dict[str, Any]:
-    """What timm knows of a network; no weights are published."""
+    """What timm records of a network; no weights are published."""
     return {
         "url": "",
         "num_classes": 10,

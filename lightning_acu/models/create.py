@@ -1,7 +1,7 @@
 """Any timm or torchvision classification model by its name.
 
 Importing this module also registers the networks of the paper's CIFAR experiments with timm
-(:mod:`lightning_acu.models.cifar`); ``import lightning_acu`` alone does not, for it loads nothing.
+(:mod:`lightning_acu.models.cifar`); ``import lightning_acu`` alone does not, since it loads nothing.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ def create_model(
 
     Args:
         name: a timm name (also "name.tag" and "hf-hub:..."), or "torchvision/" and a torchvision name.
-        pretrained: load published weights (downloads them on first use). Layers whose shape ``num_classes`` or
-            ``in_chans`` changes start anew (the head) or are adapted as timm does (the first convolution).
+        pretrained: load published weights (downloads them on first use). Of the layers whose shape
+            ``num_classes`` or ``in_chans`` changes, the head keeps its random initialisation, and the first convolution
+            is adapted as timm does.
         num_classes: classes of the head.
         in_chans: channels of the image.
         **kwargs: passed on to the model.
@@ -53,7 +54,7 @@ def create_model(
         tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
         if tag and tag not in tags:
             raise ValueError(
-                f"`model` (={name!r}): {architecture} has no weights called {tag!r}, but {', '.join(tags) or 'none'}"
+                f"`model` (={name!r}): {architecture} has no weights called {tag!r}; it has {', '.join(tags) or 'none'}"
             )
     model: nn.Module = timm.create_model(
         name, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans, **kwargs
@@ -64,11 +65,11 @@ def create_model(
 def _unknown(name: str) -> str:
     torchvision_names = torchvision.models.list_models()
     if name in torchvision_names:
-        return f"`model` (={name!r}) is no timm model but one of torchvision's; write {_TORCHVISION + name!r}"
+        return f"`model` (={name!r}) is a torchvision model, not a timm model; write {_TORCHVISION + name!r}"
     known = [*timm.list_models(), *(_TORCHVISION + known for known in torchvision_names)]
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "timm.list_models() lists timm's"
-    return f"`model` (={name!r}) is neither a timm model nor {_TORCHVISION!r} and a torchvision one; {hint}"
+    return f"`model` (={name!r}) is neither a timm model nor {_TORCHVISION!r} and a torchvision model; {hint}"
 
 
 def _torchvision_model(
@@ -118,4 +119,6 @@ def _load_what_fits(model: nn.Module, state: dict[str, torch.Tensor], name: str)
     model.load_state_dict(fitting, strict=False)
     anew = sorted(own.keys() - fitting.keys())
     if anew:
-        rank_zero_info(f"{name}: these start anew, because their shape differs from the published weights: {anew}")
+        rank_zero_info(
+            f"{name}: these keep their random initialisation, because the published weights have other shapes: {anew}"
+        )

@@ -201,13 +201,13 @@ def test_configs_lists_and_copies(tmp_path, monkeypatch, capsys):
 def test_configs_errors(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(tmp_path, monkeypatch, "configs", "nothing")
-    assert "no configuration is called 'nothing'; there are quickstart.yaml" in capsys.readouterr().err
+    assert "there is no configuration 'nothing'; choose one of quickstart.yaml" in capsys.readouterr().err
     run(tmp_path, monkeypatch, "configs", "quickstart")
     run(tmp_path, monkeypatch, "configs", "quickstart")  # the same file
     (tmp_path / "quickstart.yaml").write_text("mine: 1\n")
     with pytest.raises(SystemExit):
         run(tmp_path, monkeypatch, "configs", "quickstart")
-    assert "quickstart.yaml exists already, and differs" in capsys.readouterr().err
+    assert "quickstart.yaml already exists and differs" in capsys.readouterr().err
     assert (tmp_path / "quickstart.yaml").read_text() == "mine: 1\n"
 
 

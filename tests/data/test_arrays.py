@@ -120,7 +120,8 @@ def test_setup_twice_changes_nothing(arrays, save):
 
 def test_missing_file(tmp_path):
     with pytest.raises(
-        FileNotFoundError, match=r"^`path` \(='.*none.npz'\) names no file; give an .npz archive of x_t"
+        FileNotFoundError,
+        match=r"^`path` \(='.*none.npz'\) does not exist or is not a file; give an .npz archive of x_t",
     ):
         ready(tmp_path / "none.npz")
 
@@ -157,16 +158,16 @@ def test_pickled_arrays_are_refused(arrays, save):
         ("y_train", lambda y: y[:0], r"^`y_train` \(shape \(0,\)\) must hold at least one label$"),
         ("y_train", lambda y: y[:, None], r"^`y_train` \(shape \(90, 1\)\) must have one label per image"),
         ("y_train", lambda y: y.astype(float), r"^`y_train` \(dtype float64\) must hold integers; convert"),
-        ("y_train", lambda y: y - 1, r"^`y_train` has the label -1; labels must count from 0$"),
+        ("y_train", lambda y: y - 1, r"^`y_train` has the label -1; labels must start from 0$"),
         ("y_train", lambda y: y + 1, r"^`y_train` has labels up to 3 but none of \[0\]; number the classes from 0"),
         ("y_train", lambda y: y * 3, r"^`y_train` has labels up to 6 but none of \[1, 2, 4, 5\]"),
         ("y_test", lambda y: y + 5, r"^`y_test` has the label 7, but `y_train` has only 0 ... 2$"),
         (
             "x_test",
             lambda x: x[:, :4],
-            r"^`x_train` and `x_test` must have one .* \(5, 7, 3\) uint8 and \(4, 7, 3\) uint8$",
+            r"^`x_train` and `x_test` must have the same .* \(5, 7, 3\) uint8 and \(4, 7, 3\) uint8$",
         ),
-        ("x_test", lambda x: x / 255, r"must have one image shape and dtype, but are .* uint8 and .* float64$"),
+        ("x_test", lambda x: x / 255, r"must have the same image shape and dtype, but have .* uint8 and .* float64$"),
     ],
 )
 def test_arrays_that_do_not_fit(arrays, save, key, change, message):
@@ -197,7 +198,7 @@ def test_arguments_that_do_not_fit(arrays, save):
             ValueError, match=rf"^`{name}` \(=\[0.5\]\) must have one number for each of the 3 channels$"
         ):
             ready(path, **{name: [0.5]})
-        with pytest.raises(ValueError, match=rf"^`{name}` \(=\[1.0\]\) has no use with `preprocessing='whiten'`"):
+        with pytest.raises(ValueError, match=rf"^`{name}` \(=\[1.0\]\) has no effect with `preprocessing='whiten'`"):
             ArrayDataModule(path, preprocessing="whiten", **{name: [1.0]})
     with pytest.raises(ValueError, match=r"^`std` \(=\[1.0, 0.0, 1.0\]\), given, must be positive"):
         ready(path, std=[1.0, 0.0, 1.0])
@@ -222,8 +223,10 @@ def test_a_damaged_archive(arrays, save):
     content = bytearray(path.read_bytes())
     content[2000] ^= 1  # in x_train
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"^`path` \(='{path}'\) is damaged \(Bad CRC-32.*\); get or write it again$"):
+    with pytest.raises(
+        ValueError, match=rf"^`path` \(='{path}'\) is damaged \(Bad CRC-32.*\); download or write it again$"
+    ):
         ready(path)
     path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=r"is not an .npz archive, or only the beginning of one; write one with"):
+    with pytest.raises(ValueError, match=r"is not an .npz archive, or is cut short; write one with"):
         ready(path)

@@ -140,9 +140,7 @@ def test_damaged_download(tmp_path, monkeypatch, ending):
 
     monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", retrieve)
     monkeypatch.setattr("torchvision.datasets.utils._get_redirect_url", lambda url, **_: url)
-    with pytest.raises(
-        RuntimeError, match=r"^could not get CIFAR10 \(.*\): .* is damaged, for its checksum is wrong. Put"
-    ):
+    with pytest.raises(RuntimeError, match=r"^could not get CIFAR10 \(.*\): .* is damaged: its checksum is wrong. Put"):
         CIFARDataModule(tmp_path).prepare_data()
 
 
@@ -174,11 +172,11 @@ def test_damaged_files_are_named(root, classes, monkeypatch):
     source = {10: CIFAR10, 100: CIFAR100}[classes]
     (name, _), *others = source.train_list
     monkeypatch.setattr(source, "train_list", [[name, "0" * 32], *others])
-    with pytest.raises(FileNotFoundError, match=rf"{source.base_folder} lacks {name}, or these are damaged. Put"):
+    with pytest.raises(FileNotFoundError, match=rf"{source.base_folder} are missing or damaged: {name}. Put"):
         ready(root, classes, download=False)
     monkeypatch.setattr(source, "train_list", [[name, None], *others])
     (root / source.base_folder / source.meta["filename"]).unlink()
-    with pytest.raises(FileNotFoundError, match=rf"lacks {source.meta['filename']}, or these are damaged. Put"):
+    with pytest.raises(FileNotFoundError, match=rf"are missing or damaged: {source.meta['filename']}. Put"):
         ready(root, classes, download=False)
 
 
@@ -239,7 +237,7 @@ def test_bad_arguments(root, classes):
     with pytest.raises(ValueError, match=r"^`preprocessing` \(='zca'\) must be 'normalize' or 'whiten'$"):
         CIFARDataModule(root, preprocessing="zca")
     for name, value in (("num_workers", 2), ("pin_memory", True)):
-        with pytest.raises(ValueError, match=rf"^`{name}` \(={value}\) has no use with `on_device=True`"):
+        with pytest.raises(ValueError, match=rf"^`{name}` \(={value}\) has no effect with `on_device=True`"):
             CIFARDataModule(root, on_device=True, **{name: value})
     with pytest.raises(ValueError, match=r"^`val_size` \(=5000\) must be smaller than the 100 training images$"):
         ready(root, classes)

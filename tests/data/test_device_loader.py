@@ -167,7 +167,9 @@ def test_resuming_with_other_batches_begins_the_epoch_again():
     loader, other = (DeviceLoader(dataset(20), size, shuffle=True, seed=1) for size in (4, 5))
     batches = iter(loader)
     _, first = next(batches)
-    message = r"made with 4 images per step of all processes, and this training has 5: the epoch .* begins again"
+    message = (
+        r"made with 4 images per step of all processes, and this training has 5: the interrupted epoch starts again"
+    )
     with pytest.warns(UserWarning, match=message):
         other.load_state_dict(loader.state_dict())
     labels = epoch(other)[1]
@@ -180,7 +182,7 @@ def test_made_for_one_process_and_used_by_more(monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     loader = DeviceLoader(dataset(8), 4)
     with pytest.raises(
-        RuntimeError, match=r"made for one process, and there are 2, .* to the Trainer, as `datamodule`"
+        RuntimeError, match=r"made for one process, but there are 2, .* to the Trainer, as `datamodule`"
     ):
         next(iter(loader))
     for replicas in (1, 2):

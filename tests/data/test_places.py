@@ -190,9 +190,8 @@ def test_missing_images(lists):
 @pytest.mark.parametrize("number", [1, 2])
 def test_images_that_were_unpacked_in_part(lists, number):
     (lists / "val_256" / f"{number}.png").unlink()
-    message = (
-        rf"^Places365 is incomplete: .*/val_256/{number}.png does not exist. Delete .*/val_256, if .* in part. Put"
-    )
+    missing = rf".*/val_256/{number}.png does not exist"
+    message = rf"^Places365 is incomplete: {missing}. Delete .*/val_256 if .* partly unpacked. Put"
     with pytest.raises(FileNotFoundError, match=message):
         ready(lists, "test")
 

@@ -89,13 +89,13 @@ def test_file_of_other_images(tmp_path):
     fitted = cached_whitening(IMAGES, TRAIN, tmp_path / "b")
     (path,) = (tmp_path / "b").iterdir()
     other.replace(path)
-    with pytest.warns(UserWarning, match="it is of other images or parameters"):
+    with pytest.warns(UserWarning, match="it belongs to other images or parameters"):
         assert same(cached_whitening(IMAGES, TRAIN, path.parent), fitted)
 
 
 def test_folder_that_cannot_be_written_to(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.warns(UserWarning, match=rf"^the whitening could not be kept in {tmp_path}/file .*`whitening_cache`"):
+    with pytest.warns(UserWarning, match=rf"^the whitening could not be saved in {tmp_path}/file .*`whitening_cache`"):
         fitted = cached_whitening(IMAGES, TRAIN, tmp_path / "file")
     assert same(fitted, ZCAWhitening.fit(IMAGES, TRAIN, contrast_scale=55.0))
 
@@ -105,7 +105,7 @@ def test_nothing_is_left_of_a_file_that_was_not_finished(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, limits[1]))  # as a full disk, to whoever writes
     try:
-        with pytest.warns(UserWarning, match=r"could not be kept in .* \(.*File too large.*\)"):
+        with pytest.warns(UserWarning, match=r"could not be saved in .* \(.*File too large.*\)"):
             fitted = cached_whitening(images, torch.arange(40), tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

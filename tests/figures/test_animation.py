@@ -142,13 +142,13 @@ def test_errors(tmp_path):
     path = tmp_path / "shapes.gif"
     with pytest.raises(ValueError, match=r"`frames` \(=\[\]\) must hold at least one"):
         animate_shapes([], path)
-    with pytest.raises(ValueError, match="`frames` have no layers at iteration 3"):
+    with pytest.raises(ValueError, match="`frames` has no layers at iteration 3"):
         animate_shapes([(3, [])], path)
     with pytest.raises(ValueError, match=r"iteration 700 differs from iteration 0 in \['1'\]"):
         animate_shapes([*frames, (700, frames[0][1][:1])], path)
     with pytest.raises(ValueError, match=r"iteration 700 differs from iteration 0 in \['0', '1', 'ACUConv2d'\]"):
         animate_shapes([*frames, (700, shapes_of(ACUConv2d(1, 1, 5)))], path)
-    with pytest.raises(ValueError, match="iteration 700 differs from iteration 0 in their order"):
+    with pytest.raises(ValueError, match="iteration 700 differs from iteration 0 in the order of the layers"):
         animate_shapes([*frames, (700, frames[0][1][::-1])], path)
     with pytest.raises(ValueError, match=r"`seconds` \(=0\) must be positive"):
         animate_shapes(frames, path, seconds=0)

@@ -129,7 +129,7 @@ def test_what_timm_knows_of_them(name):
     assert model.pretrained_cfg["input_size"] == (3, 32, 32)
     assert isinstance(model.get_submodule(model.pretrained_cfg["first_conv"]), nn.Conv2d)
     assert model.get_submodule(model.pretrained_cfg["classifier"]) is model.get_classifier()
-    with pytest.raises(ValueError, match="has no weights called 'no_such_tag', but none"):
+    with pytest.raises(ValueError, match="has no weights called 'no_such_tag'; it has none"):
         create_model(f"{name}.no_such_tag")
 
 

@@ -64,7 +64,7 @@ def test_a_widened_first_convolution_is_initialised_and_keeps_its_bias():
         ("resnet81", r"`model` \(='resnet81'\).*did you mean .*'resnet"),
         ("vgg11_nb", "did you mean .*'vgg11_bn'"),
         ("torchvision/resnet81", "did you mean .*'torchvision/resnet"),
-        ("googlenet", "one of torchvision's; write 'torchvision/googlenet'"),
+        ("googlenet", "is a torchvision model, not a timm model; write 'torchvision/googlenet'"),
         ("torchvision/resnetv2_50", r"'torchvision/resnetv2_50'"),
         ("no such thing at all", r"timm.list_models\(\)"),
         ("", "is neither"),

@@ -133,7 +133,7 @@ def test_a_copied_config_brings_its_bases(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     with pytest.raises(SystemExit):
         main(["configs", "paper/cifar10_residual", "--to", "here"])
-    assert "cifar10_plain.yaml exists already, and differs" in capsys.readouterr().err
+    assert "cifar10_plain.yaml already exists and differs" in capsys.readouterr().err
     assert not (tmp_path / "here" / "cifar10_residual.yaml").exists()
 
 

@@ -135,9 +135,12 @@ def test_a_row_brings_the_one_it_continues():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--table", "cifar1000"], "--table cifar1000: there is no such table, but cifar10-ablation, cifar, places365"),
-        (["--table", "cifar", "--rows", "acu"], "--rows acu: cifar has no such row, but cifar10-plain,"),
-        (["--table", "cifar", "--data", "no/where"], "--data no/where: there is no such folder or file"),
+        (
+            ["--table", "cifar1000"],
+            "--table cifar1000: unknown table; choose one of cifar10-ablation, cifar, places365",
+        ),
+        (["--table", "cifar", "--rows", "acu"], "--rows acu: unknown row; those of cifar are cifar10-plain,"),
+        (["--table", "cifar", "--data", "no/where"], "--data no/where: does not exist"),
         (["--table", "cifar", "--seeds", "0"], "--seeds 0: must be at least 1"),
         (["--table", "cifar", "--batch-size", "0"], "--batch-size 0: must be at least 1"),
         (["--table", "cifar", "--lr", "-1"], "--lr -1.0: must be positive"),
@@ -145,7 +148,7 @@ def test_a_row_brings_the_one_it_continues():
         (["--table", "places365", "--data", "{npz}"], "Places365 needs a folder of images"),
         (
             ["--table", "cifar", "--data", "{npz}"],
-            "it has 10 classes, and cifar100-plain is for 100; choose other --rows",
+            "it has 10 classes, but cifar100-plain is for 100; choose other --rows",
         ),
         (["--table", "cifar10-ablation", "--data", "{empty}"], "is not an .npz archive"),
     ],
@@ -430,7 +433,7 @@ def test_a_folder_is_trained_in_by_one_process(tmp_path, monkeypatch):
     from paper import runs as paper_runs
 
     def meanwhile(*given):
-        with pytest.raises(RuntimeError, match=r"another process trains in .*base/seed3 now"):
+        with pytest.raises(RuntimeError, match=r"another process is training in .*base/seed3:"):
             paper_runs.run_row(row("base"), 3, tmp_path, options(), print)
 
     monkeypatch.setattr(paper_runs, "_run", meanwhile)
@@ -444,7 +447,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     checkpoint = tmp_path / "base" / "seed3" / "checkpoints" / "last.ckpt"
     checkpoint.parent.mkdir(parents=True)
     checkpoint.write_bytes(b"PK")
-    with pytest.raises(RuntimeError, match=r"(?s)last\.ckpt is damaged .*: delete .*seed3 to begin again"):
+    with pytest.raises(RuntimeError, match=r"(?s)last\.ckpt is damaged .*: delete .*seed3 to start over"):
         paper_runs.run_row(row("base"), 3, tmp_path, options(), print)
 
 
