@@ -44,8 +44,6 @@ class PositionedConv2d(nn.Conv2d):
         else:
             before, _, after = offsets.split([self.fixed_tap, 1, self.geometry.taps - self.fixed_tap - 1], dim=1)
             active = torch.cat((before, offsets.new_zeros(self.position_groups, 1, 2), after), dim=1)
-        if type(self.offsets) is nn.Parameter and not torch.compiler.is_compiling():
-            active.source = self.offsets  # type: ignore[attr-defined]  # has a version: ops/triton/whole.py
         return active
 
     @property

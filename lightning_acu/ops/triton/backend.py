@@ -19,9 +19,7 @@ import torch
 from torch import Tensor
 
 from ...geometry import ConvGeometry
-from .. import dense
 from .tiles import arch_of
-from .whole import known_plan
 
 __all__ = ["MEASURED", "backward", "forward", "measured", "prefers", "why_not"]
 
@@ -92,9 +90,6 @@ def forward(input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None,
         return output
     if not weight.numel():  # no input channels
         return output.zero_() if bias is None else output.copy_(bias[:, None, None].expand_as(output))
-    known = known_plan(offsets, geometry) if input.numel() else None
-    if known is not None:
-        return dense.convolve(_image(input), known.checked(weight, offsets), offsets, bias, geometry, known.plan)
     route = channelwise if _is_channelwise(weight, geometry) else product
     with _on(input):
         bias = None if bias is None else bias.contiguous()
@@ -113,14 +108,6 @@ def backward(
         return torch.zeros_like(input), torch.zeros_like(weight), torch.zeros_like(offsets)
     grad_input = grad_weight = grad_offsets = None
     gradient, kernel, positions = _image(grad), weight.contiguous(), _positions(offsets)
-    known = None if needs[2] else known_plan(offsets, geometry)
-    if known is not None:
-        given = gradient, _image(input), known.checked(weight, offsets), offsets, known.plan, geometry
-        return (
-            dense.input_gradient(*given) if needs[0] else None,
-            dense.weight_gradient(*given)[0] if needs[1] else None,
-            None,
-        )
     depthwise = _is_channelwise(weight, geometry)
     with _on(input):
         if needs[0]:
