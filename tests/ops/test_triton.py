@@ -107,7 +107,7 @@ def test_where_it_cannot_run(monkeypatch):
 
 def test_what_it_does_not_know():
     tensors = (t.to(DEVICE).double() for t in (torch.randn(1, 3, 5, 5), torch.randn(4, 3, 3, 3), torch.zeros(9, 2)))
-    with pytest.raises(RuntimeError, match=r"it knows float32, bfloat16 and float16, and `input` is torch.float64"):
+    with pytest.raises(RuntimeError, match=r"it supports float32, bfloat16 and float16, and `input` is torch.float64"):
         acu_conv2d(*tensors, backend="triton")
 
 

@@ -1,4 +1,4 @@
-"""What the Triton backend chooses: tables of tiles, and when "auto" takes it."""
+"""What the Triton backend chooses: parts of sums, tables of tiles, and when "auto" takes it."""
 
 import json
 import warnings
@@ -16,6 +16,7 @@ from lightning_acu.ops.triton import tune as triton_tune
 from lightning_acu.ops.triton.tiles import Tile, shape_class, tile_for
 
 pytest.importorskip("triton")
+split_pixels = pytest.importorskip("lightning_acu.ops.triton.blocks").split_pixels
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
 
 
@@ -48,6 +49,14 @@ def test_empty_images():
     assert output.shape == (2, 4, 2, 6)
     assert not output.any()
     output.sum().backward()
+
+
+@pytest.mark.parametrize(("pixels", "programs"), [(1, 1), (257, 36), (12_800, 36), (12_801, 36), (10**6, 10**4)])
+def test_parts_of_a_sum_cover_every_pixel_once(pixels, programs):
+    size, parts = split_pixels(pixels, step=32, programs=programs, wanted=1024)
+    assert size % 32 == 0
+    assert (parts - 1) * size < pixels <= parts * size
+    assert parts == 1 or (size > 4 * 32 and (parts - 1) * programs < 1024)
 
 
 def forget():

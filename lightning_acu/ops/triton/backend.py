@@ -1,8 +1,8 @@
 """The Triton backend: fused kernels for GPUs. Positions stay on the device, so that no call waits for the host.
 
-This module chooses the route; the kernels are in ``product.py`` (taps interpolated in registers),
-``cells.py`` (products over integer cells: input gradient with a stride, weights and positions) and
-``channelwise.py`` (depthwise layers), all on channels_last images.
+This module chooses the route; the kernels are in ``product.py`` (taps interpolated in registers), ``cells.py``
+(products over integer cells: input gradient with a stride, weights and positions) and ``channelwise.py`` (depthwise
+layers), all on channels_last images.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .tiles import arch_of
 
 __all__ = ["MEASURED", "backward", "forward", "measured", "prefers", "why_not"]
 
-#: GPUs on which the kernels were tested and found faster than "dense", as "sm_90" or "gfx942". None has run them yet.
+#: GPUs on which the kernels were tested and found faster than "dense", as "sm_90" or "gfx942".
 MEASURED: frozenset[str] = frozenset()
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -61,7 +61,7 @@ def why_not(input: Tensor) -> str | None:
     if input.is_cuda and (lacking := _lacking(input.device)) is not None:
         return lacking
     if input.dtype not in _DTYPES:
-        return f"it knows float32, bfloat16 and float16, and `input` is {input.dtype}"
+        return f"it supports float32, bfloat16 and float16, and `input` is {input.dtype}"
     if _too_large(input):
         return f"an image of 2^31 numbers or a batch of 2^31 pixels is too large for it, got {tuple(input.shape)}"
     return None
@@ -115,7 +115,7 @@ def backward(
             if depthwise:
                 channelwise.input_gradient(gradient, kernel, positions, geometry, grad_input)
             elif geometry.stride == (1, 1):
-                product.adjoint(gradient, kernel, positions, geometry, grad_input)
+                product.input_gradient(gradient, kernel, positions, geometry, grad_input)
             else:
                 cells.input_gradient(gradient, kernel, positions, geometry, grad_input)
         if needs[1] or needs[2]:

@@ -15,196 +15,191 @@ import triton.language as tl
 from torch import Tensor
 
 from ...geometry import ConvGeometry
-from .product import columns, piece_of, programs
-from .sampling import tap
-from .spread import Cells, find_cells, spread_weight
-from .tiles import precision, tile_for
+from .blocks import channel_block, channel_blocks, shared_span, split_pixels, stride_arguments, unravel_pixels
+from .spread import find_cells, gather_gradients, spread_weight
+from .tiles import Tile, precision, tile_for
 
 __all__ = ["input_gradient", "weight_gradient"]
 
 
-@triton.jit(do_not_specialize=["pixels", "height", "width", "in_height", "in_width", "class_rows", "class_columns"])
+@triton.jit(
+    do_not_specialize=["num_pixels", "out_height", "out_width", "height", "width", "class_height", "class_width"]
+)
 def _input_kernel(
-    grad, spread, rows, columns_of, counts, target, pixels, height, width, in_height, in_width, class_rows,
-    class_columns, CELLS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, GROUPS: tl.constexpr, SHARED: tl.constexpr,
-    PIECE: tl.constexpr, STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    grad_ptr, cell_w_ptr, rows_ptr, columns_ptr, counts_ptr, grad_x_ptr, num_pixels, out_height, out_width, height,
+    width, class_height, class_width, CELLS: tl.constexpr, C_IN: tl.constexpr, C_OUT: tl.constexpr,
+    GROUPS: tl.constexpr, POSITION_SPAN: tl.constexpr, SPAN: tl.constexpr, STRIDE_Y: tl.constexpr,
+    STRIDE_X: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The target (N, in_height, in_width, IN) from grad (N, height, width, OUT) and spread (CELLS, OUT, IN/GROUPS).
+    """grad_x[m, n] = sum over cells and k of grad[output pixel that reads m at the cell, k] * cell_w[cell, k, n].
 
-    A program's pixels agree modulo the stride. SHARED and PIECE: as in ``_product_kernel``.
+    A program computes BLOCK_M pixels that agree modulo the stride, a class, and BLOCK_N channels of ``grad_x``.
+
+    Args:
+        grad_ptr: (N, out_height, out_width, C_OUT), the gradient of the output.
+        cell_w_ptr: (CELLS, C_OUT, C_IN / GROUPS), weights on the cells.
+        rows_ptr, columns_ptr, counts_ptr: (P, CELLS), (P, CELLS) and (P,) int32, see :class:`.spread.Cells`.
+        grad_x_ptr: (N, height, width, C_IN), to write.
+        num_pixels: N * class_height * class_width.
+        out_height, out_width, height, width: in pixels.
+        class_height, class_width: pixels of a class along each axis, rounded up.
+        POSITION_SPAN: output channels that share a position group.
+        SPAN: those in a row that share a convolution group too.
+        PRECISION: of ``tl.dot``.
     """
-    INPUTS: tl.constexpr = IN // GROUPS
-    OUTPUTS: tl.constexpr = OUT // GROUPS
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    class_y, class_x = tl.program_id(2) // STRIDE_X, tl.program_id(2) % STRIDE_X
-    step_x, step_y, n = m % class_columns, m // class_columns % class_rows, m // (class_columns * class_rows)
+    GROUP_IN: tl.constexpr = C_IN // GROUPS
+    GROUP_OUT: tl.constexpr = C_OUT // GROUPS
+    pid_m, pid_n, pid_class = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    class_y, class_x = pid_class // STRIDE_X, pid_class % STRIDE_X
+    n, step_y, step_x = unravel_pixels(offs_m, class_height, class_width)
     y, x = step_y * STRIDE_Y + class_y, step_x * STRIDE_X + class_x
-    inside = (m < pixels) & (y < in_height) & (x < in_width)
-    group, column, wanted = columns(tl.program_id(1), INPUTS, BLOCK_N)
-    image = grad + n.to(tl.int64) * (height * width * OUT)
-    depth = tl.arange(0, BLOCK_K)
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for part in range(OUTPUTS // PIECE):
-        first = group * OUTPUTS + part * PIECE
-        position = first // SHARED
-        for cell in range(tl.load(counts + position)):
-            down = class_y - tl.load(rows + position * CELLS + cell)
-            right = class_x - tl.load(columns_of + position * CELLS + cell)
+    mask_m = (offs_m < num_pixels) & (y < height) & (x < width)
+    group, offs_n, mask_n = channel_block(pid_n, GROUP_IN, BLOCK_N)
+    image = grad_ptr + n.to(tl.int64) * (out_height * out_width * C_OUT)
+    offs_k = tl.arange(0, BLOCK_K)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for part in range(GROUP_OUT // SPAN):
+        first = group * GROUP_OUT + part * SPAN
+        position_group = first // POSITION_SPAN
+        for cell in range(tl.load(counts_ptr + position_group)):
+            down = class_y - tl.load(rows_ptr + position_group * CELLS + cell)
+            right = class_x - tl.load(columns_ptr + position_group * CELLS + cell)
             if (down % STRIDE_Y == 0) & (right % STRIDE_X == 0):
-                oy, ox = step_y + down // STRIDE_Y, step_x + right // STRIDE_X
-                known = inside & (oy >= 0) & (oy < height) & (ox >= 0) & (ox < width)
-                place = image + (oy * width + ox) * OUT
-                matrix = spread + cell * (OUT * INPUTS)
-                for c in range(0, PIECE, BLOCK_K):
-                    row = first + c + depth
-                    some = tl.full((BLOCK_K,), 1, tl.int1) if PIECE % BLOCK_K == 0 else c + depth < PIECE
-                    values = tl.load(place[:, None] + row[None, :], mask=known[:, None] & some[None, :], other=0.0)
-                    weights = tl.load(
-                        matrix + row[:, None] * INPUTS + column[None, :],
-                        mask=some[:, None] & wanted[None, :],
-                        other=0.0,
-                    )
-                    total = tl.dot(values, weights, total, input_precision=PRECISION)
-    there = target + ((n.to(tl.int64) * in_height + y) * in_width + x)[:, None] * IN
-    there += (group * INPUTS + column)[None, :]
-    tl.store(there, total.to(target.dtype.element_ty), mask=inside[:, None] & wanted[None, :])
+                out_y, out_x = step_y + down // STRIDE_Y, step_x + right // STRIDE_X
+                mask_g = mask_m & (out_y >= 0) & (out_y < out_height) & (out_x >= 0) & (out_x < out_width)
+                pixel_ptrs = image + (out_y * out_width + out_x) * C_OUT
+                matrix_ptr = cell_w_ptr + cell * (C_OUT * GROUP_IN)
+                for start_k in range(0, SPAN, BLOCK_K):
+                    channel = first + start_k + offs_k
+                    mask_k = tl.full((BLOCK_K,), 1, tl.int1) if SPAN % BLOCK_K == 0 else start_k + offs_k < SPAN
+                    grad_ptrs = pixel_ptrs[:, None] + channel[None, :]
+                    grad = tl.load(grad_ptrs, mask=mask_g[:, None] & mask_k[None, :], other=0.0)
+                    w_ptrs = matrix_ptr + channel[:, None] * GROUP_IN + offs_n[None, :]
+                    w = tl.load(w_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+                    acc = tl.dot(grad, w, acc, input_precision=PRECISION)
+    grad_x_ptrs = grad_x_ptr + ((n.to(tl.int64) * height + y) * width + x)[:, None] * C_IN
+    grad_x_ptrs += (group * GROUP_IN + offs_n)[None, :]
+    tl.store(grad_x_ptrs, acc.to(grad_x_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
 
-def input_gradient(grad: Tensor, weight: Tensor, offsets: Tensor, geometry: ConvGeometry, grad_input: Tensor) -> None:
-    """Writes ``grad_input``, for any stride; images channels_last."""
+def input_gradient(
+    grad: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    geometry: ConvGeometry,
+    grad_input: Tensor,
+    tile: Tile | None = None,
+) -> None:
+    """Writes the gradient of the input, for any stride.
+
+    Args:
+        grad: (N, C_out, H_out, W_out), channels_last.
+        weight: (C_out, C_in/groups, kh, kw), contiguous.
+        offsets: (P, K, 2) in pixels, contiguous, float32.
+        geometry: of the convolution.
+        grad_input: (N, C_in, H, W), channels_last, to write.
+        tile: None: as :mod:`.tiles` has it.
+    """
     cells = find_cells(offsets, geometry, all_neighbours=False)
-    spread = spread_weight(weight, cells, grad.dtype)
+    cell_weight = spread_weight(weight, cells, grad.dtype)
     count, c_in, height, width = grad_input.shape
-    c_out, groups, (sy, sx) = grad.shape[1], geometry.groups, geometry.stride
-    piece, inputs = piece_of(c_out, groups, cells.positions), c_in // groups
-    tile = tile_for("cells", grad.dtype, piece, inputs, grad.device)
-    class_rows, class_columns = triton.cdiv(height, sy), triton.cdiv(width, sx)
-    pixels = count * class_rows * class_columns
-    _input_kernel[(triton.cdiv(pixels, tile.m), programs(c_in, inputs, tile.n), sy * sx)](
-        grad, spread, cells.rows, cells.columns, cells.counts, grad_input, pixels, *grad.shape[2:], height, width,
-        class_rows, class_columns, CELLS=cells.size, IN=c_in, OUT=c_out, GROUPS=groups,
-        SHARED=c_out // cells.positions, PIECE=piece, STRIDE_Y=sy, STRIDE_X=sx,
-        PRECISION=precision(grad.dtype, grad.device), **tile.launch(),
+    c_out, groups, (stride_y, stride_x) = grad.shape[1], geometry.groups, geometry.stride
+    span, group_in = shared_span(c_out, groups, cells.position_groups), c_in // groups
+    tile = tile or tile_for("cells", grad.dtype, span, group_in, grad.device)
+    class_height, class_width = triton.cdiv(height, stride_y), triton.cdiv(width, stride_x)
+    num_pixels = count * class_height * class_width
+    blocks = triton.cdiv(num_pixels, tile.m), channel_blocks(c_in, group_in, tile.n)
+    _input_kernel[(*blocks, stride_y * stride_x)](
+        grad, cell_weight, cells.rows, cells.columns, cells.counts, grad_input, num_pixels, *grad.shape[2:], height,
+        width, class_height, class_width, CELLS=cells.size, C_IN=c_in, C_OUT=c_out, GROUPS=groups,
+        POSITION_SPAN=c_out // cells.position_groups, SPAN=span, PRECISION=precision(grad.dtype, grad.device),
+        **stride_arguments(geometry.stride), **tile.launch(),
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["pixels", "share", "height", "width", "out_height", "out_width"])
+@triton.jit(do_not_specialize=["num_pixels", "part_pixels", "height", "width", "out_height", "out_width"])
 def _weight_kernel(
-    grad, image, rows, columns_of, counts, partial, pixels, share, height, width, out_height, out_width,
-    CELLS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, GROUPS: tl.constexpr, SHARED: tl.constexpr,
-    PIECE: tl.constexpr, STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    grad_ptr, x_ptr, rows_ptr, columns_ptr, counts_ptr, partial_ptr, num_pixels, part_pixels, height, width,
+    out_height, out_width, CELLS: tl.constexpr, C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
+    POSITION_SPAN: tl.constexpr, SPAN: tl.constexpr, STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """partial[split, cell, co, ci] = sum over ``share`` pixels of grad[pixel, co] * image[pixel at the cell, ci]."""
-    INPUTS: tl.constexpr = IN // GROUPS
-    piece, place_out, wanted = columns(tl.program_id(1), PIECE, BLOCK_M)
-    out, position = piece * PIECE + place_out, piece * PIECE // SHARED
-    cell, split = tl.program_id(2) % CELLS, tl.program_id(2) // CELLS
-    if cell >= tl.load(counts + position):
+    """partial[part, cell, m, n] = sum over the part's output pixels of grad[pixel, m] * x[pixel at the cell, n].
+
+    A program computes BLOCK_M output and BLOCK_N input channels of one cell and part.
+
+    Args:
+        grad_ptr: (N, out_height, out_width, C_OUT), the gradient of the output.
+        x_ptr: (N, height, width, C_IN), the input.
+        rows_ptr, columns_ptr, counts_ptr: (P, CELLS), (P, CELLS) and (P,) int32, see :class:`.spread.Cells`.
+        partial_ptr: (parts, CELLS, C_OUT, C_IN / GROUPS) float32, to write up to the counts.
+        num_pixels: N * out_height * out_width.
+        part_pixels: output pixels of a part.
+        height, width, out_height, out_width: in pixels.
+        POSITION_SPAN: output channels that share a position group.
+        SPAN: those in a row that share a convolution group too.
+        PRECISION: of ``tl.dot``.
+    """
+    GROUP_IN: tl.constexpr = C_IN // GROUPS
+    span, offs_m, mask_m = channel_block(tl.program_id(1), SPAN, BLOCK_M)
+    offs_m, position_group = span * SPAN + offs_m, span * SPAN // POSITION_SPAN
+    cell, part = tl.program_id(2) % CELLS, tl.program_id(2) // CELLS
+    if cell >= tl.load(counts_ptr + position_group):
         return
-    row, column = tl.load(rows + position * CELLS + cell), tl.load(columns_of + position * CELLS + cell)
-    place = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    known = place < INPUTS
-    channel = piece * PIECE // (OUT // GROUPS) * INPUTS + place
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    last = tl.minimum((split + 1) * share, pixels)
-    for start in range(split * share, last, BLOCK_K):
-        m = start + tl.arange(0, BLOCK_K)
-        inside = m < last
-        ox, oy, n = m % out_width, m // out_width % out_height, m // (out_width * out_height)
-        y, x = oy * STRIDE_Y + row, ox * STRIDE_X + column
-        seen = inside & (y >= 0) & (y < height) & (x >= 0) & (x < width)
-        gradient = tl.load(
-            grad + m.to(tl.int64)[None, :] * OUT + out[:, None], mask=inside[None, :] & wanted[:, None], other=0.0
-        )
-        at = ((n * height + y) * width + x).to(tl.int64) * IN
-        values = tl.load(image + at[:, None] + channel[None, :], mask=seen[:, None] & known[None, :], other=0.0)
-        total = tl.dot(gradient, values, total, input_precision=PRECISION)
-    row_of = (split * CELLS + cell).to(tl.int64) * OUT + out
-    tl.store(partial + row_of[:, None] * INPUTS + place[None, :], total, mask=wanted[:, None] & known[None, :])
-
-
-@triton.jit(do_not_specialize=["elements", "splits", "stride"])
-def _gather_kernel(
-    partial, weight, shares, index, grad_weight, sums, elements, splits, stride, TAPS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """grad_weight[p, e, k] = sum of share * gradient of the cell; sums[block, p, k, 4] = sums of weight * gradient."""
-    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    k, position, positions = tl.program_id(1), tl.program_id(2), tl.num_programs(2)
-    here = (position.to(tl.int64) * elements + e) * TAPS + k
-    mask = e < elements
-    value = tl.load(weight + here, mask=mask, other=0.0).to(tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for neighbour in range(4):
-        j = (position * TAPS + k) * 4 + neighbour
-        cell, share = tl.load(index + j), tl.load(shares + j)
-        at = (cell.to(tl.int64) * positions + position) * elements + e
-        found = tl.zeros((BLOCK,), tl.float32)
-        for split in range(splits):
-            found += tl.load(partial + split * stride + at, mask=mask, other=0.0)
-        total += share * found
-        place = ((tl.program_id(0) * positions + position) * TAPS + k) * 4 + neighbour
-        tl.store(sums + place, tl.sum(value * found, axis=0))
-    tl.store(grad_weight + here, total.to(grad_weight.dtype.element_ty), mask=mask)
+    row = tl.load(rows_ptr + position_group * CELLS + cell)
+    column = tl.load(columns_ptr + position_group * CELLS + cell)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < GROUP_IN
+    channel = span * SPAN // (C_OUT // GROUPS) * GROUP_IN + offs_n
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    end = tl.minimum((part + 1) * part_pixels, num_pixels)
+    for start_k in range(part * part_pixels, end, BLOCK_K):
+        offs_k = start_k + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < end
+        n, out_y, out_x = unravel_pixels(offs_k, out_height, out_width)
+        y, x = out_y * STRIDE_Y + row, out_x * STRIDE_X + column
+        mask_x = mask_k & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+        grad_ptrs = grad_ptr + offs_k.to(tl.int64)[None, :] * C_OUT + offs_m[:, None]
+        grad = tl.load(grad_ptrs, mask=mask_k[None, :] & mask_m[:, None], other=0.0)
+        x_ptrs = x_ptr + (((n * height + y) * width + x).to(tl.int64) * C_IN)[:, None] + channel[None, :]
+        samples = tl.load(x_ptrs, mask=mask_x[:, None] & mask_n[None, :], other=0.0)
+        acc = tl.dot(grad, samples, acc, input_precision=PRECISION)
+    rows = (part * CELLS + cell).to(tl.int64) * C_OUT + offs_m
+    partial_ptrs = partial_ptr + rows[:, None] * GROUP_IN + offs_n[None, :]
+    tl.store(partial_ptrs, acc, mask=mask_m[:, None] & mask_n[None, :])
 
 
 def weight_gradient(
-    grad: Tensor, input: Tensor, weight: Tensor, offsets: Tensor, geometry: ConvGeometry
+    grad: Tensor, input: Tensor, weight: Tensor, offsets: Tensor, geometry: ConvGeometry, tile: Tile | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of ``weight`` (contiguous) and of the positions (P, K, 2), float32. No atomics: the same every time."""
+    """Gradients of weight and positions. No atomics: the same bits every time.
+
+    Args:
+        grad: (N, C_out, H_out, W_out), channels_last.
+        input: (N, C_in, H, W), channels_last.
+        weight: (C_out, C_in/groups, kh, kw), contiguous.
+        offsets: (P, K, 2) in pixels, contiguous, float32.
+        geometry: of the convolution.
+        tile: None: as :mod:`.tiles` has it.
+
+    Returns:
+        Gradients as ``weight`` and as ``offsets`` are.
+    """
     cells = find_cells(offsets, geometry, all_neighbours=True)
     count, c_out, out_height, out_width = grad.shape
-    inputs, groups = weight.shape[1], geometry.groups
-    pixels = count * out_height * out_width
-    piece = piece_of(c_out, groups, cells.positions)
-    tile = tile_for("weight", grad.dtype, inputs, piece, grad.device)
-    blocks = triton.cdiv(inputs, tile.n), programs(c_out, piece, tile.m)
-    splits = max(1, min(triton.cdiv(pixels, 8 * tile.k), triton.cdiv(1024, math.prod(blocks) * cells.size)))
-    share = triton.cdiv(triton.cdiv(pixels, splits), tile.k) * tile.k
-    splits = triton.cdiv(pixels, share)
-    partial = grad.new_empty(splits, cells.size, c_out, inputs, dtype=torch.float32)
-    _weight_kernel[(*blocks, cells.size * splits)](
-        grad, input, cells.rows, cells.columns, cells.counts, partial, pixels, share, *input.shape[2:], out_height,
-        out_width, CELLS=cells.size, IN=input.shape[1], OUT=c_out, GROUPS=groups, SHARED=c_out // cells.positions,
-        PIECE=piece, STRIDE_Y=geometry.stride[0], STRIDE_X=geometry.stride[1],
-        PRECISION=precision(grad.dtype, grad.device), **tile.launch(),
+    group_in, groups = weight.shape[1], geometry.groups
+    span = shared_span(c_out, groups, cells.position_groups)
+    tile = tile or tile_for("weight", grad.dtype, group_in, span, grad.device)
+    num_pixels = count * out_height * out_width
+    blocks = triton.cdiv(group_in, tile.n), channel_blocks(c_out, span, tile.m)
+    part_pixels, parts = split_pixels(num_pixels, tile.k, math.prod(blocks) * cells.size, 1024)
+    partial = grad.new_empty(parts, cells.size, c_out, group_in, dtype=torch.float32)
+    _weight_kernel[(*blocks, cells.size * parts)](
+        grad, input, cells.rows, cells.columns, cells.counts, partial, num_pixels, part_pixels, *input.shape[2:],
+        out_height, out_width, CELLS=cells.size, C_IN=input.shape[1], C_OUT=c_out, GROUPS=groups,
+        POSITION_SPAN=c_out // cells.position_groups, SPAN=span, PRECISION=precision(grad.dtype, grad.device),
+        **stride_arguments(geometry.stride), **tile.launch(),
     )  # fmt: skip
-    return gather(partial, weight, offsets, cells)
-
-
-def gather(partial: Tensor, weight: Tensor, offsets: Tensor, cells: Cells) -> tuple[Tensor, Tensor]:
-    """From partial (splits, S, C_out, C_in/groups) on the cells to weights and positions (P, K, 2)."""
-    elements, block = weight.shape[0] * weight.shape[1] // cells.positions, 256
-    blocks = triton.cdiv(elements, block)
-    grad_weight = torch.empty_like(weight)
-    sums = partial.new_empty(blocks, cells.positions, cells.taps, 4)
-    _gather_kernel[(blocks, cells.taps, cells.positions)](
-        partial, weight, cells.shares, cells.index, grad_weight, sums, elements, len(partial), partial[0].numel(),
-        TAPS=cells.taps, BLOCK=block,
-    )  # fmt: skip
-    grad_offsets = torch.empty_like(offsets)
-    taps = triton.next_power_of_2(cells.taps)
-    many = min(triton.next_power_of_2(blocks), max(1, 2048 // taps))
-    _slope_kernel[(cells.positions,)](sums, offsets, grad_offsets, blocks, TAPS=cells.taps, BLOCK=taps, MANY=many)
-    return grad_weight, grad_offsets
-
-
-@triton.jit(do_not_specialize=["blocks"])
-def _slope_kernel(sums, offsets, grad_offsets, blocks, TAPS: tl.constexpr, BLOCK: tl.constexpr, MANY: tl.constexpr):
-    """grad_offsets[p, k, :] from sums[block, p, k, 4], added up in order; README.md has the formula."""
-    position, positions, k = tl.program_id(0), tl.num_programs(0), tl.arange(0, BLOCK)
-    known, here = k < TAPS, position * TAPS + k
-    g00, g01 = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    g10, g11 = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, blocks, MANY):
-        block = start + tl.arange(0, MANY)[:, None]
-        at, some = sums + (block * positions * TAPS + here[None, :]) * 4, (block < blocks) & known[None, :]
-        g00 += tl.sum(tl.load(at, mask=some, other=0.0), axis=0)
-        g01 += tl.sum(tl.load(at + 1, mask=some, other=0.0), axis=0)
-        g10 += tl.sum(tl.load(at + 2, mask=some, other=0.0), axis=0)
-        g11 += tl.sum(tl.load(at + 3, mask=some, other=0.0), axis=0)
-    _, fy = tap(tl.load(offsets + 2 * here, mask=known, other=0.0), 0)
-    _, fx = tap(tl.load(offsets + 2 * here + 1, mask=known, other=0.0), 0)
-    tl.store(grad_offsets + 2 * here, (1 - fx) * (g10 - g00) + fx * (g11 - g01), mask=known)
-    tl.store(grad_offsets + 2 * here + 1, (1 - fy) * (g01 - g00) + fy * (g11 - g10), mask=known)
+    return gather_gradients(partial, weight, offsets, cells)
