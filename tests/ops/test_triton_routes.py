@@ -1,5 +1,7 @@
 """What the Triton backend chooses: parts of sums, tables of tiles, and when "auto" takes it."""
 
+import copy
+import functools
 import json
 import warnings
 
@@ -101,29 +103,33 @@ def test_auto_takes_it_on_gpus_that_have_measured_it_and_says_once_what_is_missi
 
 def test_tuning_keeps_the_fastest_tile_of_each_class(monkeypatch, tmp_path):
     """With a clock that likes large steps, and the GEMM route only from 16 channels on."""
-    tuned = {}
-    monkeypatch.setattr(triton_tiles, "table", lambda arch: tuned)
+    in_use = {"tiles": {"cells float32 64x64": [64, 64, 32, 4, 1]}, "gemm_from": {"bfloat16": 256}}
+    before = copy.deepcopy(in_use)
+    monkeypatch.setattr(triton_tiles, "table", lambda arch: in_use)
     monkeypatch.setattr(triton_tune, "_BATCH", 1)
-    monkeypatch.setattr(triton_tune, "_MANY", 16)
+    monkeypatch.setattr(triton_tune, "_SETTLED_AT", 16)
     monkeypatch.setattr(triton_tune, "candidates", lambda *layer: few[layer[0]])
     few = {role: [Tile(16, 16, 16, 4), Tile(16, 16, 32, 4)] for role in ("product", "weight", "cells")}
     few["channelwise"] = [Tile(8, 16, 0, 4)]
     layers = (triton_tune.Layer((8, 8), 3), triton_tune.Layer((16, 16), 3), triton_tune.Layer((4, 4), 3, 4))
 
     def clock(call):
-        if tuned["gemm_from"].get("float16") == 1:
-            return 0.0 if len(tuned["tiles"]) > 2 else 9.0  # slow for the first layer
-        *_, tile = tuned["tiles"].values()
-        return 1 / (1 + tile[2])
+        if isinstance(call, functools.partial):
+            (tile,) = call.args
+            return 1 / (1 + tile.k)
+        (output,) = call()  # by GEMM
+        return 9.0 if output.shape[1] == 8 else 0.0
 
     out = tmp_path / "new" / "tiles.json"
     tile_for.cache_clear()
-    triton_tune.tune(torch.device(DEVICE), [torch.float16], out, layers=layers, milliseconds=clock)
+    table = triton_tune.tune(torch.device(DEVICE), [torch.float16], out, layers=layers, milliseconds=clock)
     arch = str(triton_tiles.arch_of(torch.device(DEVICE)))
-    assert json.loads(out.read_text()) == {arch: tuned}
-    assert set(tuned["tiles"]) == {f"{role} float16 16x16" for role in ("product", "weight", "cells", "channelwise")}
-    assert tuned["tiles"]["product float16 16x16"] == [16, 16, 32, 4, 1]
-    assert tuned["gemm_from"] == {"float16": 16}
+    assert json.loads(out.read_text()) == {arch: table}
+    new = {f"{role} float16 16x16" for role in ("product", "weight", "cells", "channelwise")}
+    assert set(table["tiles"]) == new | {"cells float32 64x64"}
+    assert table["tiles"]["product float16 16x16"] == [16, 16, 32, 4, 1]
+    assert table["gemm_from"] == {"float16": 16, "bfloat16": 256}
+    assert in_use == before  # what the process launches with stays
     tile_for.cache_clear()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ import torch
 __all__ = [
     "Tile",
     "arch_of",
+    "dtype_name",
     "gemm_from",
     "interpolates_in_half",
     "precision",
@@ -29,16 +31,17 @@ __all__ = [
     "tuned_tiles",
 ]
 
-#: Products of so many input channels are interpolated first and multiplied by torch: ops/README.md.
+#: From so many channels on, 16-bit products are interpolated first and multiplied by torch (``gemm.py``).
 _GEMM_FROM = 512
 
 _interpolation = "float32"
 
 
 class Tile(NamedTuple):
-    """What one program of a kernel works on: pixels, channels of the target, and channels a step of a product (or 0).
+    """The block of one program: ``m`` x ``n`` numbers of the result, ``k`` terms of the sum at a time.
 
-    "weight" has output channels, input channels, and pixels a step.
+    That is pixels x channels it writes, and channels it reads; for "weight" output channels x input channels, and
+    pixels. ``k`` is 0 for "channelwise", which sums over no channels.
     """
 
     m: int
@@ -49,49 +52,57 @@ class Tile(NamedTuple):
 
     def launch(self) -> dict[str, int]:
         """As arguments of a launch."""
-        depth = {"BLOCK_K": self.k} if self.k else {}
-        return {"BLOCK_M": self.m, "BLOCK_N": self.n, **depth, "num_warps": self.warps, "num_stages": self.stages}
+        block_k = {"BLOCK_K": self.k} if self.k else {}
+        return {"BLOCK_M": self.m, "BLOCK_N": self.n, **block_k, "num_warps": self.warps, "num_stages": self.stages}
 
 
 @functools.lru_cache(maxsize=1024)
-def tile_for(role: str, dtype: torch.dtype, depth: int, columns: int, device: torch.device) -> Tile:
-    """The tile of a kernel.
+def tile_for(role: str, dtype: torch.dtype, c_read: int, c_write: int, device: torch.device) -> Tile:
+    """The tile of a kernel: the table's, or where it has none, a rule's.
 
     Args:
         role: "product" (forward, and the input's gradient at stride 1), "cells" (that with a stride), "weight" or
             "channelwise".
         dtype: of the images.
-        depth: channels that a product sums over; for "weight" the input's.
-        columns: channels that it makes; for "weight" the output's.
+        c_read: channels that an output of the kernel sums over; for "weight" the input's; 1 for "channelwise".
+        c_write: channels in a row that the kernel writes; for "weight" the output's.
         device: where it runs.
+
+    Raises:
+        RuntimeError: the user's table is damaged.
     """
-    tuned = table(arch_of(device)).get("tiles", {}).get(shape_class(role, dtype, depth, columns))
-    return Tile(*tuned) if tuned else _rule(role, dtype, depth, columns)
+    tuned = table(arch_of(device)).get("tiles", {}).get(shape_class(role, dtype, c_read, c_write))
+    return Tile(*tuned) if tuned else _rule(role, dtype, c_read, c_write)
 
 
-def shape_class(role: str, dtype: torch.dtype, depth: int, columns: int) -> str:
+def shape_class(role: str, dtype: torch.dtype, c_read: int, c_write: int) -> str:
     """The entry of the table: layers whose channels round up to the same powers of 2, 16 to 512, share one."""
-    shape = "x".join(str(min(rounded(n), 512)) for n in (depth, columns))
-    return f"{role} {str(dtype).removeprefix('torch.')} {shape}"
+    shape = "x".join(str(min(rounded(channels), 512)) for channels in (c_read, c_write))
+    return f"{role} {dtype_name(dtype)} {shape}"
 
 
-def _rule(role: str, dtype: torch.dtype, depth: int, columns: int) -> Tile:
+def dtype_name(dtype: torch.dtype) -> str:
+    """As the table has it: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _rule(role: str, dtype: torch.dtype, c_read: int, c_write: int) -> Tile:
     """The largest tiles that compile without spills (``scripts/compile_kernels.py``)."""
     if role == "channelwise":
         return Tile(32, 64, 0, 4)
     n, k = (64, 32) if dtype == torch.float32 else (128, 64)
-    depth, columns = rounded(depth), rounded(columns)
+    c_read, c_write = rounded(c_read), rounded(c_write)
     if role == "weight":
-        return Tile(min(columns, 64), min(depth, 64), k, 4)
-    return Tile(64, min(columns, n), min(depth, k), 4)
+        return Tile(min(c_write, 64), min(c_read, 64), k, 4)
+    return Tile(64, min(c_write, n), min(c_read, k), 4)
 
 
 def gemm_from(dtype: torch.dtype, device: torch.device) -> int:
     """From how many channels on a product is interpolated first and left to torch's GEMM."""
     if dtype == torch.float32:  # torch's GEMMs and convolutions may disagree about TF32
         return 2**31
-    known = table(arch_of(device)).get("gemm_from", {})
-    return int(known.get(str(dtype).removeprefix("torch."), _GEMM_FROM))
+    tuned = table(arch_of(device)).get("gemm_from", {})
+    return int(tuned.get(dtype_name(dtype), _GEMM_FROM))
 
 
 def set_interpolation(precision: str) -> None:
@@ -141,8 +152,10 @@ def tuned_tiles() -> Path:
 
 
 @functools.cache
-def table(arch: str | None) -> dict[str, Any]:
-    """{"tiles": {shape class: tile}, "gemm_from": channels}, read once: the user's, or the shipped one.
+def table(arch: str | None) -> Mapping[str, Any]:
+    """{"tiles": {shape class: tile}, "gemm_from": {dtype: channels}}: the user's, or the shipped one.
+
+    Read once, and shared by all callers: not to be changed.
 
     Raises:
         RuntimeError: the user's file is damaged.
@@ -156,13 +169,12 @@ def table(arch: str | None) -> dict[str, Any]:
     except (OSError, RuntimeError):  # a user without a home, or a home that may not be read: no table
         return shipped.get(arch, {})  # type: ignore[no-any-return]
     try:
-        own = json.loads(text)
-        found: dict[str, Any] = own.get(arch) or shipped.get(arch, {})
-        for tile in found.get("tiles", {}).values():
+        chosen: Mapping[str, Any] = json.loads(text).get(arch) or shipped.get(arch, {})
+        for tile in chosen.get("tiles", {}).values():
             Tile(*map(int, tile))
     except (AttributeError, TypeError, ValueError) as error:
         raise RuntimeError(f"{path} is damaged ({error}); delete it, or tune again") from error
-    return found
+    return chosen
 
 
 def rounded(channels: int) -> int:

@@ -3,13 +3,15 @@
     python -m lightning_acu.ops.triton.tune                # some minutes; into the user's cache
     python -m lightning_acu.ops.triton.tune --seconds 60 --dtypes bfloat16 --out triton_tiles.json
 
-A table of ``triton_tiles.json`` (:mod:`.tiles`) for the kind of GPU at hand, one entry for each class of
-layers. Never run by a training step: without a table, or for classes it lacks, the rules there hold.
+It writes a table of ``triton_tiles.json`` (:mod:`.tiles`) for the kind of GPU at hand, with one entry for each class of
+layers. Processes that start later use it; without a table, or for classes it lacks, the rules of :mod:`.tiles` hold.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
 import itertools
 import json
 import math
@@ -23,8 +25,8 @@ import torch
 from torch import Tensor
 
 from ...geometry import ConvGeometry
-from . import tiles as choices
-from .tiles import Tile, rounded, shape_class, tile_for
+from . import tiles
+from .tiles import Tile, dtype_name, rounded, shape_class, tile_for
 
 __all__ = ["LAYERS", "candidates", "main", "tune"]
 
@@ -46,21 +48,21 @@ LAYERS = (
 )
 _BATCH = 16
 
-#: Whether the GEMM route pays is known once so many channels have been measured.
-_MANY = 512
+#: Where the GEMM route begins is settled once a layer of so many channels has been measured.
+_SETTLED_AT = 512
 
 
-def candidates(role: str, dtype: torch.dtype, depth: int, columns: int) -> Iterator[Tile]:
-    """Tiles to try, none larger than the layer."""
+def candidates(role: str, dtype: torch.dtype, c_read: int, c_write: int) -> Iterator[Tile]:
+    """Tiles to try, none larger than the layer; arguments as in :func:`.tiles.tile_for`."""
     if role == "channelwise":
         yield from (Tile(m, n, 0, warps) for m in (8, 16, 32, 64) for n in (32, 64, 128) for warps in (4, 8))
         return
-    depth, columns = rounded(depth), rounded(columns)
+    c_read, c_write = rounded(c_read), rounded(c_write)
     steps = (16, 32, 64) if dtype == torch.float32 else (32, 64, 128)
     if role == "weight":
-        sizes = itertools.product({min(n, columns) for n in (64, 128)}, {min(n, depth) for n in (64, 128)}, steps[:2])
+        sizes = itertools.product({min(m, c_write) for m in (64, 128)}, {min(n, c_read) for n in (64, 128)}, steps[:2])
     else:
-        sizes = itertools.product((64, 128), {min(n, columns) for n in (64, 128, 256)}, {min(k, depth) for k in steps})
+        sizes = itertools.product((64, 128), {min(n, c_write) for n in (64, 128, 256)}, {min(k, c_read) for k in steps})
     yield from (Tile(*size, warps) for size in sizes for warps in (4, 8))
 
 
@@ -71,11 +73,18 @@ def _milliseconds(call: Callable[[], Any]) -> float:
     return float(do_bench_cudagraph(call, rep=20))
 
 
-def _calls(layer: Layer, dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], list[Tensor]]]:
-    """What to time for each role; gives what it computed."""
-    from . import cells as cell_route
-    from . import channelwise as channelwise_route
-    from . import product as product_route
+class Work(NamedTuple):
+    """What to time for a role: channels as :func:`.tiles.tile_for` takes them, and runs that return their results."""
+
+    c_read: int
+    c_write: int
+    run: Callable[[Tile], list[Tensor]]
+    run_by_gemm: Callable[[], list[Tensor]] | None = None  # the other route, where a layer has the choice
+
+
+def _work(layer: Layer, dtype: torch.dtype, device: torch.device) -> dict[str, Work]:
+    """The roles of a layer."""
+    from . import cells, channelwise, gemm, product
 
     (c_in, c_out), size = layer.channels, layer.size
 
@@ -87,29 +96,43 @@ def _calls(layer: Layer, dtype: torch.dtype, device: torch.device) -> dict[str, 
     strided = ConvGeometry((3, 3), (2, 2), (1, 1, 1, 1), (1, 1), layer.groups)
     weight = torch.randn(c_out, c_in // layer.groups, 3, 3, device=device, dtype=dtype)
     offsets = torch.rand(1, 9, 2, device=device) * 2 - 1
-    source, target, grad_input = image(c_in, size), image(c_out, size), image(c_in, size)
+    input, output, grad_input = image(c_in, size), image(c_out, size), image(c_in, size)
     if layer.groups > 1:
 
-        def channelwise() -> list[Tensor]:
-            channelwise_route.forward(source, weight, offsets, None, geometry, target)
-            channelwise_route.input_gradient(target, weight, offsets, geometry, grad_input)
-            return [target, grad_input, *channelwise_route.weight_gradient(target, source, weight, offsets, geometry)]
+        def run_channelwise(tile: Tile) -> list[Tensor]:
+            channelwise.forward(input, weight, offsets, None, geometry, output, tile)
+            channelwise.input_gradient(output, weight, offsets, geometry, grad_input, tile)
+            return [
+                output,
+                grad_input,
+                *channelwise.weight_gradient(output, input, weight, offsets, geometry, tile),
+            ]
 
-        return {"channelwise": channelwise}
+        return {"channelwise": Work(1, c_out, run_channelwise)}
 
-    def product() -> list[Tensor]:
-        product_route.forward(source, weight, offsets, None, geometry, target)
-        return [target]
+    grad, strided_grad = image(c_out, size), image(c_out, (size + 1) // 2)
 
-    def cells() -> list[Tensor]:  # (its depth is the output's channels, its columns are the input's)
-        cell_route.input_gradient(half, weight, offsets, strided, grad_input)
+    def run_product(tile: Tile) -> list[Tensor]:
+        product.forward(input, weight, offsets, None, geometry, output, tile)
+        return [output]
+
+    def run_gemm() -> list[Tensor]:
+        packed = product.pack_weight(weight, geometry, mirrored=False)
+        gemm.product(input, packed, offsets, None, geometry, output, geometry.stride, mirrored=False)
+        return [output]
+
+    def run_weight(tile: Tile) -> list[Tensor]:
+        return list(cells.weight_gradient(grad, input, weight, offsets, geometry, tile))
+
+    def run_cells(tile: Tile) -> list[Tensor]:
+        cells.input_gradient(strided_grad, weight, offsets, strided, grad_input, tile)
         return [grad_input]
 
-    half, grad = image(c_out, (size + 1) // 2), image(c_out, size)
+    has_choice = dtype != torch.float32 and c_in == c_out
     return {
-        "product": product,
-        "weight": lambda: list(cell_route.weight_gradient(grad, source, weight, offsets, geometry)),
-        "cells": cells,
+        "product": Work(c_in, c_out, run_product, run_gemm if has_choice else None),
+        "weight": Work(c_in, c_out, run_weight),
+        "cells": Work(c_out, c_in, run_cells),
     }
 
 
@@ -121,12 +144,12 @@ def _time(
     from triton.runtime.errors import TritonError
 
     try:
-        found = call()
+        results = call()
     except (TritonError, triton.CompilationError, RuntimeError) as error:  # the last by compiler passes and the driver
         print(f"  left out: {type(error).__name__}")
         return math.inf
-    for one, other in zip(found, expected, strict=True):
-        off = (one.double() - other.double()).norm() / other.double().norm()
+    for result, right in zip(results, expected, strict=True):
+        off = (result.double() - right.double()).norm() / right.double().norm()
         if not off < 0.02:  # roundings of bfloat16, summed in another order, are below a tenth of that
             print(f"  left out: off by {off:.1e}")
             return math.inf
@@ -143,69 +166,65 @@ def tune(
 ) -> dict[str, Any]:
     """Times every tile for every class of ``layers``; the table so far is in ``out`` after each.
 
+    Args:
+        device: a GPU.
+        dtypes: of the images.
+        out: the file to write; other kinds of GPU in it stay.
+        seconds: try no further tile after that.
+        layers: what to time.
+        milliseconds: how long a call takes.
+
     Returns:
-        The table of this kind of GPU.
+        The table of this kind of GPU: the one in use, with what was measured.
     """
     deadline = time.monotonic() + seconds
-    arch = str(choices.arch_of(device))
-    table = choices.table(choices.arch_of(device))
-    tiles, gemm = table.setdefault("tiles", {}), table.setdefault("gemm_from", {})
-    faster: dict[str, dict[int, bool]] = {}
-    for dtype, layer in itertools.product(dtypes, layers):
-        kind = str(dtype).removeprefix("torch.")
-        for role, call in _calls(layer, dtype, device).items():
-            depth, columns = layer.channels if role != "cells" else layer.channels[::-1]
-            depth, columns = (1, columns) if role == "channelwise" else (depth, columns)
-            if time.monotonic() > deadline:
-                print("out of time; the rest keeps its rules")
-                return table
-            name = shape_class(role, dtype, depth, columns)
-            before = tile_for(role, dtype, depth, columns, device)
-            gemm[kind] = 2**31  # the fused product is what is timed
-            _try(tiles, name, before)
-            expected = [result.clone() for result in call()]
-            times: dict[Tile, float] = {}
-            for tile in dict.fromkeys([before, *candidates(role, dtype, depth, columns)]):
-                if times and time.monotonic() > deadline:
-                    break
-                _try(tiles, name, tile)
-                times[tile] = _time(call, expected, milliseconds)
-            best = min(times, key=times.__getitem__)
-            _try(tiles, name, best)
-            print(f"{name}: {times[before]:.4f} ms with {tuple(before)}, {times[best]:.4f} ms with {tuple(best)}")
-            if role == "product" and dtype != torch.float32 and depth == columns:
-                gemm[kind] = 1
-                by_gemm = _time(call, expected, milliseconds)
-                print(f"{name}: {by_gemm:.4f} ms interpolated first")
-                faster.setdefault(kind, {})[depth] = by_gemm < times[best]
-            _settle(gemm, faster)
-            _write(out, arch, table)
+    arch = tiles.arch_of(device)
+    table: dict[str, Any] = {"tiles": {}, "gemm_from": {}} | copy.deepcopy(dict(tiles.table(arch)))
+    for dtype in dtypes:
+        gemm_is_faster: dict[int, bool] = {}  # by channels
+        for layer in layers:
+            for role, work in _work(layer, dtype, device).items():
+                if time.monotonic() > deadline:
+                    print("out of time; the rest keeps its rules")
+                    return table
+                name = shape_class(role, dtype, work.c_read, work.c_write)
+                tuned = table["tiles"].get(name)
+                before = Tile(*tuned) if tuned else tile_for(role, dtype, work.c_read, work.c_write, device)
+                expected = [result.clone() for result in work.run(before)]
+                times: dict[Tile, float] = {}
+                for tile in dict.fromkeys([before, *candidates(role, dtype, work.c_read, work.c_write)]):
+                    if times and time.monotonic() > deadline:
+                        break
+                    times[tile] = _time(functools.partial(work.run, tile), expected, milliseconds)
+                best = min(times, key=times.__getitem__)
+                table["tiles"][name] = list(best)
+                print(f"{name}: {times[before]:.4f} ms with {tuple(before)}, {times[best]:.4f} ms with {tuple(best)}")
+                if work.run_by_gemm is not None:
+                    by_gemm = _time(work.run_by_gemm, expected, milliseconds)
+                    print(f"{name}: {by_gemm:.4f} ms interpolated first")
+                    gemm_is_faster[work.c_read] = by_gemm < times[best]
+                    if max(gemm_is_faster) >= _SETTLED_AT:
+                        table["gemm_from"][dtype_name(dtype)] = _gemm_from(gemm_is_faster)
+                _write(out, str(arch), table)
     return table
 
 
-def _try(tiles: dict[str, Any], name: str, tile: Tile) -> None:
-    tiles[name] = list(tile)
-    tile_for.cache_clear()
-
-
-def _settle(gemm: dict[str, int], faster: dict[str, dict[int, bool]]) -> None:
-    """From how many channels on interpolating first has won throughout; the rule where so many were not measured."""
-    gemm.clear()
-    for kind, measured in faster.items():
-        if max(measured) >= _MANY:
-            gemm[kind] = 2**31
-            for depth in sorted(measured, reverse=True):
-                if not measured[depth]:
-                    break
-                gemm[kind] = depth
+def _gemm_from(is_faster: dict[int, bool]) -> int:
+    """From how many channels on the GEMM route has won throughout."""
+    gemm_from = 2**31
+    for channels in sorted(is_faster, reverse=True):
+        if not is_faster[channels]:
+            break
+        gemm_from = channels
+    return gemm_from
 
 
 def _write(out: Path, arch: str, table: dict[str, Any]) -> None:
     """Other kinds of GPU in the file stay; a reader never sees half of it."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    known = json.loads(out.read_text()) if out.is_file() else {}
+    tables = json.loads(out.read_text()) if out.is_file() else {}
     draft = out.with_suffix(f".{os.getpid()}.tmp")
-    draft.write_text(json.dumps(known | {arch: table}, indent=2) + "\n")
+    draft.write_text(json.dumps(tables | {arch: table}, indent=2) + "\n")
     draft.replace(out)
 
 
@@ -214,7 +233,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--seconds", type=float, default=math.inf, help="try no further tile after that")
-    parser.add_argument("--out", type=Path, default=choices.tuned_tiles(), help="default: the user's cache")
+    parser.add_argument("--out", type=Path, default=tiles.tuned_tiles(), help="default: the user's cache")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("torch finds no GPU here, and there is nothing to tune without one")
