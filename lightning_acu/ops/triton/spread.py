@@ -128,6 +128,12 @@ def find_cells(offsets: Tensor, geometry: ConvGeometry, *, all_neighbours: bool)
     return cells
 
 
+@triton.jit
+def _load_neighbour(index_ptr, bilinear_ptr, offs_j, mask):
+    """The cell (-1 where there is none) and bilinear weight of neighbours ``offs_j``."""
+    return tl.load(index_ptr + offs_j, mask=mask, other=-1), tl.load(bilinear_ptr + offs_j, mask=mask, other=0.0)
+
+
 @triton.jit(do_not_specialize=["elements"])
 def _spread_kernel(
     w_ptr, bilinear_ptr, index_ptr, cell_w_ptr, elements, TAPS: tl.constexpr, BLOCK_TAPS: tl.constexpr,
@@ -149,12 +155,15 @@ def _spread_kernel(
     mask_e, mask_t = offs_e < elements, offs_t < TAPS
     w_ptrs = w_ptr + ((position_group.to(tl.int64) * elements + offs_e) * TAPS)[:, None] + offs_t[None, :]
     w = tl.load(w_ptrs, mask=mask_e[:, None] & mask_t[None, :], other=0.0).to(tl.float32)
+    offs_j = (position_group * TAPS + offs_t) * 4
+    index00, bilinear00 = _load_neighbour(index_ptr, bilinear_ptr, offs_j, mask_t)
+    index01, bilinear01 = _load_neighbour(index_ptr, bilinear_ptr, offs_j + 1, mask_t)
+    index10, bilinear10 = _load_neighbour(index_ptr, bilinear_ptr, offs_j + 2, mask_t)
+    index11, bilinear11 = _load_neighbour(index_ptr, bilinear_ptr, offs_j + 3, mask_t)
     for cell in range(4 * TAPS):
-        bilinear = tl.zeros((BLOCK_TAPS,), tl.float32)
-        for neighbour in range(4):
-            offs_j = (position_group * TAPS + offs_t) * 4 + neighbour
-            on_cell = tl.load(index_ptr + offs_j, mask=mask_t, other=-1) == cell
-            bilinear += tl.where(on_cell, tl.load(bilinear_ptr + offs_j, mask=mask_t, other=0.0), 0.0)
+        # Of a tap's neighbours at most one is on the cell.
+        bilinear = tl.where(index00 == cell, bilinear00, tl.where(index01 == cell, bilinear01, 0.0))
+        bilinear = tl.where(index10 == cell, bilinear10, tl.where(index11 == cell, bilinear11, bilinear))
         # A tap that does not reach the cell adds nothing, whatever its weight is.
         products = tl.where(bilinear[None, :] != 0, w * bilinear[None, :], 0.0)
         cell_w_ptrs = cell_w_ptr + (cell * position_groups.to(tl.int64) + position_group) * elements + offs_e
