@@ -1,25 +1,45 @@
-"""Checks of arguments that several rooms make, and how their messages list names."""
+"""Checks that several rooms make of arguments and installed packages, and how their messages list names."""
 
 from __future__ import annotations
 
 import numbers
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from torch import nn
 
-__all__ = ["at_least", "few", "require_module", "whole_number"]
+__all__ = [
+    "WRAPPERS",
+    "at_least",
+    "few",
+    "find_wrapper",
+    "qualified_name",
+    "require_module",
+    "require_package",
+    "whole_number",
+]
+
+#: Classes that wrap a model, by name so that none has to be imported, and where the model itself is found.
+WRAPPERS = {
+    "OptimizedModule": "model._orig_mod",
+    "DistributedDataParallel": "model.module",
+    "DataParallel": "model.module",
+    "FullyShardedDataParallel": "model.module",
+    "FSDPModule": "an unsharded copy that has loaded its full state_dict",
+    "LightningModule": "the model inside it, such as module.model",
+}
 
 #: Python's and numpy's.
 NUMBERS: Any = numbers.Real
 
 
 def at_least(name: str, value: Any, minimum: float = 0) -> Any:
-    """``value``, a number of at least ``minimum``.
+    """Return ``value``, checked to be a number of at least ``minimum``.
 
     Raises:
-        TypeError: no number.
-        ValueError: a smaller one.
+        TypeError: ``value`` is not a number.
+        ValueError: it is smaller.
     """
     if isinstance(value, bool) or not isinstance(value, NUMBERS):
         raise TypeError(f"`{name}` (={value!r}) must be a number")
@@ -30,11 +50,11 @@ def at_least(name: str, value: Any, minimum: float = 0) -> Any:
 
 
 def whole_number(name: str, value: Any, minimum: int = 0) -> int:
-    """``value`` as an int of at least ``minimum``; 1e4 is a whole number, too.
+    """Return ``value`` as an int of at least ``minimum``; 1e4 is a whole number, too.
 
     Raises:
-        TypeError: no number, or one that is not whole.
-        ValueError: a smaller one.
+        TypeError: ``value`` is not a number, or not a whole one.
+        ValueError: it is smaller.
     """
     number = at_least(name, value, minimum)
     if number != int(number):
@@ -43,16 +63,37 @@ def whole_number(name: str, value: Any, minimum: int = 0) -> int:
 
 
 def require_module(model: Any) -> None:
-    """Nothing for a module.
+    """Check that ``model`` is an ``nn.Module``.
 
     Raises:
-        TypeError: anything else.
+        TypeError: it is not.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__} (={model!r})")
+
+
+def require_package(name: str, purpose: str) -> None:
+    """Check that the package ``name`` is installed, which ``purpose`` needs ("saving as .safetensors").
+
+    Raises:
+        ModuleNotFoundError: it is not; the message says how to install it.
+    """
+    if find_spec(name) is None:
+        raise ModuleNotFoundError(f"{purpose} needs {name}, which is not installed: pip install {name}", name=name)
 
 
 def few(names: Sequence[Any]) -> str:
     """The first three of ``names`` and how many more there are, for a message."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(map(str, names[:3])) + more
+
+
+def qualified_name(*parts: str) -> str:
+    """Names of modules and parameters joined by dots; the root's name is empty."""
+    return ".".join(filter(None, parts))
+
+
+def find_wrapper(module: nn.Module) -> str | None:
+    """The name of the wrapper in ``WRAPPERS`` that ``module`` is an instance of, or None."""
+    kinds = {cls.__name__ for cls in type(module).__mro__}
+    return next((name for name in WRAPPERS if name in kinds), None)

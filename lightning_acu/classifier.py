@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,7 +15,6 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from .models import create_model
 from .surgery import ConvertConfig, report_acu
-from .surgery.loading import load_state_dict
 
 __all__ = ["ImageClassifier", "MulticlassError"]
 
@@ -127,10 +125,6 @@ class ImageClassifier(pl.LightningModule):
         self.train_metrics = collection.clone(prefix="train/")
         self.val_metrics = collection.clone(prefix="val/")
         self.test_metrics = collection.clone(prefix="test/")
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As torch's; a checkpoint of the plain network also loads where positions have not moved, with a warning."""
-        return load_state_dict(super().load_state_dict, self, state_dict, strict, assign)
 
     def setup(self, stage: str) -> None:
         """Compare with ``num_classes`` and ``in_chans`` of the data module, if it has them; compile the model.

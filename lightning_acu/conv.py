@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -12,22 +13,39 @@ from torch.nn.utils import parametrize
 
 from .folded import FoldedConv2d, fold_conv2d, padding_layer
 from .functional import acu_conv2d
-from .geometry import Padding
+from .geometry import ConvGeometry, Padding, resolve_padding
 from .ops import check_backend
-from .taps import PositionedConv2d
+from .plain import CONFIGURATION, check_own_parameters, check_plain
+from .rounding import round_offsets
+from .sharded import copy_whole_, like_sharded, whole
 
-__all__ = ["CONFIGURATION", "ACUConv2d", "acu_layers", "recomputed_parameter"]
+__all__ = ["ACUConv2d", "acu_layers"]
 
 torch.fx.wrap("acu_conv2d")  # torch.fx (torchvision's create_feature_extractor) records the call, not what is inside
+torch.fx.wrap("whole")  # asks what kind of tensor it has, which torch.fx does not know while it traces
+
+#: Precisions in which small steps of a position are lost.
+_HALF = (torch.float16, torch.bfloat16)
+
+_FROM_PLAIN = (
+    "`state_dict` is that of a plain model: it has no offsets for some active convolutions, whose taps stay where "
+    "they start"
+)
+_FROM_PLAIN_TOO_LATE = (
+    "`state_dict` is that of a plain model: it has no offsets for some active convolutions whose taps have moved. With "
+    "strict=True torch raises an error for the missing keys; with strict=False the taps stay where they are. To load "
+    "it, call reset_parameters() of these layers first, which moves the taps back to where they start"
+)
 
 
-class ACUConv2d(PositionedConv2d):
+class ACUConv2d(nn.Conv2d):
     """``nn.Conv2d`` plus ``offsets``; see :func:`lightning_acu.functional.acu_conv2d` for the formula.
 
-    ``weight`` and ``bias`` keep the names and shapes of ``nn.Conv2d``, so that a plain layer's state_dict loads and
-    only ``offsets`` is new. ``offsets`` is a 1-D parameter of P*K*2 numbers, (dy, dx) in pixels for each tap of each
-    position group, in raster order; zero at first, when the layer computes exactly what the plain one does. It stays
-    in float32 when the layer goes to half or bfloat16 (``.to``, ``.half()``), where small steps would be lost.
+    ``weight`` and ``bias`` keep the names and shapes of ``nn.Conv2d``, and only ``offsets`` is new: a 1-D parameter of
+    P*K*2 numbers, (dy, dx) in pixels for each tap of each position group, in raster order; zero at first, when the
+    layer computes exactly what the plain one does. It stays in float32 when the layer goes to half or bfloat16
+    (``.to``, ``.half()``), in which small steps would be lost. A plain layer's state_dict loads, with a warning, as
+    long as the taps are where they start.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype:
@@ -39,11 +57,19 @@ class ACUConv2d(PositionedConv2d):
             Its two numbers in ``offsets`` are stored, ignored, and get zero gradients.
         backend: "auto" or the name of one, as in :func:`lightning_acu.functional.acu_conv2d`.
 
+    Under FSDP2 everything that reads positions is a collective operation: call it on every process.
+
     Raises:
-        ValueError: an argument that does not fit; the message names it and its value.
+        ValueError: an invalid argument; the message names it and its value.
     """
 
+    offsets: nn.Parameter
+    position_groups: int
     backend: str
+    #: The tap that stays where it is, if there is one.
+    fixed_tap: int | None
+    #: Where the taps of a free shape start, (dy, dx) in pixels; None: on the grid.
+    start: tuple[tuple[float, float], ...] | None
 
     #: The class that ``adopt`` and ``from_conv2d`` take, exactly.
     plain_class: ClassVar[type[nn.Conv2d]] = nn.Conv2d
@@ -78,11 +104,11 @@ class ACUConv2d(PositionedConv2d):
         """An active convolution that computes what ``conv`` does and shares its ``weight`` and ``bias``.
 
         Raises:
-            TypeError: ``conv`` is not exactly a ``plain_class``: a subclass may compute something else.
-            ValueError: its weight or bias is recomputed from other parameters, or an argument does not fit.
+            TypeError: ``conv`` is not exactly a ``plain_class``; a subclass may compute something else.
+            ValueError: its weight or bias is recomputed from other parameters, or an argument is invalid.
         """
-        _check_plain(conv, cls)
-        _check_own_parameters(conv)
+        check_plain(conv, cls.plain_class)
+        check_own_parameters(conv)
         new = cls.__new__(cls)
         nn.Module.__init__(new)
         new.__dict__.update({k: v for k, v in conv.__dict__.items() if k in CONFIGURATION})
@@ -114,11 +140,11 @@ class ACUConv2d(PositionedConv2d):
 
         Raises:
             TypeError: ``conv`` is not exactly a ``plain_class``.
-            ValueError: its weight or bias is recomputed from other parameters, or an argument does not fit.
+            ValueError: its weight or bias is recomputed from other parameters, or an argument is invalid.
         """
         if exact:
-            _check_plain(conv, cls)
-        _check_own_parameters(conv)
+            check_plain(conv, cls.plain_class)
+        check_own_parameters(conv)
         _check_configuration(conv.out_channels, position_groups, backend)
         conv.__class__ = cls
         assert isinstance(conv, cls)
@@ -154,7 +180,7 @@ class ACUConv2d(PositionedConv2d):
         Raises:
             ValueError: ``positions`` is not (K, 2) with K >= 1, or not finite.
         """
-        taps = torch.as_tensor(positions, dtype=torch.float64).detach().cpu()
+        taps = torch.as_tensor(positions, dtype=torch.float64, device="cpu").detach()
         if taps.ndim != 2 or taps.shape[-1] != 2 or not len(taps):
             raise ValueError(f"`positions` must be (K, 2) with K >= 1 taps, got shape {tuple(taps.shape)}")
         if not taps.isfinite().all():
@@ -186,17 +212,115 @@ class ACUConv2d(PositionedConv2d):
         offsets = torch.zeros(size, dtype=dtype, device=self.weight.device)
         self.offsets = nn.Parameter(offsets, requires_grad=self.weight.requires_grad)
 
-    def fold(self) -> nn.Conv2d | FoldedConv2d:
-        """The same function in plain convolutions, exactly, at any positions; the layer itself stays as it is.
+    @property
+    def geometry(self) -> ConvGeometry:
+        """The geometry that the operator sees (for other padding modes: after the padding)."""
+        kernel_size, stride, dilation = self.kernel_size, self.stride, self.dilation
+        padding: Padding = self.padding if self.padding_mode == "zeros" else 0
+        sides = resolve_padding(padding, kernel_size, stride, dilation)  # type: ignore[arg-type]
+        return ConvGeometry(kernel_size, stride, sides, dilation, self.groups)  # type: ignore[arg-type]
 
-        One ``nn.Conv2d`` where the taps lie close together (the original kernel size and dilation where they are on
-        such a grid), else a :class:`~lightning_acu.folded.FoldedConv2d`, a sum of small ones.
+    def active_offsets(self) -> Tensor:
+        """(P, K, 2), differentiable: ``offsets`` as the layer uses them, with the fixed tap at zero."""
+        offsets = whole(self.offsets).view(self.position_groups, -1, 2)
+        if self.fixed_tap is None:  # (a view asks for a gradient even where none is recorded)
+            return offsets if torch.is_grad_enabled() else offsets.detach()
+        before, _, after = offsets.split([self.fixed_tap, 1, self.geometry.taps - self.fixed_tap - 1], dim=1)
+        return torch.cat((before, offsets.new_zeros(self.position_groups, 1, 2), after), dim=1)
+
+    @property
+    def positions(self) -> Tensor:
+        """(P, K, 2), detached: (dy, dx) of each tap in pixels from the centre of the kernel."""
+        (kh, kw), (dh, dw) = self.kernel_size, self.dilation
+        offsets = self.active_offsets().detach()
+        return offsets + self._grid(offsets) - offsets.new_tensor([(kh - 1) / 2 * dh, (kw - 1) / 2 * dw])
+
+    def starting_offsets(self, device: torch.device | None = None) -> Tensor:
+        """(P, K, 2): ``active_offsets`` before any training; on ``device``, by default that of ``offsets``."""
+        shape = (self.position_groups, self.geometry.taps, 2)
+        start = ((0.0, 0.0),) if self.start is None else self.start
+        return torch.tensor(start, dtype=self.offsets.dtype, device=device or self.offsets.device).expand(shape)
+
+    @property
+    def displacement(self) -> Tensor:
+        """(P, K, 2), detached: how far each tap has moved from where it started, (dy, dx) in pixels."""
+        return self.active_offsets().detach() - self.starting_offsets()
+
+    @property
+    def movable(self) -> Tensor:
+        """(K,) bool: True for the taps that can move."""
+        movable = torch.ones(self.geometry.taps, dtype=torch.bool, device=self.offsets.device)
+        if self.fixed_tap is not None:
+            movable[self.fixed_tap] = False
+        return movable
+
+    def _grid(self, like: Tensor) -> Tensor:
+        """(K, 2): the regular grid from its first tap, in pixels."""
+        (kh, kw), (dh, dw) = self.kernel_size, self.dilation
+        return like.new_tensor([(i * dh, j * dw) for i in range(kh) for j in range(kw)])
+
+    @torch.no_grad()
+    def round_(self, separate: bool = False) -> Self:
+        """Move every tap to the nearest whole pixel (ties to even), in place.
+
+        Args:
+            separate: where taps of one position group would end on one pixel, give each its own instead: the nearest
+                such arrangement, by the sum of squared distances.
+
+        Raises:
+            ModuleNotFoundError: ``separate`` and taps that would meet, and SciPy is not installed.
+            ValueError: ``offsets`` are not finite, with ``separate``.
+        """
+        offsets = whole(self.offsets).view(self.position_groups, -1, 2)
+        copy_whole_(self.offsets, round_offsets(offsets, self._grid(offsets), self.fixed_tap, separate).flatten())
+        return self
+
+    def reset_parameters(self) -> None:
+        """``nn.Conv2d``'s initialisation, and the taps back to where they start."""
+        super().reset_parameters()
+        if "offsets" in self._parameters:  # nn.Conv2d calls this before there are any
+            copy_whole_(self.offsets, self.starting_offsets().flatten())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Keep the precision of ``offsets``, and initialise them when they leave the meta device (``to_empty``)."""
+        offsets = self._parameters.get("offsets")  # None where a parametrization computes them
+        was_meta = offsets is not None and offsets.is_meta
+
+        def keep_precision(tensor: Tensor) -> Tensor:
+            applied = fn(tensor)
+            is_offsets = offsets is not None and (tensor is offsets or tensor is offsets.grad)
+            return tensor.to(applied.device) if is_offsets and applied.dtype in _HALF else applied
+
+        super()._apply(keep_precision, recurse)
+        if was_meta and not self.offsets.is_meta:
+            copy_whole_(self.offsets, self.starting_offsets().flatten())
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        """Also load a plain layer's state, if the taps are where they start; load ``offsets`` in float32 at least."""
+        key, weight = f"{prefix}offsets", state_dict.get(f"{prefix}weight")
+        given = state_dict.get(key)
+        if isinstance(given, Tensor) and given.dtype in _HALF:
+            state_dict[key] = given.detach().float()
+        elif key not in state_dict and isinstance(weight, Tensor) and "offsets" in self._parameters:
+            if self.offsets.is_meta:  # they have no values yet
+                state_dict[key] = like_sharded(self.starting_offsets(weight.device).flatten(), self.offsets)
+            elif not self.displacement.any():  # (the stored numbers of a fixed tap do not count)
+                state_dict[key] = self.offsets.detach()
+            warnings.warn(_FROM_PLAIN if key in state_dict else _FROM_PLAIN_TOO_LATE, stacklevel=2)
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+    def fold(self) -> nn.Conv2d | FoldedConv2d:
+        """The same function as plain convolutions, exactly, at any positions; the layer itself is not changed.
+
+        One ``nn.Conv2d`` if the taps lie close together (of the original kernel size and dilation if they are on
+        that grid), else a :class:`~lightning_acu.folded.FoldedConv2d`, a sum of small ones.
 
         Raises:
             ValueError: ``offsets`` are not finite, or a hook recomputes the weight (old weight norm, pruning).
         """
         if not parametrize.is_parametrized(self):  # then self.weight is computed when it is read
-            _check_own_parameters(self)
+            check_own_parameters(self)
         weight = self.effective_weight().detach().requires_grad_(self.weight.requires_grad)
         offsets = self.active_offsets().detach()
         folded = fold_conv2d(weight, offsets, self.bias, self.geometry, self._padding_layer())
@@ -209,11 +333,11 @@ class ACUConv2d(PositionedConv2d):
         return self.weight
 
     def _padding_layer(self) -> nn.Module | None:
-        """What pads the image first, in a fold; None where zeros of the convolution's own do."""
+        """The layer that pads the image first, in a fold; None if the convolution's own zero padding does."""
         return padding_layer(self)
 
     def _merge_padding(self, folded: FoldedConv2d) -> nn.Conv2d | FoldedConv2d:
-        """One convolution that pads by itself, where a fold of one with a padding layer comes to that."""
+        """The one convolution of ``folded`` with its own padding, if that equals the padding layer; else ``folded``."""
         (conv,), (sides,) = folded.convs, folded.sides
         assert isinstance(conv, nn.Conv2d)
         if any(sides) or (conv.kernel_size, conv.dilation) != (self.kernel_size, self.dilation):
@@ -234,13 +358,13 @@ class ACUConv2d(PositionedConv2d):
         )  # fmt: skip
 
     def _pad(self, input: Tensor) -> tuple[Tensor, Padding]:
-        """The image, padded where zeros are not what is wanted, and the zeros that the operator adds around it."""
+        """The image, padded unless by zeros, and the zero padding that is left to the operator."""
         if self.padding_mode == "zeros":
             return input, self.padding
         return F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
 
     def extra_repr(self) -> str:
-        """``nn.Conv2d``'s, and what differs from the defaults here."""
+        """That of ``nn.Conv2d``, and the arguments of this class that differ from their defaults."""
         text = super().extra_repr()
         if self.start is not None:  # the 1 x K kernel and its dilation are how the layer is stored, not what it is
             text = f"{self.in_channels}, {self.out_channels}, taps={len(self.start)}, stride={self.stride}"
@@ -253,39 +377,9 @@ class ACUConv2d(PositionedConv2d):
         return text + (f", backend={self.backend!r}" if self.backend != "auto" else "")
 
 
-#: What makes a convolution what it is, besides its parameters: nn.Conv2d's attributes and those of timm's classes.
-CONFIGURATION = (
-    frozenset(vars(nn.Conv2d(1, 1, 1, device="meta"))) - frozenset(vars(nn.Module())) - {"weight", "bias"}
-) | {"eps", "gain_init", "same_pad", "scale"}
-
-
 def acu_layers(model: nn.Module) -> Iterator[tuple[str, ACUConv2d]]:
     """(qualified name, layer) of every active convolution in ``model``, a shared one once."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, ACUConv2d))
-
-
-def _check_plain(conv: nn.Module, cls: type[ACUConv2d]) -> None:
-    if type(conv) is not cls.plain_class:
-        raise TypeError(
-            f"`conv` (={type(conv).__name__}) must be exactly a {cls.plain_class.__name__}: a subclass may compute "
-            "otherwise; convert_to_acu knows which classes it can convert"
-        )
-
-
-def recomputed_parameter(conv: nn.Module) -> str | None:
-    """The one of "weight", "bias" and "gain" that is no parameter of the layer's own but computed from others, if any.
-
-    Weight norm, spectral norm and pruning do that, in hooks or by parametrization.
-    """
-    return next((n for n in ("weight", "bias", "gain") if n not in conv._parameters and hasattr(conv, n)), None)
-
-
-def _check_own_parameters(conv: nn.Module) -> None:
-    if (name := recomputed_parameter(conv)) is not None:
-        raise ValueError(
-            f"the {name} of this {type(conv).__name__} is recomputed from other parameters "
-            "(weight norm, spectral norm or pruning); remove that first"
-        )
 
 
 def _check_configuration(out_channels: int, position_groups: int, backend: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["copy_whole_", "is_sharded", "whole"]
+__all__ = ["copy_whole_", "is_sharded", "like_sharded", "whole"]
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -27,13 +27,18 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
 
 
+def like_sharded(value: Tensor, like: Tensor) -> Tensor:
+    """``value``, which every process has in full, spread over processes as ``like`` is; itself where that is whole."""
+    if not is_sharded(like):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    sharded: Any = like
+    # src_data_rank=None: everyone has the value already, nothing needs to be sent.
+    return distribute_tensor(value, sharded.device_mesh, sharded.placements, src_data_rank=None)
+
+
 @torch.no_grad()
 def copy_whole_(tensor: Tensor, value: Tensor) -> None:
     """Write ``value``, which every process has in full, into ``tensor``; a sharded one takes its own piece."""
-    if is_sharded(tensor):
-        from torch.distributed.tensor import distribute_tensor
-
-        sharded: Any = tensor
-        # src_data_rank=None: everyone has the value already, nothing needs to be sent.
-        value = distribute_tensor(value, sharded.device_mesh, sharded.placements, src_data_rank=None)
-    tensor.copy_(value)
+    tensor.copy_(like_sharded(value, tensor))

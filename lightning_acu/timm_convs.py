@@ -1,7 +1,7 @@
 """Active versions of timm's own convolution classes, which standardise their weight or pad by the image's size.
 
-Each computes what its class in timm does while the taps are on the grid, keeps that class's parameters and names, and
-is an instance of it. :func:`lightning_acu.convert_to_acu` makes them.
+Each computes what its class in timm does as long as the taps are on the grid, has the same parameters and names, and
+is an instance of that class. :func:`lightning_acu.convert_to_acu` makes them.
 """
 
 from __future__ import annotations
@@ -30,33 +30,33 @@ torch.fx.wrap("same_padding")  # depends on numbers that torch.fx does not know 
 
 
 class TimmACUConv2d(ACUConv2d):
-    """What they share: the arguments of timm's class, and TensorFlow's "SAME" padding where ``same_pad`` is true.
+    """Their common base: the arguments of timm's class, and TensorFlow's "SAME" padding if ``same_pad`` is true.
 
     Args:
         *args, **kwargs: those of ``plain_class``.
         position_groups, fixed_centre, backend: as in :class:`ACUConv2d`.
     """
 
-    #: Whether zeros are added by the size of the image.
+    #: Whether the zero padding depends on the size of the image.
     same_pad: bool = False
 
     def __init__(
         self, *args: Any, position_groups: int = 1, fixed_centre: bool = True, backend: str = "auto", **kwargs: Any
     ) -> None:
-        super(ACUConv2d, self).__init__(*args, **kwargs)  # timm's, next in line
+        super(ACUConv2d, self).__init__(*args, **kwargs)  # that of timm's class
         self._add_offsets(position_groups, fixed_centre, backend)
 
     @classmethod
     def from_positions(cls, *args: Any, **kwargs: Any) -> NoReturn:
         """Only :class:`ACUConv2d` has free shapes."""
-        raise TypeError(f"{cls.__name__} starts from the grid of {cls.plain_class.__name__}; use ACUConv2d")
+        raise TypeError(f"{cls.__name__} has the grid of {cls.plain_class.__name__}; use ACUConv2d for free shapes")
 
     def _pad(self, input: Tensor) -> tuple[Tensor, Padding]:
         if not self.same_pad:
             return super()._pad(input)
         top, left, bottom, right = same_padding(input.shape[-2:], self.kernel_size, self.stride, self.dilation)
         sides = (left, right, top, bottom)
-        # The operator takes numbers, which an exported program of any height and width does not have.
+        # The operator needs ints, which an exported program with dynamic height and width does not have.
         return (F.pad(input, sides), 0) if torch.compiler.is_exporting() else (input, sides)
 
     def _padding_layer(self) -> nn.Module | None:
@@ -65,7 +65,7 @@ class TimmACUConv2d(ACUConv2d):
         return PadSame2d(self.kernel_size, self.stride, self.dilation)  # type: ignore[arg-type]
 
     def _merge_padding(self, folded: FoldedConv2d) -> nn.Conv2d | FoldedConv2d:
-        """A Conv2dSame, whose kernel may have grown or shrunk by as much on both sides: "SAME" pads for that too."""
+        """A Conv2dSame if the kernel has grown or shrunk by as much on both sides, since "SAME" then pads to match."""
         if not self.same_pad:
             return super()._merge_padding(folded)
         (conv,), (sides,) = folded.convs, folded.sides

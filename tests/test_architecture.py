@@ -17,7 +17,7 @@ LEVELS = [
     {"expansion", "rounding"},
     {"ops"},
     {"functional"},
-    {"folded", "taps"},
+    {"folded", "plain"},
     {"conv"},
     {"timm_convs", "statistics"},
     {"surgery", "metrics", "figures", "training"},

@@ -34,7 +34,8 @@ from lightning_acu import ACUConv2d
 def test_zero_offsets_compute_what_conv2d_does_bit_for_bit(arguments, form):
     plain = nn.Conv2d(4, 8, **arguments)
     active = ACUConv2d(4, 8, **arguments)
-    assert str(active.load_state_dict(plain.state_dict(), strict=False)).count("offsets") == 1
+    with pytest.warns(UserWarning, match="of a plain model"):
+        active.load_state_dict(plain.state_dict())
     x = torch.randn(0 if form == "empty batch" else 2, 4, 7, 9)
     if form == "channels_last":
         x, plain, active = (each.to(memory_format=torch.channels_last) for each in (x, plain, active))

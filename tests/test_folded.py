@@ -113,7 +113,8 @@ def test_taps_rounded_back_to_the_grid_fold_into_the_original_convolution(kernel
 def test_taps_rounded_onto_a_dilated_grid_are_found_again():
     plain = nn.Conv2d(2, 4, 3, padding=2, dilation=2)
     layer = ACUConv2d(2, 4, 3, padding=1)
-    layer.load_state_dict(plain.state_dict(), strict=False)
+    with pytest.warns(UserWarning, match="of a plain model"):
+        layer.load_state_dict(plain.state_dict())
     outwards = torch.cartesian_prod(torch.arange(-1.0, 2), torch.arange(-1.0, 2))  # from the 3x3 to every other pixel
     layer.offsets.data.copy_(outwards.flatten())
     folded = layer.fold()

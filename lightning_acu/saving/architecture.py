@@ -1,50 +1,48 @@
-"""An architecture by the name and arguments that build it: found out, built again, and compared with a model."""
+"""The record of an architecture: made from a model, built again, and compared with a model."""
 
 from __future__ import annotations
 
 import json
 import types
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
-from ..conv import acu_layers
-from ..models import create_model
-from ..surgery.guards import guard_merging
-from ..surgery.loading import explain_loading
+from ..conv import ACUConv2d, acu_layers
+from ..surgery import Activation, activate
 from ..surgery.rules import find_rule
 
 __all__ = ["Record", "difference", "rebuild", "record_of", "tied_tensors"]
 
-#: Names, arguments and how each active layer was converted, as JSON holds them.
+#: The name and arguments that build the architecture, and how each active layer was converted; as JSON.
 Record = dict[str, Any]
 
-#: Arguments that say where weights come from: the file has them.
+#: Arguments that say where weights come from; they are not needed, since the file has the weights.
 _SOURCES = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "weights", "weights_backbone")
 
-#: Attributes that may differ from the architecture's own: how a model is run, and what num_classes once was.
+#: Attributes that may differ from those of a new model: how it is run, and num_classes after a change of the head.
 _FREE = ("training", "grad_checkpointing", "num_classes")
 
-#: How attributes begin that are private to a module, or notes of surgery.
+#: Prefixes of attributes that are private to a module, or set by surgery.
 _NOTES = ("_", "acu_")
 
 
 def record_of(model: nn.Module, name: str | None, kwargs: dict[str, Any]) -> Record:
-    """What :func:`rebuild` needs; ``name`` and ``kwargs`` are those of :func:`create_model`, where they are known.
+    """What :func:`rebuild` needs; ``name`` and ``kwargs`` are those of :func:`create_model`, as far as they are given.
 
     Raises:
-        TypeError: arguments that JSON cannot hold.
-        ValueError: no name is given, and the model does not know its own.
+        TypeError: an argument cannot be stored as JSON.
+        ValueError: no name is given, and the model does not state one.
     """
     guessed_name, guessed = _guess_architecture(model)
     name = guessed_name if name is None else name
     if name is None:
         raise ValueError(
-            f"`model` (={type(model).__name__}) does not say what architecture it is; give the one that create_model "
-            'takes, such as save_acu(model, path, name="torchvision/resnet18", num_classes=10)'
+            f"`model` (={type(model).__name__}) does not state its architecture; pass the name and arguments for "
+            'create_model, such as save_acu(model, path, name="torchvision/resnet18", num_classes=10)'
         )
     state: dict[str, Tensor] = model.state_dict(keep_vars=True)
     record = {
@@ -63,31 +61,34 @@ def record_of(model: nn.Module, name: str | None, kwargs: dict[str, Any]) -> Rec
         "aliases": tied_tensors(state),
         "buffer_dtypes": {key: str(b.dtype) for key, b in _floating_buffers(model) if key not in state},
     }
-    found: Record = json.loads(json.dumps(record))  # as it will be read
-    return found
+    as_read: Record = json.loads(json.dumps(record))  # JSON has lists for tuples
+    return as_read
 
 
 def rebuild(record: dict[str, Any]) -> nn.Module:
-    """The architecture of ``record``, converted; ValueError says what cannot be made."""
+    """The architecture of ``record``, converted; a ValueError says what cannot be built."""
+    from ..models import create_model  # loads torchvision, and timm where it is installed
+
     name, kwargs = record["architecture"]["name"], record["architecture"]["kwargs"]
     if ":" in name:
-        raise ValueError(f"`name` (={name!r}) must be an architecture's own, not where weights come from")
+        raise ValueError(f"`name` (={name!r}) must be that of an architecture, not where weights come from")
     try:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             model = create_model(name, **{key: value for key, value in kwargs.items() if key not in _SOURCES})
-    except Exception as error:  # whatever this model thinks of its arguments
+    except Exception as error:  # models raise many kinds for wrong arguments
         raise ValueError(f"{_call(record)} fails: {error}") from error
     modules = dict(model.named_modules())
+    layers: dict[nn.Module, Activation] = {}
     for layer in record["layers"]:
         conv = modules.get(layer["name"])
-        rule = None if conv is None else find_rule(conv)
-        if conv is None or rule is None:
-            what = "none" if conv is None else f"a {type(conv).__name__}, for which there is no rule"
-            raise ValueError(f"{layer['name']} should be a convolution to make active, and there is {what}")
-        if (why := rule.why_not(conv)) is not None:
-            raise ValueError(f"{layer['name']} cannot be made active: {why}")
-        fixed = layer["fixed_tap"] is not None
-        rule.convert(conv, position_groups=layer["position_groups"], fixed_centre=fixed, backend=layer["backend"])
+        if conv is None or find_rule(conv) is None:
+            found = "does not exist" if conv is None else f"is a {type(conv).__name__}, for which there is no rule"
+            raise ValueError(f"{layer['name']} should be a convolution to convert, but {found}")
+        layers[conv] = Activation(layer["position_groups"], layer["fixed_tap"] is not None, layer["backend"])
+    activate(model, layers)
+    for layer in record["layers"]:
+        conv = modules[layer["name"]]
+        assert isinstance(conv, ACUConv2d)
         if type(conv).__name__ != layer["class"]:
             raise ValueError(f"{layer['name']} becomes a {type(conv).__name__}, not a {layer['class']}")
         conv.fixed_tap = layer["fixed_tap"]
@@ -95,13 +96,11 @@ def rebuild(record: dict[str, Any]) -> nn.Module:
     for key, buffer in _floating_buffers(model):
         if key in record["buffer_dtypes"]:
             buffer.data = buffer.data.to(getattr(torch, record["buffer_dtypes"][key].removeprefix("torch.")))
-    guard_merging(model)
-    explain_loading(model)
     return model
 
 
 def difference(model: nn.Module, record: Record) -> str | None:
-    """The first way in which what ``record`` builds is not what ``model`` is, apart from numbers in the state_dict."""
+    """The first difference between ``model`` and what ``record`` builds, except values in the state_dict; or None."""
     try:
         found = _difference(model, rebuild(record))
     except ValueError as error:
@@ -110,7 +109,7 @@ def difference(model: nn.Module, record: Record) -> str | None:
 
 
 def _difference(model: nn.Module, built: nn.Module) -> str | None:
-    """The first way in which ``built`` is not what ``model`` is, apart from numbers in the state_dict."""
+    """The first difference between ``model`` and ``built``, except values in the state_dict; or None."""
     ours, theirs = (dict(m.named_modules(remove_duplicate=False)) for m in (model, built))
     for name in ours | theirs:
         where = name or "the model itself"
@@ -133,7 +132,7 @@ def _difference(model: nn.Module, built: nn.Module) -> str | None:
 
 
 def _description(module: nn.Module) -> dict[str, str]:
-    """What a module is: class, extra_repr, and those of its attributes that are plain numbers, texts or functions."""
+    """The class and extra_repr of a module, and those of its attributes that are numbers, strings or functions."""
     kind = f"{type(module).__module__}.{type(module).__qualname__}"
     attributes = {
         key: _plain(value) for key, value in vars(module).items() if key not in _FREE and not key.startswith(_NOTES)
@@ -152,7 +151,7 @@ def _plain(value: Any) -> str | None:
 
 
 def _guess_architecture(model: nn.Module) -> tuple[str | None, dict[str, Any]]:
-    """The name that a timm model knows of itself, and what can be read off any model."""
+    """The name that a timm model states, and the arguments that can be read from any model."""
     known: dict[str, Any] = {}
     if isinstance(classes := getattr(model, "num_classes", None), int):
         known["num_classes"] = classes
@@ -160,12 +159,16 @@ def _guess_architecture(model: nn.Module) -> tuple[str | None, dict[str, Any]]:
     known["in_chans"] = getattr(model, "in_chans", getattr(first, "in_channels", None))
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     name, tag = (config.get(key) if isinstance(config, dict) else None for key in ("architecture", "tag"))
-    # With the tag the model keeps what timm knows of it: the mean and size of its images.
+    if name is None or not find_spec("timm"):
+        return name, known
+    import timm
+
+    # With the tag, timm's configuration (mean and size of the images) stays with the model.
     return f"{name}.{tag}" if timm.is_model_pretrained(f"{name}.{tag}") else name, known
 
 
 def _as_json(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """``kwargs`` without those that say where weights came from; TypeError for what JSON cannot hold."""
+    """``kwargs`` without those that say where weights come from; a TypeError for what cannot be stored as JSON."""
     kwargs = {key: value for key, value in kwargs.items() if key not in _SOURCES}
     for key, value in kwargs.items():
         try:
@@ -179,7 +182,7 @@ def _as_json(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def tied_tensors(state: dict[str, Tensor]) -> dict[str, str]:
-    """From the names of a tensor that has several to the first of them."""
+    """For tensors that have several names: from the others to the first one."""
     first: dict[int, str] = {}
     names = {key: first.setdefault(id(tensor), key) for key, tensor in state.items()}
     return {key: name for key, name in names.items() if key != name}

@@ -1,4 +1,4 @@
-"""A converted model from whatever file it was kept in: one of save_acu, or a Lightning checkpoint."""
+"""Load a converted model from a Lightning checkpoint, or from any file that can hold one."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ __all__ = ["load_any", "load_converted"]
 def load_converted(cls: type[pl.LightningModule], path: str | os.PathLike[str], **kwargs: Any) -> pl.LightningModule:
     """``cls.load_from_checkpoint(path, **kwargs)``, also where a callback had converted the module.
 
-    ConvertToACU changes a module that its own ``__init__`` builds plain, so that Lightning's method meets positions it
-    does not know. Here the module is loaded without them at first; then those convolutions for which the checkpoint has
-    positions become active, and it is loaded once more, in full (``on_load_checkpoint`` is called both times).
+    The ``__init__`` of such a module builds it plain, so that Lightning's method fails on the positions in the
+    checkpoint. Here the module is loaded without them first; then the convolutions for which the checkpoint has
+    positions are converted, and the module is loaded again, in full (``on_load_checkpoint`` is called both times).
 
     Args:
         cls: the LightningModule's class.
-        path: the checkpoint. Like Lightning, this may execute code in it: only load what you trust.
-        **kwargs: of ``load_from_checkpoint``, such as the arguments of ``cls`` that the checkpoint does not hold.
+        path: the checkpoint. As with Lightning, loading may execute code in it: only load files you trust.
+        **kwargs: of ``load_from_checkpoint``, such as arguments of ``cls`` that are not in the checkpoint.
 
     Raises:
-        ValueError: positions for something that ``cls`` does not have.
-        RuntimeError: weights that do not fit, as in torch.
+        ValueError: the checkpoint has positions for something that ``cls`` does not have.
+        RuntimeError: weights do not fit, as in torch.
     """
     kwargs.setdefault("map_location", "cpu")
     kwargs.setdefault("weights_only", False)  # hyperparameters may hold any class
@@ -50,36 +50,36 @@ def load_converted(cls: type[pl.LightningModule], path: str | os.PathLike[str], 
 
 
 def load_any(path: str | os.PathLike[str], class_path: str | None = None) -> nn.Module:
-    """The model, in eval mode, out of a file of :func:`lightning_acu.save_acu` or a Lightning checkpoint.
+    """The model, in eval mode, from a file of :func:`lightning_acu.save_acu` or a Lightning checkpoint.
 
     Args:
         path: the file.
         class_path: "package.Class" of the LightningModule; None: what the checkpoint says, else ImageClassifier.
 
     Returns:
-        For ImageClassifier its inner model; otherwise the LightningModule, whose ``forward`` is what is meant.
+        For ImageClassifier the model inside it; otherwise the LightningModule.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a class that cannot be imported, or does not fit the checkpoint, or a file that is neither.
+        FileNotFoundError: the file does not exist.
+        ValueError: the class cannot be imported or does not fit the checkpoint, or the file is neither.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+        raise FileNotFoundError(f"{path} does not exist or is not a file")
     if path.suffix != ".ckpt":
         return load_acu(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=False)
-    except Exception as error:  # unpickling has many
+    except Exception as error:  # unpickling raises many kinds
         raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
     if not isinstance(checkpoint, Mapping) or "pytorch-lightning_version" not in checkpoint:
-        raise ValueError(f"{path} is no Lightning checkpoint; files of save_acu end in .pt or .safetensors")
+        raise ValueError(f"{path} is not a Lightning checkpoint; files of save_acu end in .pt or .safetensors")
     class_path = class_path or checkpoint.get("hyper_parameters", {}).get("_class_path")
     del checkpoint
     cls = ImageClassifier if class_path is None else _import(class_path)
     try:
         module = load_converted(cls, path).eval()
-    except (TypeError, RuntimeError) as error:  # arguments that are missing, weights of another network
+    except (TypeError, RuntimeError) as error:  # missing arguments, weights of another network
         hint = "; name the class of your LightningModule (`class_path`, --class_path)" if class_path is None else ""
         raise ValueError(f"{path} does not fit {cls.__name__}: {error}{hint}") from error
     return module.model if isinstance(module, ImageClassifier) else module
@@ -92,5 +92,5 @@ def _import(class_path: str) -> type[pl.LightningModule]:
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"`class_path` (={class_path!r}) cannot be imported: {error}; give package.Class") from error
     if not (isinstance(cls, type) and issubclass(cls, pl.LightningModule)):
-        raise ValueError(f"`class_path` (={class_path!r}) is no LightningModule")
+        raise ValueError(f"`class_path` (={class_path!r}) is not a LightningModule")
     return cls

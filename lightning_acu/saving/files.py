@@ -1,8 +1,8 @@
-"""One call saves a converted model and one loads it again: architecture, conversion, weights and positions together.
+"""Save a converted model in one file: architecture, conversion, weights and positions; and load it again.
 
-A file holds a record (JSON) and a state_dict. The record names the architecture as :func:`create_model` takes it and
-says of every active layer how it was converted, so that loading needs neither the code nor the arguments of the
-training. Both formats can be read from strangers: nothing in them is executed.
+A file has a record (JSON) and a state_dict. The record has the name and arguments of the architecture for
+:func:`create_model`, and how each active layer was converted, so that loading needs neither the code nor the arguments
+of the training. Files from others are safe to read in both formats: nothing in them is executed.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import importlib.metadata
 import json
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_acu import __version__
 
+from ..checks import WRAPPERS, find_wrapper, require_module, require_package
 from ..conv import acu_layers
 from ..sharded import is_sharded
 from ..surgery import was_folded
@@ -28,41 +28,34 @@ from .architecture import difference, rebuild, record_of
 
 __all__ = ["load_acu", "save_acu"]
 
-#: Raised when files change so that older packages cannot read them.
+#: Increased when files change so that older versions of the package cannot read them.
 _FORMAT_VERSION = 1
 
 #: The record's key: in the header of a .safetensors file, or in the dict of a .pt file.
 _KEY = "lightning_acu"
 
-#: Classes around a model, and where in them it is.
-_WRAPPERS = {
-    "LightningModule": "the model inside it, such as module.model",
-    "OptimizedModule": "model._orig_mod",
-    "DistributedDataParallel": "model.module",
-    "DataParallel": "model.module",
-}
-
 
 def save_acu(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = None, **kwargs: Any) -> None:
     """Save a converted model so that :func:`load_acu` alone brings it back.
 
-    The architecture is built again and compared with ``model``, so that a file which could not be loaded is never
-    written. Not saved: ``requires_grad``, train or eval mode, memory formats, hooks. The file appears at once or not at
-    all; directories are made. With several processes, call it on one.
+    The architecture is built again and compared with ``model`` first, so that every file that is written can be loaded.
+    Not saved: ``requires_grad``, train or eval mode, memory formats, hooks. The file is written atomically, and missing
+    directories are created. With several processes, call it on one.
 
     Args:
         model: a model of timm or torchvision with active convolutions.
         path: ends in ".safetensors", ".pt" or ".pth", which chooses the format.
         name: the architecture, as :func:`lightning_acu.create_model` takes it: "resnet18", "torchvision/resnet18".
-            None: timm's models know theirs.
-        **kwargs: the arguments that the model was built with; those that say where weights came from (``pretrained``)
-            are ignored. Where they are not given, ``num_classes`` and ``in_chans`` are read off the model.
+            None: as the model states it, which those of timm do.
+        **kwargs: the arguments that the model was built with; those that say where weights come from (``pretrained``)
+            are ignored. ``num_classes`` and ``in_chans`` are read from the model if they are not given.
 
     Raises:
-        TypeError: ``model`` is a LightningModule, compiled, wrapped (DDP) or sharded (FSDP), or ``kwargs`` are not what
-            JSON can hold.
-        ValueError: another suffix; a model without active convolutions; an architecture that is unknown, or that is
-            not what ``model`` is (the message names the first difference).
+        ModuleNotFoundError: a .safetensors file, and safetensors is not installed.
+        TypeError: ``model`` is a LightningModule, compiled, wrapped (DDP) or sharded (FSDP), or ``kwargs`` cannot be
+            stored as JSON.
+        ValueError: an unknown suffix; a model without active convolutions; an architecture that is unknown, or differs
+            from ``model`` (the message names the first difference).
     """
     path = Path(path)
     write = _format(path)[0]
@@ -91,28 +84,29 @@ def load_acu(path: str | os.PathLike[str], *, map_location: str | torch.device =
 
     Args:
         path: the file; its suffix says which format it has.
-        map_location: the device to put the model on.
+        map_location: the device for the model.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: another suffix, a file that is damaged or not one of :func:`save_acu`, of a newer format, or of an
-            architecture that is not (or not the same) in the installed timm or torchvision.
+        FileNotFoundError: the file does not exist.
+        ModuleNotFoundError: a .safetensors file, and safetensors is not installed.
+        ValueError: an unknown suffix; the file is damaged, not from :func:`save_acu` or of a newer format; or its
+            architecture is not in the installed timm or torchvision, or differs there.
     """
     path = Path(path)
     read = _format(path)[1]
     if not path.is_file():
-        raise FileNotFoundError(f"`path` (={str(path)!r}) is not there or no file")
+        raise FileNotFoundError(f"`path` (={str(path)!r}) does not exist or is not a file")
     try:
         record, state = read(path)
-    except Exception as error:  # the readers have many for a damaged file
+    except Exception as error:  # the readers raise many kinds for a damaged file
         why = str(error).partition("\n")[0]
         raise ValueError(f"`path` (={str(path)!r}) is damaged or was not written by save_acu: {why}") from error
     if not isinstance(record, dict) or not isinstance(version := record.get("format_version"), int):
         raise ValueError(f"`path` (={str(path)!r}) was not written by save_acu; it has no record of an architecture")
     if version > _FORMAT_VERSION:
         raise ValueError(
-            f"`path` (={str(path)!r}) has format {version}, and this lightning_acu reads up to {_FORMAT_VERSION}; "
-            f"update it: the file was written with {record.get('versions')}"
+            f"`path` (={str(path)!r}) has format {version}, and this lightning_acu reads formats up to "
+            f"{_FORMAT_VERSION}; update it. The file was written with {record.get('versions')}"
         )
     try:
         model = rebuild(record)
@@ -130,15 +124,12 @@ def load_acu(path: str | os.PathLike[str], *, map_location: str | torch.device =
 
 
 def _check_savable(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__} (={model!r})")
-    kinds = {cls.__name__ for cls in type(model).__mro__}
-    for wrapper, attribute in _WRAPPERS.items():
-        if wrapper in kinds:
-            raise TypeError(f"`model` (={type(model).__name__}) is a {wrapper}; save {attribute}")
+    require_module(model)
+    if (wrapper := find_wrapper(model)) is not None:
+        raise TypeError(f"`model` (={type(model).__name__}) is a {wrapper}; save {WRAPPERS[wrapper]}")
     if any(map(is_sharded, model.parameters())):
         raise TypeError(
-            f"`model` (={type(model).__name__}) is sharded over processes (FSDP2); load its full state_dict into an "
+            f"`model` (={type(model).__name__}) is sharded over processes; load its full state_dict into an "
             "unsharded copy and save that"
         )
     if not any(acu_layers(model)):
@@ -149,23 +140,30 @@ def _check_savable(model: nn.Module) -> None:
             + ("it" if folded else "its state_dict (or call convert_to_acu first)")
         )
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
-        raise ValueError(f"`model` (={type(model).__name__}) has tensors on the meta device, without numbers to save")
+        raise ValueError(
+            f"`model` (={type(model).__name__}) has tensors on the meta device, which have no values to save"
+        )
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    """On the CPU, contiguous, and with a storage of its own, as files need it."""
+    """A contiguous copy on the CPU with its own storage, as safetensors needs it."""
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def _versions() -> dict[str, str]:
-    return {_KEY: __version__} | {package: importlib.metadata.version(package) for package in ("timm", "torchvision")}
+    installed = [package for package in ("timm", "torchvision") if find_spec(package)]
+    return {_KEY: __version__} | {package: importlib.metadata.version(package) for package in installed}
 
 
 def _write_safetensors(path: Path, record: dict[str, Any], state: dict[str, Tensor]) -> None:
+    from safetensors.torch import save_file
+
     save_file(state, path, metadata={"format": "pt", _KEY: json.dumps(record)})
 
 
 def _read_safetensors(path: Path) -> tuple[Any, dict[str, Tensor]]:
+    from safetensors import safe_open
+
     with safe_open(path, framework="pt") as file:
         record = json.loads((file.metadata() or {}).get(_KEY, "null"))
         return record, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -192,4 +190,6 @@ _FORMATS = {
 def _format(path: Path) -> tuple[Callable[..., None], Callable[[Path], tuple[Any, dict[str, Tensor]]]]:
     if path.suffix not in _FORMATS:
         raise ValueError(f"`path` (={str(path)!r}) must end in {', '.join(_FORMATS)}, which chooses the format")
+    if path.suffix == ".safetensors":
+        require_package("safetensors", f"`path` (={str(path)!r})")
     return _FORMATS[path.suffix]

@@ -1,11 +1,14 @@
 """Surgery on whole models: to active convolutions, and back."""
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
+from .activate import Activation, activate
 from .convert import ConvertConfig, convert_to_acu
+from .convert_like import convert_like
 from .fold import fold_acu, round_acu
-from .loading import convert_like
+from .guards import MergingGuard
 from .marks import was_folded
 from .patterns import NoEffectWarning
 from .report import ACUReport, ConvRow, report_acu
@@ -13,9 +16,12 @@ from .rules import register_rule, why_not_convertible
 
 __all__ = [
     "ACUReport",
+    "Activation",
     "ConvRow",
     "ConvertConfig",
+    "MergingGuard",
     "NoEffectWarning",
+    "activate",
     "acu_state_dict",
     "convert_like",
     "convert_to_acu",
@@ -27,6 +33,9 @@ __all__ = [
     "was_folded",
     "why_not_convertible",
 ]
+
+if find_spec("timm"):  # registers the rules for its classes
+    from . import timm_rules as timm_rules
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""One call that turns the convolutions of a model into active ones."""
+"""Convert the convolutions of a model to active ones, in one call."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..checks import find_wrapper
 from ..conv import ACUConv2d
-from ..functional import acu_conv2d
 from ..ops import check_backend
-from .guards import guard_merging
-from .loading import explain_loading
+from .activate import Activation, activate
+from .checks import check_model
 from .marks import SKIP_REASON
 from .patterns import NoEffectWarning, kernel_size_pair, name_matcher, warn_of_idle_patterns
 from .presets import PRESETS, check_preset
-from .rules import find_rule, named_conv2ds, why_not_convertible
+from .rules import named_conv2ds, why_not_convertible
 
-__all__ = ["ConvertConfig", "check_model", "check_not_traced", "convert_to_acu"]
+__all__ = ["ConvertConfig", "convert_to_acu"]
 
 
 @dataclass
@@ -36,7 +36,7 @@ class ConvertConfig:
         fixed_centre: keep the centre tap of odd kernels in place.
         backend: which backend runs the layers.
         preset: "all", or "C23": all but the first stage.
-        on_unsupported: "skip" or "error", for convolutions that are meant but cannot be converted.
+        on_unsupported: "skip" or "error", for convolutions that are selected but cannot be converted.
     """
 
     kernel_sizes: list[int | tuple[int, int]] | None = None
@@ -51,9 +51,9 @@ class ConvertConfig:
     on_unsupported: str = "skip"
 
     def apply(self, model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = None) -> nn.Module:
-        """Convert ``model`` in place with these arguments, and with a function, which no configuration can hold.
+        """Convert ``model`` in place with these arguments; ``filter_fn`` cannot be part of a configuration file.
 
-        Unlike :func:`convert_to_acu` it takes a LightningModule, and one that has no convolution yet.
+        Unlike :func:`convert_to_acu` it accepts a LightningModule, and a model without convolutions.
         """
         check_model(model)
         return _convert(model, self, filter_fn)
@@ -81,47 +81,47 @@ def convert_to_acu(
     """Turn the convolutions of ``model`` into :class:`~lightning_acu.ACUConv2d`, in place; the output stays the same.
 
     Every module keeps its identity and its parameters; only its class changes, and ``offsets`` is added. Optimizers,
-    hooks and shared modules therefore survive, but an optimizer made before does not know the offsets yet. Layers
-    that are active already stay as they are, and frozen layers stay frozen. What was skipped and why:
-    :func:`report_acu`.
+    hooks and shared modules therefore survive, but an existing optimizer does not have the offsets yet. Layers that
+    are already active are not changed, and frozen layers stay frozen. :func:`report_acu` lists what was skipped, and
+    why.
 
     Args:
-        model: any module, also a single convolution; not a LightningModule, which holds other things too (metrics,
-            teachers): give its model, or add the callback ConvertToACU to the Trainer.
+        model: any module, also a single convolution; not a LightningModule, which may contain other networks too
+            (metrics, teachers): pass the model inside it, or add the callback ConvertToACU to the Trainer.
         kernel_sizes: which to convert; 3 stands for (3, 3).
         target_modules: only modules whose qualified name matches: a str is a regular expression for the whole name,
             a sequence lists names or their endings ("conv1" matches "layer1.0.conv1").
-        exclude_modules: not those, given in the same way.
+        exclude_modules: modules to leave out, given in the same way.
         filter_fn: only modules for which ``filter_fn(module, qualified_name)`` is true.
         depthwise: convert depthwise convolutions (one input channel for each group).
         grouped: convert other convolutions with more than one group.
         position_groups: sets of positions for each layer.
         fixed_centre: keep the centre tap of odd kernels in place, as in the paper.
         backend: the backend of the new layers.
-        preset: "all", or "C23" (the paper's ACU-C23): all but the first stage, which is those of the model's 3x3 and
-            5x5 (and ``kernel_sizes``) convolutions whose output has the highest resolution. "C23" runs one forward
-            pass in eval mode to see resolutions.
-        on_unsupported: what to do with a convolution that is meant but that no rule can convert (one of an unknown
-            class, a pruned or parametrized one): "skip" it, with its reason in the report, or raise an "error".
+        preset: "all", or "C23" (the paper's ACU-C23): all but the first stage, which consists of those 3x3 and 5x5
+            (and ``kernel_sizes``) convolutions whose output has the highest resolution. "C23" runs one forward pass in
+            eval mode to find the resolutions.
+        on_unsupported: what to do with a convolution that is selected but that no rule can convert (of an unknown
+            class, pruned, parametrized): "skip" it, with its reason in the report, or raise an "error".
 
     Returns:
         ``model``.
 
     Raises:
         TypeError: ``model`` is not a module, a LightningModule, or a compiled, DDP- or FSDP-wrapped one.
-        ValueError: a model without any 2-D convolution, an argument that cannot be meant, such as a pattern that does
-            not compile or ``position_groups`` that do not divide the channels of a layer, or a convolution that
-            ``on_unsupported`` makes an error. Nothing has been converted then.
+        ValueError: a model without any 2-D convolution, an invalid argument, such as a pattern that does not compile
+            or ``position_groups`` that do not divide the channels of a layer, or an unsupported convolution with
+            ``on_unsupported="error"``. Nothing has been converted then.
 
     Warns:
         NoEffectWarning: nothing matched, or one of several patterns matched no convolution.
     """
     check_model(model)
-    if any(cls.__name__ == "LightningModule" for cls in type(model).__mro__):
+    if find_wrapper(model) == "LightningModule":
         raise TypeError(
             f"`model` (={type(model).__name__}) is a LightningModule; convert the model inside it (in its __init__: "
             "convert_to_acu(self.model)), or add lightning_acu.callbacks.ConvertToACU to the Trainer's callbacks, or "
-            "call ConvertConfig().apply(module) for all that it holds"
+            "call ConvertConfig().apply(module) to convert everything in it"
         )
     if not named_conv2ds(model):
         raise ValueError(f"`model` (={type(model).__name__}) has no 2-D convolution; there is nothing to convert")
@@ -148,33 +148,22 @@ def _convert(model: nn.Module, config: ConvertConfig, filter_fn: Callable[[nn.Mo
     names = named_conv2ds(model)
     why_not = _selection(config, filter_fn)
     reasons = {m: why_not(m, aliases) for m, aliases in names.items() if not isinstance(m, ACUConv2d)}
-    sizes = {(3, 3), (5, 5)} | _sizes(config)  # whatever else the arguments leave out
+    sizes = {(3, 3), (5, 5)} | _sizes(config)  # a preset looks at all of these, also at those left out
     for module in PRESETS[config.preset](model, [m for m in names if tuple(m.kernel_size) in sizes]):  # type: ignore[arg-type]
-        if reasons.get(module, "active already") is None:
-            reasons[module] = f"in the first stage, which preset={config.preset!r} leaves as it is"
+        if reasons.get(module, "already active") is None:
+            reasons[module] = f"in the first stage, which preset={config.preset!r} leaves plain"
     unsupported = {m: why_not_convertible(m) for m, reason in reasons.items() if reason is None}
     reasons |= unsupported
     if config.on_unsupported == "error" and any(unsupported.values()):
         listed = "; ".join(f"{names[m][0] or 'the model'}: {why}" for m, why in unsupported.items() if why)
-        raise ValueError(f"`on_unsupported`='error', and these cannot be converted: {listed}; exclude them or skip")
-    chosen = [module for module, reason in reasons.items() if reason is None]
-    groups = config.position_groups
-    for module in chosen:  # all checked before the first is changed
-        if groups < 1 or module.out_channels % groups:  # type: ignore[operator]
-            raise ValueError(
-                f"`position_groups` (={groups}) must divide the output channels of {names[module][0] or 'the model'} "
-                f"(={module.out_channels}); exclude it or choose another number"
-            )
+        raise ValueError(
+            f"`on_unsupported`='error', and these cannot be converted: {listed}; exclude them or use 'skip'"
+        )
+    how = Activation(config.position_groups, config.fixed_centre, config.backend)
+    activate(model, {module: how for module, reason in reasons.items() if reason is None})
     for module, reason in reasons.items():
-        if reason is not None and why_not_convertible(module) is None:  # what a rule says can be asked again
+        if reason is not None and why_not_convertible(module) is None:  # a rule's own reason need not be stored
             setattr(module, SKIP_REASON, reason)
-    for module in chosen:
-        rule = find_rule(module)
-        assert rule is not None
-        vars(module).pop(SKIP_REASON, None)  # of an earlier, narrower conversion
-        rule.convert(module, position_groups=groups, fixed_centre=config.fixed_centre, backend=config.backend)
-    guard_merging(model)
-    explain_loading(model)
     if any(isinstance(module, ACUConv2d) for module in model.modules()):
         patterns = {"target_modules": config.target_modules, "exclude_modules": config.exclude_modules}
         warn_of_idle_patterns(model, 4, **patterns)
@@ -189,7 +178,7 @@ def _convert(model: nn.Module, config: ConvertConfig, filter_fn: Callable[[nn.Mo
 def _selection(
     config: ConvertConfig, filter_fn: Callable[[nn.Module, str], bool] | None
 ) -> Callable[[nn.Module, list[str]], str | None]:
-    """From a convolution and its names to the reason why the arguments leave it out, or None."""
+    """A function from a convolution and its names to the reason why the arguments leave it out, or None."""
     kernel_sizes, sizes = config.kernel_sizes or [3, 5], _sizes(config)
     target, exclude = config.target_modules, config.exclude_modules
     targeted, excluded = name_matcher("target_modules", target), name_matcher("exclude_modules", exclude)
@@ -200,7 +189,7 @@ def _selection(
         if any(map(excluded, names)):
             return f"matches exclude_modules={exclude!r}"
         if filter_fn is not None and not filter_fn(module, names[0]):
-            return "filter_fn said no"
+            return "filter_fn returned False"
         size = tuple(module.kernel_size)  # type: ignore[arg-type]
         if size not in sizes:
             return f"kernel size {size[0]}x{size[1]} not among kernel_sizes={kernel_sizes}"
@@ -216,28 +205,3 @@ def _selection(
 
 def _sizes(config: ConvertConfig) -> set[tuple[int, int]]:
     return {kernel_size_pair(size) for size in ([3, 5] if config.kernel_sizes is None else config.kernel_sizes)}
-
-
-def check_model(model: nn.Module) -> None:
-    """TypeError for what surgery must not touch: no module, or a wrapper that has taken note of the parameters."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__} (={model!r})")
-    for module in model.modules():
-        name = type(module).__name__
-        if name in ("OptimizedModule", "DistributedDataParallel", "FullyShardedDataParallel") or name.startswith(
-            "FSDP"
-        ):
-            raise TypeError(f"`model` contains a {name}; convert the plain model first, then compile or wrap it")
-        if name == "DataParallel":
-            raise TypeError("`model` contains a DataParallel; convert the module inside it")
-    check_not_traced(model)
-
-
-def check_not_traced(model: nn.Module) -> None:
-    """TypeError for what torch.fx traced from active convolutions: it has their calls, but no layers to work on."""
-    for module in model.modules():
-        if isinstance(module, torch.fx.GraphModule) and any(n.target is acu_conv2d for n in module.graph.nodes):
-            raise TypeError(
-                "`model` contains a GraphModule that torch.fx traced from active convolutions, whose layers are gone; "
-                "round or fold the model before it is traced, or trace the plain model and convert that"
-            )

@@ -1,4 +1,4 @@
-"""A whole model back to plain convolutions, or its positions to whole pixels."""
+"""Fold a whole model back into plain convolutions, or round its positions to whole pixels."""
 
 from __future__ import annotations
 
@@ -6,22 +6,23 @@ from typing import Any
 
 from torch import nn
 
-from ..conv import CONFIGURATION, ACUConv2d, acu_layers
-from .convert import check_model, check_not_traced
+from ..checks import require_module
+from ..conv import ACUConv2d, acu_layers
+from ..plain import CONFIGURATION
+from .checks import check_model, check_not_traced
 from .guards import guard_merging
-from .loading import explain_loading
 from .marks import FOLDED, RESHAPED, SKIP_REASON
 
 __all__ = ["fold_acu", "round_acu"]
 
-#: What code that reads the weight of a convolution takes for granted.
+#: What code that reads the weight of a convolution assumes to be unchanged.
 _SHAPE = ("kernel_size", "padding", "dilation", "stride", "groups")
 
-#: What an active convolution has of its own, which its fold does without.
+#: What an active convolution has and its fold does not.
 _OWN_PARAMETERS = frozenset(("weight", "bias", "gain", "offsets"))
 _OWN_ATTRIBUTES = frozenset(("position_groups", "backend", "start", "fixed_tap"))
 
-#: What nn.Module keeps of hooks; a folded layer goes on with those of the layer it was.
+#: Where nn.Module keeps hooks; a folded layer keeps those of the active one.
 _HOOKS = tuple(
     name
     for name in vars(nn.Module())
@@ -30,19 +31,19 @@ _HOOKS = tuple(
 
 
 def fold_acu(model: nn.Module) -> nn.Module:
-    """Replace every active convolution by plain ones that compute the same, exactly, at any positions.
+    """Replace every active convolution by plain ones that compute the same function, exactly, at any positions.
 
-    In place: each layer becomes its fold (see :meth:`ACUConv2d.fold`) without changing its identity, so that shared
-    modules, a convolution as the root and hooks stay what they are. Parameters are new; an optimizer made before holds
-    the old ones. A taps-between-pixels fold has a larger kernel than the layer it came from: round first
-    (:func:`round_acu`) where that matters more than exactness.
+    In place: each layer becomes its fold (see :meth:`ACUConv2d.fold`) and keeps its identity, so that hooks, shared
+    modules and a convolution that is itself ``model`` survive. The parameters are new; an existing optimizer has the
+    old ones. With taps between pixels the fold has a larger kernel than the layer: round first (:func:`round_acu`)
+    if that matters more than exactness.
 
     Returns:
         ``model``, now without active convolutions.
 
     Raises:
         TypeError: ``model`` is not a module, or a compiled, DDP- or FSDP-wrapped one.
-        ValueError: positions that are not finite, with the layer's name; nothing has been folded then.
+        ValueError: positions are not finite; the message names the layer, and nothing has been folded.
     """
     check_model(model)
     folds = []
@@ -64,12 +65,11 @@ def fold_acu(model: nn.Module) -> nn.Module:
         if reshaped:
             setattr(layer, RESHAPED, True)
     guard_merging(model)
-    explain_loading(model)
     return model
 
 
 def _keep_the_rest(layer: ACUConv2d, state: dict[str, Any]) -> None:
-    """Into ``state`` what somebody else has put on ``layer``: buffers, modules and attributes that hooks may use."""
+    """Add to ``state`` what others have put on ``layer``: buffers, modules and attributes that hooks may use."""
     for kind in ("_parameters", "_buffers", "_modules"):
         others = {name: value for name, value in vars(layer)[kind].items() if name not in _OWN_PARAMETERS}
         state[kind] = others | state[kind]
@@ -82,15 +82,15 @@ def _keep_the_rest(layer: ACUConv2d, state: dict[str, Any]) -> None:
 def round_acu(model: nn.Module, *, separate: bool = False) -> nn.Module:
     """Move every tap of every active convolution to the nearest whole pixel, in place; returns ``model``.
 
-    Taps of one layer that end on the same pixel keep their weights and act as one; with ``separate`` each gets a pixel
-    of its own instead (see :meth:`ACUConv2d.round_`).
+    Taps of one layer that end on the same pixel keep their weights and act as one; with ``separate`` each gets its own
+    pixel instead (see :meth:`ACUConv2d.round_`).
 
     Raises:
-        TypeError: ``model`` is not a module.
-        ValueError: with ``separate``, positions that are not finite.
+        TypeError: ``model`` is not a module, or torch.fx has traced it from active convolutions.
+        ModuleNotFoundError: ``separate`` and taps that would meet, and SciPy is not installed.
+        ValueError: with ``separate``, positions are not finite.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__} (={model!r})")
+    require_module(model)
     check_not_traced(model)
     for _, layer in acu_layers(model):
         layer.round_(separate)

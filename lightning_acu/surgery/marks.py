@@ -1,4 +1,4 @@
-"""What surgery notes on the modules it has been at, as attributes that are copied and pickled with them."""
+"""Attributes that surgery sets on the modules it changes or skips; they are copied and pickled with them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ __all__ = ["FOLDED", "RESHAPED", "SKIP_REASON", "was_folded"]
 #: On a convolution that convert_to_acu skipped: the reason, for report_acu.
 SKIP_REASON = "acu_skip_reason"
 
-#: On what fold_acu made: true.
+#: True on what fold_acu made.
 FOLDED = "acu_folded"
 
-#: On what a fold gave another kernel size, padding or dilation than the model's code expects: true.
+#: True where a fold has another kernel size, padding or dilation than the model's code expects.
 RESHAPED = "acu_reshaped"
 
 

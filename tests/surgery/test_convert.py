@@ -103,7 +103,11 @@ class DistributedDataParallel(nn.Module):
         self.module = module
 
 
-class FSDPNet(DistributedDataParallel):
+class FSDPModule:
+    """What FSDP2 adds to the bases of a module's class."""
+
+
+class FSDPNet(FSDPModule, DistributedDataParallel):
     pass
 
 
@@ -120,7 +124,7 @@ class FSDPNet(DistributedDataParallel):
 )
 def test_wrapped_models_are_refused(net, surgery, wrap):
     with pytest.raises(
-        TypeError, match=r"contains a (OptimizedModule|D\w*DataParallel|DataParallel|FSDPNet); convert the"
+        TypeError, match=r"contains a (OptimizedModule|D\w*DataParallel|DataParallel|FSDPModule); convert the"
     ):
         surgery(wrap(net))
     assert type(net.stem) is nn.Conv2d
@@ -154,7 +158,7 @@ def test_a_later_wider_conversion_adds_layers(net, active):
     [
         (nn.Conv2d(2, 2, 7), {}, "converted nothing in Conv2d: kernel size 7x7 not among kernel_sizes"),
         (nn.Sequential(nn.Conv2d(2, 2, 3)), {"target_modules": ["conv1"]}, "not among target_modules"),
-        (nn.Sequential(nn.Conv2d(2, 2, 3)), {"filter_fn": lambda module, name: False}, "filter_fn said no"),
+        (nn.Sequential(nn.Conv2d(2, 2, 3)), {"filter_fn": lambda module, name: False}, "filter_fn returned False"),
     ],
 )
 def test_nothing_matched_warns_and_says_why(model, arguments, why):

@@ -176,7 +176,7 @@ def test_what_a_block_makes_of_the_fold_is_tried_and_not_guessed(offset, right):
         assert close(reparameterize_model(model)(x), expected)
     else:
         assert model[0].conv.kernel_size == (2, 2)
-        with pytest.raises(RuntimeError, match=r"Merges.fuse\(\) was written for .* the fold of 0.conv has another"):
+        with pytest.raises(RuntimeError, match=r"Merges.fuse\(\) expects kernels of .* the fold of 0.conv has another"):
             reparameterize_model(model)
         assert close(model(x), expected)
 
@@ -198,3 +198,49 @@ def test_a_quantisable_model_is_not_fused_around_active_convolutions():
     model = convert_to_acu(create_model("torchvision/quantized_mobilenet_v2", num_classes=5).eval())
     with pytest.raises(RuntimeError, match=r"fuse_model\(\).*fold_acu"):
         model.fuse_model()
+
+
+class Notes(Merges):
+    """Merges, and notes torch's default dtype meanwhile, and what is new in it."""
+
+    def fuse(self):
+        self.seen.append((torch.get_default_dtype(), nn.Linear(1, 1).weight.dtype))
+        return super().fuse()
+
+
+def test_a_trial_leaves_torchs_default_dtype_alone():
+    torch.set_default_dtype(torch.float32)
+    model = convert_to_acu(nn.Sequential(Notes()), fixed_centre=False)
+    nn.init.constant_(model[0].conv.offsets, 0.4)
+    fold_acu(model)
+    seen = Notes.seen = []
+    x = torch.randn(2, 4, 9, 11)
+    expected = model(x)
+    merged = model[0].fuse()
+    assert seen == [(torch.float32, torch.float64), (torch.float32, torch.float32)]  # tried, then done
+    torch.testing.assert_close(merged(x), expected)
+
+
+@pytest.mark.parametrize(("name", "right"), [("levit_128s", True), ("repghostnet_050", False)])
+def test_models_in_float32_are_tried_in_float64(name, right):
+    model = perturbed(name).float()
+    torch.set_default_dtype(torch.float32)
+    fold_acu(model)
+    image = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(image)
+    if not right:
+        with pytest.raises(RuntimeError, match="because the fold of"):
+            reparameterize_model(model)
+        return
+    with torch.no_grad():
+        torch.testing.assert_close(reparameterize_model(model)(image), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_block_folded_by_itself_merges_without_the_model_being_told():
+    model = convert_to_acu(nn.Sequential(Merges()), fixed_centre=False)
+    nn.init.constant_(model[0].conv.offsets, 0.4)
+    x = torch.randn(2, 4, 9, 11)
+    expected = model(x)
+    fold_acu(model[0].conv)
+    assert close(model[0].fuse()(x), expected)

@@ -54,7 +54,7 @@ def test_a_later_conversion_replaces_the_reason(net):
     convert_to_acu(net)
     assert [row.name for row in report_acu(net).skipped] == ["layer1.0.conv1", "layer1.0.conv2"]
     convert_to_acu(net, kernel_sizes=[1], filter_fn=lambda module, name: False)
-    assert {row.reason for row in report_acu(net).skipped} == {"filter_fn said no"}
+    assert {row.reason for row in report_acu(net).skipped} == {"filter_fn returned False"}
 
 
 def lines_of(report):

@@ -64,7 +64,7 @@ def test_routed_convolutions_are_skipped_with_their_reason():
     assert [(row.name, row.kind, row.reason) for row in report_acu(model).skipped] == [
         ("0", "CondConv2d", why_not_convertible(routed))
     ]
-    assert "mixed anew for every image" in why_not_convertible(routed)
+    assert "mixed from several experts for every image" in why_not_convertible(routed)
 
 
 class SeparableConv2d(nn.Module):

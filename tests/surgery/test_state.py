@@ -113,7 +113,7 @@ def test_layers_without_positions_stay_where_they_are_if_not_strict(model):
 def test_a_free_centre_does_not_load_where_it_is_fixed_but_the_other_way_round(net, move):
     free = move(convert_to_acu(copy.deepcopy(net), kernel_sizes=SIZES, fixed_centre=False))
     fixed = move(convert_to_acu(net, kernel_sizes=SIZES))
-    with pytest.raises(ValueError, match=r"5 with a centre that moves.*fixed_centre=False: stem\.offsets"):
+    with pytest.raises(ValueError, match=r"5 with a centre that has moved.*fixed_centre=False: stem\.offsets"):
         load_acu_state_dict(fixed, acu_state_dict(free))
     load_acu_state_dict(free, acu_state_dict(fixed))
     assert all(torch.equal(free.get_submodule(n).positions, p) for n, p in positions(fixed).items())
@@ -130,9 +130,9 @@ def test_everything_that_is_wrong_is_in_one_message_and_nothing_is_loaded(model)
     with pytest.raises(ValueError, match="nothing was loaded") as raised:
         load_acu_state_dict(model, state)
     for text in (
-        r"1 missing in it; pass strict=False to leave such layers as they are: layer1.0.conv1.offsets",
-        r"1 of convolutions that are plain in the model; convert them too: layer1.0.conv2.offsets",
-        r"1 of layers that the model does not have (its own are named like stem.offsets): head.offsets",
+        r"1 missing in `state`; pass strict=False to leave these layers unchanged: layer1.0.conv1.offsets",
+        r"1 of convolutions that are plain in the model; convert these too: layer1.0.conv2.offsets",
+        r"1 of layers that the model does not have (its own have names like stem.offsets): head.offsets",
         r"stem.offsets: 18 numbers where the model has 36 with position_groups=2 and a 3x3 kernel",
         r"1 with numbers that are not finite: layer2.xconv1.offsets",
     ):
