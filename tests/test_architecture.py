@@ -25,7 +25,7 @@ LEVELS = [
     {"models", "data"},
     {"classifier"},
     {"saving"},
-    {"checkpoint"},
+    {"checkpoint", "cifar_models"},
     {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
