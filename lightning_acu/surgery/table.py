@@ -1,23 +1,21 @@
-"""The report of a conversion as tables on the screen."""
+"""A report as rich tables."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from rich.table import Table
 from rich.text import Text
 
-if TYPE_CHECKING:
-    from .report import ACUReport, ConvRow
+from .rows import ConvRow, ConvRows
 
 __all__ = ["report_table"]
 
-#: As many names stand for all layers that were skipped for one reason.
+#: How many names are shown of the layers that were skipped for one reason.
 _EXAMPLES = 3
 
 
-def report_table(report: ACUReport, every: bool) -> Table:
+def report_table(report: ConvRows, every: bool) -> Table:
     """See :meth:`ACUReport.table`."""
     count = f"{len(report.converted)} of {len(report.rows)} convolutions active"
     whole = Table.grid()
@@ -39,12 +37,12 @@ def report_table(report: ACUReport, every: bool) -> Table:
 
 
 def _part(
-    report: ACUReport, what: str, groups: list[list[ConvRow]], columns: dict[str, Callable[[ConvRow], str]]
+    report: ConvRows, what: str, groups: list[list[ConvRow]], columns: dict[str, Callable[[ConvRow], str]]
 ) -> Table:
-    """One row for each of ``groups``, with what its layers have in common."""
+    """A table with one row for each of ``groups``, showing what its layers have in common."""
     factor, unit = _unit(report)
     names = [_names(rows) for rows in groups]
-    # Reasons give way to names: only very long names are broken.
+    # Names get the width they need and reasons the rest; only very long names are wrapped.
     longest = max(map(len, "\n".join(names).splitlines()))
     table = Table(pad_edge=False)
     table.add_column(what, overflow="fold", width=min(longest, 60) if "why not" in columns else None)
@@ -60,11 +58,11 @@ def _part(
     return table
 
 
-def _unit(report: ACUReport) -> tuple[float, str]:
+def _unit(report: ConvRows) -> tuple[float, str]:
     return (1e6, "M") if (report.macs or 0) < 1e9 else (1e9, "G")
 
 
-def _caption(report: ACUReport) -> list[str]:
+def _caption(report: ConvRows) -> list[str]:
     lines = [f"{report.added} parameters added"]
     if report.macs is not None and report.input_size is not None:
         factor, unit = _unit(report)
@@ -76,7 +74,7 @@ def _caption(report: ACUReport) -> list[str]:
                 ("with fractional positions", report.fractional_fold_macs),
             ):
                 text += f"; {what} "
-                text += "impossible, not all are finite" if macs is None else _number(macs / factor)
+                text += "impossible: not all positions are finite" if macs is None else _number(macs / factor)
                 text += f" ({macs / report.macs:.2f}x)" if macs and report.macs else ""
         lines.append(text)
     elif report.converted:
@@ -97,7 +95,7 @@ def _pair(values: tuple[int, ...]) -> str:
     return "x".join(map(str, values))
 
 
-#: What a layer is, for both tables.
+#: The columns that describe a layer, in both tables.
 _COLUMNS: dict[str, Callable[[ConvRow], str]] = {
     "class": lambda row: row.kind,
     "kernel": lambda row: _pair(row.kernel_size),
@@ -109,13 +107,13 @@ _COLUMNS: dict[str, Callable[[ConvRow], str]] = {
 
 
 def _common(rows: list[ConvRow], text: Callable[[ConvRow], str]) -> str:
-    """What holds for all ``rows``, or nothing."""
+    """The text that all ``rows`` have in common, or nothing."""
     texts = {text(row) for row in rows}
     return texts.pop() if len(texts) == 1 else ""
 
 
 def _names(rows: list[ConvRow]) -> str:
-    """Of one layer all names; of several how many there are and the first ones'."""
+    """All names of a single layer; the number of several layers and the names of the first ones."""
     if len(rows) == 1:
         return "\n= ".join([rows[0].name or "(the model)", *rows[0].aliases])
     more = ["..."] if len(rows) > _EXAMPLES else []
@@ -127,7 +125,7 @@ def _fold_ratio(row: ConvRow) -> str:
 
 
 def _number(value: float) -> str:
-    """Three digits."""
+    """With three digits."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 

