@@ -1,4 +1,4 @@
-"""Models for other runtimes: ONNX, and torch.export's own format, checked against the model before they are kept."""
+"""Export to ONNX and to torch.export's own format; files are compared with the model before they are kept."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from .surgery.guards import tensors_in
 
 __all__ = ["FORMATS", "export_model"]
 
-#: Names of the formats, which are the endings of their files too.
+#: The formats, named by the endings of their files.
 FORMATS = ("onnx", "pt2")
 
-#: Largest difference from the model that an exported one may have, of the largest value of each output; more in half.
+#: Largest difference from the model, relative to the largest value of each output; in half precision it may be larger.
 _TOLERANCE = 1e-4
 
-#: Protobuf's limit is 2 GB a file; weights beyond this go into a file of their own beside it.
+#: Protobuf files are limited to 2 GB; larger weights go into a second file beside it.
 _ONE_FILE = 1_800_000_000
 
 
@@ -40,28 +40,28 @@ def export_model(
     fold: bool = True,
     dynamic_batch: bool = True,
 ) -> float:
-    """Write ``model`` in eval mode as a file that runs without this package, and compare it with the model.
+    """Write ``model`` in eval mode to a file that runs without this package, and compare the file with the model.
 
-    The model itself stays as it is: a copy is folded (:func:`lightning_acu.fold_acu`) and exported. The file is run on
-    random images, at another batch size too where that may vary; ONNX by ONNX Runtime.
+    The model itself is not changed: a copy is folded (:func:`lightning_acu.fold_acu`) and exported. The file is run on
+    random images (ONNX by ONNX Runtime), with a dynamic batch also at another batch size.
 
     Args:
         model: converted, folded or plain; takes one batch of images (N, C, H, W).
         path: the file to write.
-        to: "onnx" or "pt2" (``torch.export``); None: what ``path`` ends with.
-        input_size: (C, H, W) of an image; height and width are fixed in the file. None: timm's for this model, else
-            224x224.
+        to: "onnx" or "pt2" (``torch.export``); None: the ending of ``path``.
+        input_size: (C, H, W) of an image; height and width are fixed in the file. None: the size that timm states
+            for this model, else 224x224.
         fold: False keeps active convolutions, as one operator each: "pt2" only, and the file then needs
             ``import lightning_acu.ops`` before it is loaded.
-        dynamic_batch: any batch size; False: one image.
+        dynamic_batch: the file takes any batch size; False: one image.
 
     Returns:
         The largest difference from the model's outputs, relative to the largest value.
 
     Raises:
-        ValueError: an unknown format, ``fold=False`` or float64 for ONNX, images that the model does not take.
-        ModuleNotFoundError: packages missing for ONNX; says which extra has them.
-        RuntimeError: the model cannot be exported, or the file computes something else; it is not kept then.
+        ValueError: an unknown format, ``fold=False`` or float64 for ONNX, or an ``input_size`` the model does not take.
+        ModuleNotFoundError: packages for ONNX are missing; the message names the extra that has them.
+        RuntimeError: the model cannot be exported, or the file computes something else and is not kept.
     """
     path = Path(path)
     to = path.suffix.removeprefix(".") if to is None else to
@@ -69,14 +69,14 @@ def export_model(
         raise ValueError(f"`to` (={to!r}) must be 'onnx' or 'pt2' (by default the ending of `path` (={str(path)!r}))")
     if to == "onnx":
         if not fold and any(acu_layers(model)):
-            raise ValueError("`fold`=False: ONNX knows no active convolutions; leave it True, or export `to`='pt2'")
+            raise ValueError("`fold`=False: ONNX has no active convolution; leave it True, or export `to`='pt2'")
         _require_onnx()
     try:
         copied = copy.deepcopy(model).eval()
     except RuntimeError as error:
         raise RuntimeError(
             f"{type(model).__name__} cannot be copied: {error}; some models keep tensors of a forward pass with "
-            "gradients: call model.train() and model.eval(), which lets go of them"
+            "gradients: call model.train() and then model.eval() to release them"
         ) from error
     like = next(copied.parameters(), torch.empty(0))
     if to == "onnx" and like.dtype not in (torch.float32, torch.float16):
@@ -163,7 +163,7 @@ def _require_onnx() -> None:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without the exporters' remarks about themselves."""
+    """Silence the exporters' warnings and log messages."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export")]
     levels = [logger.level for logger in loggers]
     try:

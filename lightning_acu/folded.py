@@ -1,4 +1,4 @@
-"""Active convolutions as plain ones: the exact fold of one layer."""
+"""The exact fold of one active convolution into plain ones."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ torch.fx.wrap("same_padding")  # depends on numbers that torch.fx does not know 
 
 
 class PadSame2d(nn.Module):
-    """Zeros around the image as TensorFlow's "SAME" wants them, which depends on the image's size.
+    """TensorFlow's "SAME" zero padding, which depends on the size of the image.
 
     Args:
-        kernel_size, stride, dilation: (rows, columns) of the convolution it is for.
+        kernel_size, stride, dilation: (rows, columns) of the convolution that follows.
     """
 
     def __init__(self, kernel_size: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]) -> None:
@@ -31,16 +31,16 @@ class PadSame2d(nn.Module):
         return F.pad(input, (left, right, top, bottom))
 
     def extra_repr(self) -> str:
-        """The convolution it is for."""
+        """The convolution that follows."""
         return f"kernel_size={self.kernel_size}, stride={self.stride}, dilation={self.dilation}"
 
 
-#: The layers that pad as ``nn.Conv2d`` does in each ``padding_mode`` but zeros.
+#: The layers that pad as ``nn.Conv2d`` does, for each ``padding_mode`` except "zeros".
 _PADDING_LAYERS = {"reflect": nn.ReflectionPad2d, "replicate": nn.ReplicationPad2d, "circular": nn.CircularPad2d}
 
 
 def padding_layer(conv: nn.Conv2d) -> nn.Module | None:
-    """What pads the image of ``conv`` before it is convolved, where zeros inside the convolution cannot."""
+    """The layer that pads the image of ``conv`` first; None if ``conv`` pads with zeros, which it does by itself."""
     if conv.padding_mode == "zeros":
         return None
     left, right, top, bottom = conv._reversed_padding_repeated_twice
@@ -48,15 +48,15 @@ def padding_layer(conv: nn.Conv2d) -> nn.Module | None:
 
 
 class FoldedConv2d(nn.Module):
-    """A sum of plain convolutions, each of the input padded or cropped in its own way.
+    """A sum of plain convolutions, each of which pads or crops the input in its own way.
 
-    What an active convolution folds into where no single ``nn.Conv2d`` of reasonable size holds its taps: at large
-    dilations, or with taps far apart. Holds only ``nn.Conv2d`` and padding, so any runtime can run it.
+    An active convolution folds into it if no single ``nn.Conv2d`` of reasonable size covers its taps: at large
+    dilations, or with taps far apart. It consists of ``nn.Conv2d`` and padding only, so any runtime can run it.
 
     Args:
         convs: the summands; the first may have a bias.
-        sides: (top, left, bottom, right) for each of ``convs``: zeros to add, or pixels to crop where negative.
-        pad: a layer that pads the image first, if one has to.
+        sides: (top, left, bottom, right) for each of ``convs``: zeros to add, or pixels to crop if negative.
+        pad: a layer that pads the image first, or None.
     """
 
     def __init__(
@@ -95,15 +95,15 @@ def fold_conv2d(
 ) -> nn.Conv2d | FoldedConv2d:
     """The plain convolution that equals ``acu_conv2d`` with these arguments, for every image.
 
-    Expanded in float64 and stored in the weight's own precision. New parameters, with the ``requires_grad`` of the
-    old ones. ``pad`` is a layer that comes first, if there is one.
+    The kernel is expanded in float64 and stored in the precision of ``weight``. The parameters are new, with the
+    ``requires_grad`` of the old ones. ``pad`` is a layer that comes first, or None.
 
     Raises:
         ValueError: ``offsets`` are not finite.
     """
     if not offsets.isfinite().all():
         raise ValueError(
-            f"`offsets` has {int((~offsets.isfinite()).sum())} values that are not finite; nothing to fold"
+            f"`offsets` has {int((~offsets.isfinite()).sum())} values that are not finite and cannot be folded"
         )
     plan = plan_windows(offsets, geometry)
     kernels = _kernels(weight, offsets, plan)
@@ -111,7 +111,7 @@ def fold_conv2d(
     sides: list[tuple[int, int, int, int]] = []
     for window, kernel in zip(plan.windows, kernels, strict=True):
         top, left, bottom, right = window.padding(geometry)
-        # The convolution pads by itself where it can.
+        # One convolution with equal sides pads by itself.
         own = len(plan.windows) == 1 and pad is None and top == bottom >= 0 and left == right >= 0
         conv = nn.Conv2d(
             geometry.groups * weight.shape[1],

@@ -58,8 +58,8 @@ def acu_conv2d(
         under autocast), with the H_out and W_out of ``F.conv2d``.
 
     Raises:
-        TypeError: a dtype that cannot be used, something else than a tensor, or numbers that are not whole.
-        ValueError: a shape or number that does not fit, an unknown backend; the message names argument and value.
+        TypeError: an unsupported dtype, something other than a tensor, or numbers that are not integers.
+        ValueError: an invalid shape or number, or an unknown backend; the message names argument and value.
         RuntimeError: arguments on different devices, or a named backend that cannot run here.
 
     References:

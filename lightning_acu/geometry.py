@@ -1,4 +1,4 @@
-"""The geometry of a convolution: kernel size, stride, padding, dilation, groups, and what they imply."""
+"""The geometry of a convolution: kernel size, stride, padding, dilation and groups, and what follows from them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Padding = int | Sequence[int] | str
 
 @dataclass(frozen=True)
 class ConvGeometry:
-    """Everything about a 2-D convolution but its numbers. Pairs are (rows, columns).
+    """Everything about a 2-D convolution except its weights. Pairs are (rows, columns).
 
     ``padding`` is (top, left, bottom, right), in pixels; the sides may differ, as "same" needs for even kernels.
     ``dilation`` may be 0: all taps of that axis then share one grid point, and their offsets alone place them.
@@ -33,12 +33,12 @@ class ConvGeometry:
 
     @property
     def shrinkage(self) -> tuple[int, int]:
-        """(rows, columns) that a stride-1 output lacks of the input: ``dilation * (k - 1) - padding``."""
+        """(rows, columns) by which a stride-1 output is smaller than the input: ``dilation * (k - 1) - padding``."""
         (kh, kw), (dh, dw), (top, left, bottom, right) = self.kernel_size, self.dilation, self.padding
         return dh * (kh - 1) - top - bottom, dw * (kw - 1) - left - right
 
     def output_size(self, size: Sequence[int]) -> tuple[int, int]:
-        """Output (height, width) for an input of ``size`` (height, width); below 1 where the kernel does not fit."""
+        """Output (height, width) for an input of ``size`` (height, width); below 1 if the kernel does not fit."""
         (height, width), (lost_y, lost_x), (sy, sx) = size, self.shrinkage, self.stride
         return (height - lost_y - 1) // sy + 1, (width - lost_x - 1) // sx + 1
 
@@ -49,7 +49,7 @@ class ConvGeometry:
 
 
 def integers(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
-    """One int or several, as a tuple; a TypeError that names the argument for anything else."""
+    """One int or a sequence of ints as a tuple; a TypeError that names the argument for anything else."""
     if type(value) is int:
         return (value,)
     try:
@@ -61,11 +61,11 @@ def integers(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
 def resolve_padding(
     padding: Padding, kernel_size: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]
 ) -> tuple[int, int, int, int]:
-    """``padding`` as ``F.conv2d`` takes it, or four sides as ``F.pad`` takes them, to (top, left, bottom, right).
+    """(top, left, bottom, right) of a ``padding`` given as for ``F.conv2d``, or as four sides as for ``F.pad``.
 
     Raises:
-        TypeError: neither a word nor ints.
-        ValueError: "same" with a stride other than 1, an unknown word, a negative side, or a wrong number of sides.
+        TypeError: ``padding`` is neither a string nor ints.
+        ValueError: "same" with a stride other than 1, an unknown string, a negative side, or a wrong number of sides.
     """
     if isinstance(padding, str):
         if padding == "valid":
@@ -98,8 +98,8 @@ def same_padding(
 ) -> tuple[int, int, int, int]:
     """(top, left, bottom, right) of TensorFlow's "SAME": output size ceil(size / stride), the odd pixel at the end.
 
-    Unlike ``padding="same"`` of ``F.conv2d`` it serves any stride, and with one depends on the ``size`` (height,
-    width) of the image.
+    Unlike ``padding="same"`` of ``F.conv2d`` it is defined for any stride, and depends on the ``size`` (height, width)
+    of the image.
     """
     rows, columns = (
         max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0)

@@ -150,7 +150,7 @@ def test_a_plain_or_folded_model_is_exported_as_well(tmp_path, to):
         ("net.tflite", {}, r"`to` \(='tflite'\) must be 'onnx' or 'pt2' .*net\.tflite"),
         ("net", {}, r"`to` \(=''\) must be"),
         ("net.pt2", {"to": "torchscript"}, r"`to` \(='torchscript'\)"),
-        ("net.onnx", {"fold": False}, r"`fold`=False: ONNX knows no active convolutions"),
+        ("net.onnx", {"fold": False}, r"`fold`=False: ONNX has no active convolution"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_and_nothing_written(tmp_path, name, arguments, message):

@@ -10,8 +10,8 @@ name                what                                                        
 ``acu_resnet32``    3x3 16; 3 stages of 5 basic blocks with 16, 32, 64 channels; 10 classes           464,154
 ==================  ================================================================================  ===============
 
-All are of plain convolutions: ``convert_to_acu`` makes them the paper's active ones. Importing this module registers
-them; :mod:`lightning_acu.models` does, so that ``timm.create_model("acu_plain")`` works once that is imported.
+All have plain convolutions; ``convert_to_acu`` turns them into the paper's active ones. Importing this module registers
+them, as :mod:`lightning_acu.models` does; after that ``timm.create_model("acu_plain")`` works.
 
 Module names are the paper's with a dot for the slash: conv3/2 is ``conv3.2``, its convolution ``conv3.2.conv``.
 
@@ -36,7 +36,7 @@ _MEAN, _STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
 class ConvNormAct(nn.Module):
-    """Convolution without bias, that keeps the size at stride 1, batch norm, and ReLU unless ``act`` is False."""
+    """Convolution without bias that keeps the size at stride 1, batch norm, and ReLU unless ``act`` is False."""
 
     def __init__(
         self, in_chans: int, out_chans: int, kernel_size: int, stride: int = 1, dilation: int = 1, act: bool = True
@@ -53,7 +53,7 @@ class ConvNormAct(nn.Module):
 
 
 class _CIFARNet(nn.Module):
-    """What the networks share: timm's interface. A subclass names its stages and calls ``_finish``."""
+    """timm's interface, for all networks here. A subclass names its stages and calls ``_finish``."""
 
     #: Modules from the image to the features, in this order.
     stages: tuple[str, ...]
@@ -71,7 +71,7 @@ class _CIFARNet(nn.Module):
         self.global_pool, self.fc = create_classifier(num_features, num_classes, pool_type=global_pool)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
-                # MSRA's initialisation as Caffe has it: the variance by the fan in.
+                # MSRA's initialisation as in Caffe: variance 2 / fan_in.
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -81,7 +81,7 @@ class _CIFARNet(nn.Module):
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new last layer, for another number of classes; 0: none. ``global_pool``: "avg", "max", ""; None: as is."""
+        """Replace the last layer; 0 classes: no such layer. ``global_pool``: "avg", "max", ""; None: unchanged."""
         if global_pool is None:
             global_pool = self.global_pool.pool_type
         self.num_classes = num_classes
@@ -125,8 +125,8 @@ class PlainNet(_CIFARNet):
         in_chans: channels of the image.
         global_pool: "avg" as in the paper; "" gives maps.
         drop_rate: dropout before the head.
-        kernel_size3: of the two convolutions conv3/1 and conv3/2; 5 in Base-F5.
-        dilation3: of the two; 2 in Base-D2.
+        kernel_size3: kernel size of the two convolutions conv3/1 and conv3/2; 5 in Base-F5.
+        dilation3: dilation of the two; 2 in Base-D2.
     """
 
     stages = ("conv1", "conv2", "conv3", "conv4")
@@ -180,14 +180,14 @@ class CIFARResNet(_CIFARNet):
     """The residual network for CIFAR of He et al.: 6n + 2 layers, option A shortcuts.
 
     Args:
-        blocks: n, of each of the three stages; 5 is ResNet-32.
+        blocks: n, the number of blocks in each of the three stages; 5 for ResNet-32.
         num_classes: classes of the head; 0: features.
         in_chans: channels of the image.
         global_pool: "avg" as in the paper; "" gives maps.
         drop_rate: dropout before the head.
 
     Raises:
-        ValueError: ``blocks`` below 1.
+        ValueError: ``blocks`` is below 1.
     """
 
     stages = ("conv1", "layer1", "layer2", "layer3")
@@ -220,7 +220,7 @@ class CIFARResNet(_CIFARNet):
 
 
 def _named(*layers: nn.Module, start: int = 1) -> nn.Sequential:
-    """``layers`` in a row, called by the paper's numbers."""
+    """``layers`` in sequence, named by the paper's numbers."""
     return nn.Sequential(OrderedDict((str(number), layer) for number, layer in enumerate(layers, start)))
 
 
@@ -252,7 +252,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _build(network: type[_Network], name: str, pretrained: bool, **kwargs: Any) -> _Network:
-    """As timm builds its models; ``features_only`` gives all stages."""
+    """Build a network as timm does; ``features_only`` returns all stages."""
     stages = tuple(range(len(network.stages) - network.skipped))
     return build_model_with_cfg(network, name, pretrained, feature_cfg={"out_indices": stages}, **kwargs)
 

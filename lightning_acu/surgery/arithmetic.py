@@ -1,7 +1,7 @@
-"""How much arithmetic the convolutions of a model do: multiply-accumulates (MACs), now and folded.
+"""How much arithmetic the convolutions of a model do, in multiply-accumulates (MACs), now and folded.
 
-A convolution costs the same at every output pixel, so that its MACs are those of one pixel times the pixels of all its
-calls; the former follow from its shape (:func:`macs_per_pixel` and the folds), the latter take a forward pass.
+A convolution costs the same at every output pixel, so its MACs are those of one pixel times the pixels of all its
+calls. The former follow from its shape (:func:`macs_per_pixel` and the folds), the latter from a forward pass.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 
-#: Satellites take images of 13 bands; TResNet's stem makes 48 channels of 3.
+#: More channels are not those of an image: satellite images have 13 bands, TResNet's stem makes 48 channels of 3.
 _MOST_IMAGE_CHANNELS = 16
 
 
@@ -40,8 +40,8 @@ class Call:
 
     Attributes:
         size: (height, width) of the output.
-        pixels: where the kernel was applied: output pixels (input pixels of a transposed convolution), over the whole
-            batch, which is more than one image where the model makes patches or regions of it.
+        pixels: how often the kernel was applied: output pixels (input pixels of a transposed convolution), over the
+            whole batch, which is larger than one image if the model cuts it into patches or regions.
     """
 
     size: tuple[int, int]
@@ -51,17 +51,17 @@ class Call:
 def output_sizes(model: nn.Module, input_size: tuple[int, int, int]) -> dict[nn.Module, list[tuple[int, int]]]:
     """(height, width) of the output of every 2-D convolution of ``model``, at each of its calls, in order.
 
-    One forward pass of zeros in eval mode; training flags, statistics and hooks are afterwards what they were.
+    One forward pass of zeros in eval mode; training flags, statistics and hooks are restored afterwards.
 
     Args:
-        model: takes a batch of images (or a list of images, as torchvision's detection models).
+        model: takes a batch of images (or a list of images, as torchvision's detection models do).
         input_size: (channels, height, width) of the image, in pixels.
 
     Returns:
-        One list for each convolution: empty for one that the forward pass does not call, longer for a shared one.
+        A list for each convolution: empty if the forward pass does not call it, longer if it is shared.
 
     Raises:
-        TypeError: ``input_size`` is not made of ints.
+        TypeError: ``input_size`` does not consist of ints.
         ValueError: it is not three numbers >= 1, or the forward pass fails.
     """
     calls = convolution_calls(model, input_size, named_conv2ds(model))
@@ -71,22 +71,23 @@ def output_sizes(model: nn.Module, input_size: tuple[int, int, int]) -> dict[nn.
 def convolution_calls(
     model: nn.Module, input_size: tuple[int, int, int], modules: Iterable[nn.Module]
 ) -> dict[nn.Module, list[Call]]:
-    """Every call of each of ``modules``, convolutions inside ``model``, for one image; see :func:`output_sizes`."""
+    """All calls of each of ``modules``, convolutions in ``model``, for one image; see :func:`output_sizes`."""
     image = _zeros(model, input_size)
     calls: dict[nn.Module, list[Call]] = {module: [] for module in modules}
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        place = output
+        applied_at = output
         if isinstance(module, nn.ConvTranspose2d):  # its kernel is spread around each pixel of the input
-            place = args[0] if args else kwargs["input"]
-        calls[module].append(Call((output.shape[-2], output.shape[-1]), place.numel() // place.shape[-3]))
+            applied_at = args[0] if args else kwargs["input"]
+        pixels = applied_at.numel() // applied_at.shape[-3]
+        calls[module].append(Call((output.shape[-2], output.shape[-1]), pixels))
 
     training = {module: module.training for module in model.modules()}
     public = [(name, value) for module in training for name, value in vars(module).items() if not name.startswith("_")]
     caches = [(value, dict(value)) for _, value in public if type(value) is dict]
     handles = [module.register_forward_hook(record, with_kwargs=True) for module in calls]
     try:
-        for module in training:  # not model.eval(), which a model may have taken for "merge the weights now"
+        for module in training:  # not model.eval(), which some models override to merge their weights
             module.training = False
         with torch.no_grad():
             try:
@@ -104,9 +105,9 @@ def convolution_calls(
     finally:
         for handle in handles:
             handle.remove()
-        for kept, before in caches:  # LeViT keeps its biases in eval mode, which loading others would not renew
-            kept.clear()
-            kept.update(before)
+        for cache, before in caches:  # LeViT caches its biases in eval mode, and loading others would not update them
+            cache.clear()
+            cache.update(before)
         for module, flag in training.items():
             module.training = flag
     return calls
@@ -120,18 +121,17 @@ def _zeros(model: nn.Module, input_size: tuple[int, int, int]) -> Tensor:
     tensors = [*model.parameters(), *model.buffers()]
     if any(nn.parameter.is_lazy(tensor) for tensor in tensors):
         raise ValueError(
-            f"`model` (={type(model).__name__}) has parameters that are not initialised yet, which a forward pass "
-            "would do; run one batch first"
+            f"`model` (={type(model).__name__}) has lazy parameters that are not initialised yet; run one batch first"
         )
     like = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
     return torch.zeros(1, *size, device=like.device, dtype=like.dtype)
 
 
 def default_input_size(model: nn.Module) -> tuple[int, int, int]:
-    """(channels, height, width) of the images ``model`` is meant for: timm's where it says so, else 224x224 pixels.
+    """(channels, height, width) of the images that ``model`` is made for: as timm states, else 224x224 pixels.
 
-    The channels are those of the model's first ``nn.Conv2d``, since timm goes on to state 3 for a model made for
-    others; but timm's, or 3, where there are too many for an image, as in stems that turn pixels into channels.
+    The channels are those of the model's first ``nn.Conv2d``, since timm states 3 whatever ``in_chans`` is; but timm's
+    number, or 3, if these are too many for an image, as in stems that turn pixels into channels.
     """
     size = next((found for module in model.modules() if (found := _timm_input_size(module))), (3, 224, 224))
     channels = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), size[0])
@@ -151,7 +151,7 @@ def _timm_input_size(module: nn.Module) -> tuple[int, int, int] | None:
 def macs_per_pixel(conv: nn.Module) -> int:
     """MACs of a plain 2-D convolution for one output pixel: C_out * C_in/groups * kh * kw.
 
-    For one input pixel, where it is a transposed one. 0 where a lazy one does not know its channels yet.
+    For one input pixel if it is a transposed one. 0 if it is lazy and its channels are not known yet.
     """
     height, width = conv.kernel_size  # type: ignore[misc]
     return _dense_macs(conv) * height * width
@@ -160,7 +160,7 @@ def macs_per_pixel(conv: nn.Module) -> int:
 def folded_macs_per_pixel(layer: ACUConv2d) -> int | None:
     """MACs of ``layer.fold()`` for one output pixel, at the present positions.
 
-    None where they are not finite or on the meta device, and nothing can be folded.
+    None if they are not finite or on the meta device, so that they cannot be folded.
     """
     offsets = layer.active_offsets().detach()
     if offsets.is_meta or not offsets.isfinite().all():
@@ -169,10 +169,10 @@ def folded_macs_per_pixel(layer: ACUConv2d) -> int | None:
 
 
 def fractional_fold_macs_per_pixel(layer: ACUConv2d) -> int:
-    """MACs of ``layer.fold()`` for one output pixel if taps lay between pixels, within one of where they started.
+    """MACs of ``layer.fold()`` for one output pixel with taps between pixels, within one of where they started.
 
-    A 3x3 then becomes a 5x5 and a 5x5 a 7x7, with dilation 1. All position groups are taken to be alike, which makes
-    no difference except at dilations where a fold is a sum of small convolutions.
+    A 3x3 then becomes a 5x5 and a 5x5 a 7x7, with dilation 1. All position groups are assumed to be alike, which
+    matters only at dilations where the fold is a sum of small convolutions.
     """
     return _dense_macs(layer) * _fractional_cells(layer.geometry, layer.start, layer.fixed_tap)
 
@@ -190,7 +190,7 @@ def _fractional_cells(
     """Cells of the fold with every movable tap half a pixel outwards, on each axis."""
     grid = torch.tensor(geometry.grid(), dtype=torch.float64)
     offsets = torch.zeros_like(grid) if start is None else torch.tensor(start, dtype=torch.float64)
-    # From the centre of a grid; from the output pixel for a free shape, whose grid is one point.
+    # Away from the centre of the grid; for a free shape, whose grid is one point, away from the output pixel.
     outwards = torch.where(grid + offsets < (grid.amin(0) + grid.amax(0)) / 2, -0.5, 0.5)
     moved = offsets.trunc() + outwards  # (a start between pixels stays between those two)
     if fixed_tap is not None:

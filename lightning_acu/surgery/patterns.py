@@ -1,4 +1,4 @@
-"""Which modules are meant: names as peft matches them, and kernel sizes."""
+"""How arguments select modules: by name patterns, matched as in peft, and by kernel size."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["NoEffectWarning", "kernel_size_pair", "name_matcher", "warn_of_idle_
 
 
 class NoEffectWarning(UserWarning):
-    """A conversion that matched no module."""
+    """A conversion or a pattern that matched no module."""
 
 
 def kernel_size_pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    """3 to (3, 3); a ValueError for what is no kernel size."""
+    """(3, 3) for 3; a ValueError for what is not a kernel size."""
     pair = (size, size) if isinstance(size, int) else tuple(size)
     if len(pair) != 2 or min(pair) < 1:
         raise ValueError(f"`kernel_sizes` has {size!r}; each must be an int >= 1 or a pair of them")
@@ -26,7 +26,10 @@ def kernel_size_pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def name_matcher(argument: str, patterns: str | Sequence[str] | None) -> Callable[[str], bool]:
-    """Peft's convention: a str is a regular expression for the whole name, a sequence lists names or endings."""
+    """A function from a name to whether ``patterns`` match it.
+
+    As in peft, a str is a regular expression for the whole name, and a sequence lists names or their endings.
+    """
     if patterns is None:
         return lambda name: False
     if isinstance(patterns, str):
@@ -40,7 +43,7 @@ def name_matcher(argument: str, patterns: str | Sequence[str] | None) -> Callabl
 
 
 def warn_of_idle_patterns(model: nn.Module, stacklevel: int, **arguments: str | Sequence[str] | None) -> None:
-    """A misspelt name would otherwise convert, or leave out, nothing."""
+    """Warn of each pattern that matches no convolution: a misspelt name would silently convert or exclude nothing."""
     names = [name for aliases in named_conv2ds(model).values() for name in aliases]
     for argument, patterns in arguments.items():
         for pattern in [patterns] if isinstance(patterns, str) else patterns or ():

@@ -181,7 +181,7 @@ def test_an_input_size_of_fractions():
 
 def test_parameters_not_initialised_yet_stay_so():
     model = nn.LazyConv2d(4, 3)
-    with pytest.raises(ValueError, match=r"`model` \(=LazyConv2d\) has parameters that are not initialised yet"):
+    with pytest.raises(ValueError, match=r"`model` \(=LazyConv2d\) has lazy parameters that are not initialised yet"):
         report_acu(model, (3, 8, 8))
     assert report_acu(model).rows[0].macs == 0
 

@@ -15,7 +15,7 @@ from lightning_acu import ConvertConfig, convert_to_acu, create_model, fold_acu,
 from lightning_acu.classifier import ImageClassifier
 from lightning_acu.surgery import NoEffectWarning
 
-REASON = "in the first stage, which preset='C23' leaves as it is"
+REASON = "in the first stage, which preset='C23' leaves plain"
 
 #: Convolutions of 3x3 and 5x5 in each model, and those of them whose output has the highest resolution.
 MODELS = {
@@ -161,7 +161,7 @@ def pruned():
 @pytest.mark.parametrize(
     ("make", "why"),
     [
-        (lambda: CondConv2d(4, 8, 3, num_experts=2), "mixed anew for every image"),
+        (lambda: CondConv2d(4, 8, 3, num_experts=2), "mixed from several experts for every image"),
         (pruned, "recomputed from other parameters.*pruning"),
         (lambda: Unknown(4, 8, 3), "no rule for the class Unknown"),
     ],
