@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .geometry import ConvGeometry
+from .geometry import LIMIT, ConvGeometry
 
 __all__ = [
     "FAR",
@@ -39,7 +39,7 @@ __all__ = [
 _NEIGHBOURS = ((0, 0), (0, 1), (1, 0), (1, 1))
 
 #: Offsets are clamped to this many pixels: far outside any image, and still exact as an integer.
-FAR = 2.0**20
+FAR = float(LIMIT)
 
 #: One kernel over all cells is used until it holds this many times the cells of one small kernel per tap.
 #: Such a kernel does more arithmetic, but one large convolution runs nearer to the peak than many small ones.
@@ -150,35 +150,35 @@ def plan_windows(
     grid, steps = _constants(geometry)
     corner = whole + grid  # (P, K, 2)
     neighbours = corner[:, :, None, :] + steps  # (P, K, 4, 2)
-    used = torch.ones(neighbours.shape[:-1], dtype=torch.bool)
+    used = torch.ones(neighbours.shape[:-1], dtype=torch.bool, device="cpu")
     if not gradient:
         used = ((fraction != 0)[:, :, None, :] | (steps == 0)).all(-1)
     span = _span(neighbours[used], geometry)
     if input_size is not None and span.area > geometry.taps:  # (the kernel as it was is best left as it was)
-        size, stride = torch.tensor(input_size), torch.tensor(geometry.stride)
-        reach = (torch.tensor(geometry.output_size(input_size)) - 1) * stride
+        size = _integers(input_size)
+        reach = (_integers(geometry.output_size(input_size)) - 1) * _integers(geometry.stride)
         used &= ((neighbours < size) & (neighbours + reach >= 0)).all(-1)
         if not used.any():
-            return Plan((), torch.zeros(used.shape, dtype=torch.long))
+            return Plan((), torch.zeros(used.shape, dtype=torch.long, device="cpu"))
         span = _span(neighbours[used], geometry)
 
     taps = used.any(-1)
-    # One number for each cell, so that a set can count them: columns lie in a range of less than 2^22.
-    cells = (corner[taps] * torch.tensor((1 << 22, 1))).sum(-1).tolist()
+    # One number for each cell, so that a set can count them: columns lie in a range of less than 2^32.
+    cells = (corner[taps] * _integers((1 << 32, 1))).sum(-1).tolist()
     origins = {cell: place for place, cell in enumerate(dict.fromkeys(cells))}
     box_height, box_width = (1 + bool((used & (steps[:, axis] == 1)).any()) for axis in (0, 1))
     area = box_height * box_width
     if span.area <= _SPARSE_FACTOR * len(origins) * area:
-        first_cell = torch.tensor((span.top, span.left))
-        place = (neighbours - first_cell).div(torch.tensor(span.dilation), rounding_mode="floor")
+        first_cell = _integers((span.top, span.left))
+        place = (neighbours - first_cell).div(_integers(span.dilation), rounding_mode="floor")
         windows: tuple[Window, ...] = (span,)
-        index = (place * torch.tensor((span.width, 1))).sum(-1)
+        index = (place * _integers((span.width, 1))).sum(-1)
     else:
         first = dict(zip(cells, corner[taps].tolist(), strict=True))
         windows = tuple(Window(first[cell][0], first[cell][1], box_height, box_width) for cell in origins)
-        window = torch.zeros(taps.shape, dtype=torch.long)
-        window[taps] = torch.tensor([origins[cell] for cell in cells])
-        index = window[..., None] * area + (steps * torch.tensor((box_width, 1))).sum(-1)
+        window = torch.zeros(taps.shape, dtype=torch.long, device="cpu")
+        window[taps] = _integers([origins[cell] for cell in cells])
+        index = window[..., None] * area + (steps * _integers((box_width, 1))).sum(-1)
     return Plan(windows, index.masked_fill(~used, sum(window.area for window in windows)))
 
 
@@ -191,7 +191,12 @@ def regular_window(geometry: ConvGeometry) -> Window:
 @functools.lru_cache
 def _constants(geometry: ConvGeometry) -> tuple[Tensor, Tensor]:
     """The regular grid (K, 2) and the steps to the neighbours (4, 2)."""
-    return torch.tensor(geometry.grid()), torch.tensor(_NEIGHBOURS)
+    with torch.inference_mode(False):  # the tensors are kept, and an inference tensor would not serve in training
+        return _integers(geometry.grid()), _integers(_NEIGHBOURS)
+
+
+def _integers(values: Sequence[int] | Sequence[tuple[int, int]]) -> Tensor:
+    return torch.tensor(values, dtype=torch.long, device="cpu")
 
 
 def _span(cells: Tensor, geometry: ConvGeometry) -> Window:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .geometry import ConvGeometry, Padding, integers, resolve_padding
-from .ops import check_backend, op, reference, without_autocast
+from .ops import check_backend, op, reference, require_memory, without_autocast
 
 __all__ = ["acu_conv2d"]
 
@@ -59,15 +59,18 @@ def acu_conv2d(
 
     Raises:
         TypeError: an unsupported dtype, something other than a tensor, or numbers that are not integers.
-        ValueError: an invalid shape or number, or an unknown backend; the message names argument and value.
-        RuntimeError: arguments on different devices, or a named backend that cannot run here.
+        ValueError: an invalid shape or number (2^20 or more, for one), or an unknown backend; the message names argument
+            and value.
+        RuntimeError: arguments on different devices, memory that was freed, or a named backend that cannot run here.
 
     References:
         Y. Jeon and J. Kim, Active Convolution: Learning the Shape of Convolution for Image Classification, CVPR 2017
         (arXiv 1703.09076), section 3, equations 1 to 7.
     """
     check_backend(backend)
-    stride, dilation, (groups,) = _pair("stride", stride, 1), _pair("dilation", dilation, 0), integers("groups", groups)
+    stride, dilation = _pair("stride", stride, 1), _pair("dilation", dilation, 0)
+    if type(groups) is not int:
+        groups = _one("groups", groups)
     _check_tensors(input, weight, offsets, bias, groups)
     kernel_size = (weight.shape[2], weight.shape[3])
     geometry = ConvGeometry(
@@ -83,6 +86,9 @@ def acu_conv2d(
         )
 
     device = input.device.type
+    tensors = (input, weight, offsets) if bias is None else (input, weight, offsets, bias)
+    if (backend == "reference" or _autocast_enabled(device)) and not op.needs_operator(*tensors):
+        require_memory(*tensors)  # before torch's own functions read it; the backends look for themselves
     if _autocast_enabled(device):  # as autocast does for conv2d; the offsets keep their precision
         dtype = torch.get_autocast_dtype(device)
         if input.dtype != torch.float64:
@@ -100,6 +106,13 @@ def acu_conv2d(
 
 def _autocast_enabled(device: str) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)  # "meta" has none, and torch raises
+
+
+def _one(name: str, value: int) -> int:
+    numbers = integers(name, value)
+    if len(numbers) != 1:
+        raise ValueError(f"`{name}` (={value!r}) must be one int")
+    return numbers[0]
 
 
 def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:

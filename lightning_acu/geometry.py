@@ -6,7 +6,10 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["ConvGeometry", "Padding", "integers", "resolve_padding", "same_padding"]
+__all__ = ["LIMIT", "ConvGeometry", "Padding", "integers", "resolve_padding", "same_padding"]
+
+#: Strides, paddings, dilations and sides of images are less, in pixels: positions are clamped there.
+LIMIT = 2**20
 
 #: int, (rows, columns), (left, right, top, bottom) as in ``F.pad``, "same" or "valid".
 Padding = int | Sequence[int] | str
@@ -49,13 +52,23 @@ class ConvGeometry:
 
 
 def integers(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
-    """One int or a sequence of ints as a tuple; a TypeError that names the argument for anything else."""
-    if type(value) is int:
+    """One int or several, as a tuple.
+
+    Raises:
+        TypeError: something else, also bool, which counts as an int in Python alone.
+        ValueError: an int of 2^20 or more.
+    """
+    if type(value) is int and -LIMIT < value < LIMIT:
         return (value,)
     try:
-        return tuple(map(operator.index, value)) if isinstance(value, Sequence) else (operator.index(value),)
+        numbers = tuple(map(operator.index, value)) if isinstance(value, Sequence) else (operator.index(value),)
+        if any(isinstance(number, bool) for number in (value if isinstance(value, Sequence) else (value,))):
+            raise TypeError("bool")
     except TypeError as error:
         raise TypeError(f"`{name}` (={value!r}) must be an int or a sequence of ints") from error
+    if any(abs(number) >= LIMIT for number in numbers):
+        raise ValueError(f"`{name}` (={value!r}) must be less than 2^20 (={LIMIT})")
+    return numbers
 
 
 def resolve_padding(

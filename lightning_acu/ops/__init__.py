@@ -5,7 +5,7 @@ why it cannot serve this input (None: it can), ``prefers`` whether it is the fas
 compute. To add one, write the module (beside ``dense.py``, or in a folder as ``cpu/``) and name it in ``BACKENDS``.
 """
 
-from .backends import BACKENDS, available_backends, check_backend, without_autocast
+from .backends import BACKENDS, available_backends, check_backend, require_memory, without_autocast
 from .op import acu_conv2d_op
 
-__all__ = ["BACKENDS", "acu_conv2d_op", "available_backends", "check_backend", "without_autocast"]
+__all__ = ["BACKENDS", "acu_conv2d_op", "available_backends", "check_backend", "require_memory", "without_autocast"]

@@ -17,7 +17,16 @@ from .cpu import backend as cpu_backend
 from .memory_format import memory_format, preserved_format
 from .triton import backend as triton_backend
 
-__all__ = ["BACKENDS", "Backend", "available_backends", "backward", "check_backend", "forward", "without_autocast"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "available_backends",
+    "backward",
+    "check_backend",
+    "forward",
+    "require_memory",
+    "without_autocast",
+]
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:
@@ -124,10 +133,33 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=2)
 
 
+def require_memory(*tensors: Tensor | None) -> None:
+    """A RuntimeError where a tensor's memory was freed, as ``tensor.untyped_storage().resize_(0)`` does (and FSDP).
+
+    Compiled kernels would read what lies behind it.
+    """
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        size = tensor.untyped_storage().nbytes()
+        if (size < tensor.nbytes or tensor.storage_offset()) and tensor.numel() and size < _extent(tensor):
+            raise RuntimeError(
+                f"the memory of a tensor of shape {tuple(tensor.shape)} was freed: its storage has {size} bytes and "
+                f"would need {_extent(tensor)}; allocate it again before the call"
+            )
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes of its storage up to the end of ``tensor``, which has elements."""
+    steps = ((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return int(tensor.storage_offset() + sum(steps) + 1) * tensor.itemsize
+
+
 def forward(
     input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, geometry: ConvGeometry, backend: str
 ) -> Tensor:
     """The output, computed by ``backend`` and not recorded by autograd. Shapes have been checked."""
+    require_memory(input, weight, offsets, bias)
     # The caller has cast for autocast already; in here, autocast would cast the float32 positions too.
     with without_autocast(input.device.type):
         chosen = _select(backend, input, weight, offsets, geometry)
@@ -145,6 +177,7 @@ def backward(
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients of input, weight and offsets, None where ``needs`` does not ask for one; not recorded by autograd."""
+    require_memory(grad, input, weight, offsets)
     with without_autocast(input.device.type):
         chosen = _select(backend, input, weight, offsets, geometry, needs)
         grads = chosen.backward(grad, input, weight, offsets, geometry, needs)

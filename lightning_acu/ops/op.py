@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from ..geometry import ConvGeometry
+from ..geometry import LIMIT, ConvGeometry
 from . import backends
 from .memory_format import memory_format, preserved_format
 
-__all__ = ["acu_conv2d", "acu_conv2d_backward_op", "acu_conv2d_op"]
+__all__ = ["acu_conv2d", "acu_conv2d_backward_op", "acu_conv2d_op", "needs_operator"]
 
 
 def _geometry(
@@ -45,14 +45,28 @@ def _configuration(geometry: ConvGeometry) -> tuple[Sequence[int], Sequence[int]
     return geometry.stride, geometry.padding, geometry.dilation, geometry.groups
 
 
-def _check_shapes(
+def _check(
     input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, grad: Tensor | None, geometry: ConvGeometry
 ) -> None:
     """What the kernels rely on: a graph calls the operator past the clearer checks of :func:`lightning_acu.acu_conv2d`.
 
     Raises:
-        ValueError: shapes that do not fit each other.
+        TypeError: dtypes that cannot be used together.
+        ValueError: shapes or numbers that do not fit each other.
     """
+    named = {"input": input, "weight": weight, "offsets": offsets, "bias": bias, "grad": grad}
+    tensors = {name: tensor for name, tensor in named.items() if tensor is not None}
+    same = {tensor.dtype for name, tensor in tensors.items() if name != "offsets"}
+    if len(same) > 1 or not input.is_floating_point() or offsets.dtype not in (torch.float32, torch.float64):
+        given = ", ".join(f"`{name}` {tensor.dtype}" for name, tensor in tensors.items())
+        raise TypeError(f"offsets must be float32 or float64, the others of one floating point dtype; got {given}")
+    if len({tensor.device for tensor in tensors.values()}) > 1:
+        given = ", ".join(f"`{name}` {tensor.device}" for name, tensor in tensors.items())
+        raise ValueError(f"all tensors must be on one device; got {given}")
+    if min(geometry.stride) < 1 or min(*geometry.padding, *geometry.dilation) < 0 or geometry.groups < 1:
+        raise ValueError(f"stride and groups must be at least 1, padding and dilation at least 0; got {geometry}")
+    if max(*geometry.stride, *geometry.padding, *geometry.dilation) >= LIMIT:
+        raise ValueError(f"stride, padding and dilation must be less than 2^20 (={LIMIT}); got {geometry}")
     c_out, per_group, kh, kw = weight.shape
     fits = (
         input.ndim == 4
@@ -62,11 +76,11 @@ def _check_shapes(
         and len(offsets) > 0
         and c_out % len(offsets) == 0
         and (bias is None or bias.shape == (c_out,))
+        and min(geometry.output_size(input.shape[2:])) > 0
         and (grad is None or grad.shape == (len(input), c_out, *geometry.output_size(input.shape[2:])))
     )
     if not fits:
-        shapes = {"input": input, "weight": weight, "offsets": offsets, "bias": bias, "grad": grad}
-        given = ", ".join(f"`{name}` {tuple(t.shape)}" for name, t in shapes.items() if t is not None)
+        given = ", ".join(f"`{name}` {tuple(tensor.shape)}" for name, tensor in tensors.items())
         raise ValueError(f"these shapes do not fit each other: {given}, with {geometry}")
 
 
@@ -84,7 +98,7 @@ def acu_conv2d_op(
 ) -> Tensor:
     """:func:`lightning_acu.acu_conv2d` after its checks, with offsets (P, K, 2), padding (top, left, bottom, right)."""
     geometry = _geometry(weight, stride, padding, dilation, groups)
-    _check_shapes(input, weight, offsets, bias, None, geometry)
+    _check(input, weight, offsets, bias, None, geometry)
     return backends.forward(input, weight, offsets, bias, geometry, backend)
 
 
@@ -119,7 +133,7 @@ def acu_conv2d_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of input, weight and offsets; an empty tensor for each that ``needs`` does not ask for."""
     geometry = _geometry(weight, stride, padding, dilation, groups)
-    _check_shapes(input, weight, offsets, None, grad, geometry)
+    _check(input, weight, offsets, None, grad, geometry)
     grads = backends.backward(grad, input, weight, offsets, geometry, backend, needs)
     grad_input, grad_weight, grad_offsets = (
         tensor.new_empty(0) if result is None else result
@@ -181,6 +195,28 @@ def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
     )
 
 
+def _map_over_batch(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """The rule of torch.vmap: the operator for one entry after the other."""
+
+    def rule(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
+        results = [
+            operator(
+                *(
+                    argument.select(dim, entry) if isinstance(dim, int) else argument
+                    for argument, dim in zip(arguments, in_dims, strict=True)
+                )
+            )
+            for entry in range(info.batch_size)
+        ]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
+
+    return rule
+
+
+acu_conv2d_op.register_vmap(_map_over_batch(acu_conv2d_op))
+acu_conv2d_backward_op.register_vmap(_map_over_batch(acu_conv2d_backward_op))
 acu_conv2d_op.register_autograd(
     lambda ctx, grad: _gradients(ctx, grad, _backward_by_operator), setup_context=_setup_context
 )
@@ -205,7 +241,7 @@ def _backward_flops(grad_shape: Any, input_shape: Any, weight_shape: Any, *args:
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
-#: What :func:`_needs_operator` asks: private to torch, so that a version may lack it.
+#: What :func:`needs_operator` asks: private to torch, so that a version may lack it.
 _PRIVATE = (
     (torch._C, "DispatchKeySet"),
     (torch._C, "_dispatch_tls_local_include_set"),
@@ -234,15 +270,17 @@ def acu_conv2d(
 ) -> Tensor:
     """What :func:`acu_conv2d_op` computes, through it only where that makes a difference. Shapes have been checked."""
     tensors = (input, weight, offsets) if bias is None else (input, weight, offsets, bias)
-    if _needs_operator(*tensors):
+    if needs_operator(*tensors):
         _refuse_tangents(*tensors)
+        if _is_transformed():
+            return _Transformable.apply(input, weight, offsets, bias, *_configuration(geometry), backend)  # type: ignore[no-any-return]
         return acu_conv2d_op(input, weight, offsets, bias, *_configuration(geometry), backend)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return _EagerConvolution.apply(input, weight, offsets, bias, geometry, backend)  # type: ignore[no-any-return]
     return backends.forward(input, weight, offsets, bias, geometry, backend)
 
 
-def _needs_operator(*tensors: Tensor) -> bool:
+def needs_operator(*tensors: Tensor) -> bool:
     """Whether the operator itself has to be called.
 
     By torch.compile and export (first: what follows cannot be compiled), tensor subclasses, modes (fake tensors, FLOP
@@ -260,14 +298,67 @@ def _needs_operator(*tensors: Tensor) -> bool:
     )
 
 
+def _is_transformed() -> bool:
+    """Whether torch.func's transforms or vmap are at work."""
+    functorch = None if torch.compiler.is_compiling() else getattr(torch._C, "_functorch", None)
+    return functorch is not None and functorch.peek_interpreter_stack() is not None
+
+
 def _refuse_tangents(*tensors: Tensor) -> None:
     """A RuntimeError where a tensor has a forward-mode derivative: the operator would drop it."""
     if torch.compiler.is_compiling():
         return
     if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
-        raise RuntimeError(
-            "acu_conv2d has no forward-mode derivatives in its fast backends; use backend='reference' for jvp"
-        )
+        _no_forward_mode()
+
+
+def _no_forward_mode() -> None:
+    raise RuntimeError(
+        "acu_conv2d has no forward-mode derivatives in its fast backends; use backend='reference' for jvp"
+    )
+
+
+class _UnderTransforms(torch.autograd.Function):
+    """For torch.func, whose transforms cannot differentiate an operator that is written in Python."""
+
+    generate_vmap_rule = True  # forward and backward are operators, and those have rules
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        _no_forward_mode()
+
+
+class _Transformable(_UnderTransforms):
+    @staticmethod
+    def forward(*inputs: Any) -> Tensor:
+        return acu_conv2d_op(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _setup_context(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, grad, _transformable_backward)
+
+
+class _TransformableBackward(_UnderTransforms):
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return acu_conv2d_backward_op(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        _no_double_backward(ctx, *grads)
+
+
+def _transformable_backward(*arguments: Any) -> list[Tensor | None]:
+    grads, needs = _TransformableBackward.apply(*arguments), arguments[-1]
+    return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 
 class _EagerConvolution(torch.autograd.Function):
@@ -292,6 +383,6 @@ def _eager_backward(
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     # Gradients are enabled where second derivatives will be asked for, which the operator refuses.
-    if torch.is_grad_enabled() or _needs_operator(grad, input, weight, offsets):
+    if torch.is_grad_enabled() or needs_operator(grad, input, weight, offsets):
         return _backward_by_operator(grad, input, weight, offsets, *_configuration(geometry), backend, needs)
     return backends.backward(grad, input, weight, offsets, geometry, backend, needs)
