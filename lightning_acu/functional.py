@@ -59,8 +59,8 @@ def acu_conv2d(
 
     Raises:
         TypeError: an unsupported dtype, something other than a tensor, or numbers that are not integers.
-        ValueError: an invalid shape or number (2^20 or more, for one), or an unknown backend; the message names argument
-            and value.
+        ValueError: an invalid shape or number, as is one of 2^20 or more, or an unknown backend; the message names
+            argument and value.
         RuntimeError: arguments on different devices, memory that was freed, or a named backend that cannot run here.
 
     References:
