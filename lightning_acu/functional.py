@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .geometry import ConvGeometry, Padding, integers, resolve_padding
+from .geometry import LIMIT, STRIDE_LIMIT, ConvGeometry, Padding, integers, resolve_padding
 from .ops import check_backend, op, reference, require_memory, without_autocast
 
 __all__ = ["acu_conv2d"]
@@ -59,8 +59,8 @@ def acu_conv2d(
 
     Raises:
         TypeError: an unsupported dtype, something other than a tensor, or numbers that are not integers.
-        ValueError: an invalid shape or number, as is one of 2^20 or more, or an unknown backend; the message names
-            argument and value.
+        ValueError: an invalid shape or number, as is a padding or dilation of 2^20 or more, or an unknown backend; the
+            message names argument and value.
         RuntimeError: arguments on different devices, memory that was freed, or a named backend that cannot run here.
 
     References:
@@ -68,7 +68,7 @@ def acu_conv2d(
         (arXiv 1703.09076), section 3, equations 1 to 7.
     """
     check_backend(backend)
-    stride, dilation = _pair("stride", stride, 1), _pair("dilation", dilation, 0)
+    stride, dilation = _pair("stride", stride, 1, STRIDE_LIMIT), _pair("dilation", dilation, 0)
     if type(groups) is not int:
         groups = _one("groups", groups)
     _check_tensors(input, weight, offsets, bias, groups)
@@ -115,8 +115,8 @@ def _one(name: str, value: int) -> int:
     return numbers[0]
 
 
-def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
-    numbers = integers(name, value)
+def _pair(name: str, value: int | Sequence[int], least: int, limit: int = LIMIT) -> tuple[int, int]:
+    numbers = integers(name, value, limit)
     if len(numbers) not in (1, 2) or min(numbers) < least:
         raise ValueError(f"`{name}` (={value}) must be an int >= {least} or a pair of them")
     return numbers[0], numbers[-1]

@@ -6,10 +6,13 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["LIMIT", "ConvGeometry", "Padding", "integers", "resolve_padding", "same_padding"]
+__all__ = ["LIMIT", "STRIDE_LIMIT", "ConvGeometry", "Padding", "integers", "resolve_padding", "same_padding"]
 
-#: Strides, paddings, dilations and sides of images are less, in pixels: positions are clamped there.
+#: Paddings, dilations and sides of images are less, in pixels: positions are clamped there.
 LIMIT = 2**20
+
+#: Strides are less: beyond any image, and a sum of some of them is still an int64.
+STRIDE_LIMIT = 2**40
 
 #: int, (rows, columns), (left, right, top, bottom) as in ``F.pad``, "same" or "valid".
 Padding = int | Sequence[int] | str
@@ -51,14 +54,14 @@ class ConvGeometry:
         return [(i * dh - top, j * dw - left) for i in range(kh) for j in range(kw)]
 
 
-def integers(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
+def integers(name: str, value: int | Sequence[int], limit: int = LIMIT) -> tuple[int, ...]:
     """One int or several, as a tuple.
 
     Raises:
         TypeError: something else, also bool, which counts as an int in Python alone.
-        ValueError: an int of 2^20 or more.
+        ValueError: an int of ``limit`` or more, or of ``-limit`` or less.
     """
-    if type(value) is int and -LIMIT < value < LIMIT:
+    if type(value) is int and -limit < value < limit:
         return (value,)
     try:
         numbers = tuple(map(operator.index, value)) if isinstance(value, Sequence) else (operator.index(value),)
@@ -66,8 +69,8 @@ def integers(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
             raise TypeError("bool")
     except TypeError as error:
         raise TypeError(f"`{name}` (={value!r}) must be an int or a sequence of ints") from error
-    if any(abs(number) >= LIMIT for number in numbers):
-        raise ValueError(f"`{name}` (={value!r}) must be less than 2^20 (={LIMIT})")
+    if any(abs(number) >= limit for number in numbers):
+        raise ValueError(f"`{name}` (={value!r}) must be less than {limit}")
     return numbers
 
 

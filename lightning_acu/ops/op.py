@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from ..geometry import LIMIT, ConvGeometry
+from ..geometry import LIMIT, STRIDE_LIMIT, ConvGeometry
 from . import backends
 from .memory_format import memory_format, preserved_format
 
@@ -65,8 +65,10 @@ def _check(
         raise ValueError(f"all tensors must be on one device; got {given}")
     if min(geometry.stride) < 1 or min(*geometry.padding, *geometry.dilation) < 0 or geometry.groups < 1:
         raise ValueError(f"stride and groups must be at least 1, padding and dilation at least 0; got {geometry}")
-    if max(*geometry.stride, *geometry.padding, *geometry.dilation) >= LIMIT:
-        raise ValueError(f"stride, padding and dilation must be less than 2^20 (={LIMIT}); got {geometry}")
+    if max(*geometry.padding, *geometry.dilation) >= LIMIT or max(geometry.stride) >= STRIDE_LIMIT:
+        raise ValueError(
+            f"padding and dilation must be less than {LIMIT}, stride less than {STRIDE_LIMIT}; got {geometry}"
+        )
     c_out, per_group, kh, kw = weight.shape
     fits = (
         input.ndim == 4
