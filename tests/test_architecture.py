@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 #: From the ground up: a module may import those of its own level's room and of lower levels.
 LEVELS = [
-    {"checks", "geometry", "sharded"},
+    {"checks", "files", "geometry", "sharded"},
     {"expansion", "rounding"},
     {"ops"},
     {"functional"},

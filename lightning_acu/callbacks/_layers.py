@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
@@ -15,6 +16,7 @@ from ..figures import LayerShape, shapes_of
 from ..training import averaged_models, trained_layers
 
 __all__ = [
+    "PositionCallback",
     "averages_of",
     "averaging_callbacks",
     "callbacks_of",
@@ -26,6 +28,21 @@ __all__ = [
     "swapped_in",
     "trained_shapes",
 ]
+
+
+class PositionCallback(pl.Callback):
+    """The base of this package's callbacks: a Trainer calls them, Fabric does not."""
+
+    def on_after_setup(self, *arguments: Any, **keywords: Any) -> NoReturn:
+        """Raise an error: Fabric calls this hook where it sets up a module, and of our others none by itself.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            f"{type(self).__name__} is a callback of lightning.pytorch.Trainer, whose hooks Fabric does not call; in "
+            "a loop of your own call the functions of lightning_acu.training (see docs/training.md, Without Lightning)"
+        )
 
 
 def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:

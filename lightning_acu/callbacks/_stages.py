@@ -12,12 +12,19 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from ._layers import averaging_callbacks, callbacks_of
+from ..files import require_writable
+from ._layers import averaging_callbacks, callbacks_of, is_fast_dev_run
 
 if TYPE_CHECKING:
     from .round_then_finetune import RoundThenFinetune
 
-__all__ = ["evaluate_stages", "require_local_directory", "run_directory"]
+__all__ = [
+    "evaluate_stages",
+    "require_local_directory",
+    "require_writable_directory",
+    "run_directory",
+    "warn_not_written",
+]
 
 #: The names of stages, and of the checkpoints that RoundThenFinetune keeps of them.
 _KEPT = {"before rounding": "before_rounding", "after rounding": "rounded"}
@@ -115,6 +122,35 @@ def require_local_directory(callback: pl.Callback, trainer: pl.Trainer, remedy: 
             f"{type(callback).__name__} writes local files, but this run's directory is {where!r}; choose a local "
             f"directory for the logger or the trainer's default_root_dir, or set {remedy}"
         )
+
+
+def require_writable_directory(callback: pl.Callback, trainer: pl.Trainer, remedy: str) -> None:
+    """Check that files can be written to the run's directory; create it where it does not exist.
+
+    Call it when training starts: some loggers have no directory before. A collective operation, to be called on every
+    process; all raise the same error.
+
+    Raises:
+        RuntimeError: they cannot.
+    """
+    if is_fast_dev_run(trainer) or trainer.barebones:  # these write no files
+        return
+    directory, problem = run_directory(trainer), ""
+    if trainer.is_global_zero:
+        try:
+            require_writable(directory)
+        except OSError as error:
+            problem = f"{type(error).__name__}: {error}"
+    if problem := trainer.strategy.broadcast(problem):
+        raise RuntimeError(
+            f"{type(callback).__name__} cannot write files to this run's directory {str(directory)!r} ({problem}); "
+            f"choose another for the logger or the trainer's default_root_dir, or set {remedy}"
+        )
+
+
+def warn_not_written(callback: pl.Callback, path: Path, error: OSError) -> None:
+    """Say that a file could not be written; the training goes on, because it is worth more than the file."""
+    rank_zero_warn(f"{type(callback).__name__}: {path} could not be written ({type(error).__name__}: {error})")
 
 
 def _kept_checkpoints(rounding: RoundThenFinetune) -> dict[str, Path]:

@@ -10,6 +10,7 @@ from dataclasses import fields
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
@@ -19,7 +20,7 @@ from ..conv import acu_layers
 from ..folded import FoldedConv2d
 from ..surgery import ConvertConfig, NoEffectWarning, report_acu, was_folded
 from ..training import add_late_positions, trained_layers
-from ._layers import averages_of, callbacks_of, require_lightning
+from ._layers import PositionCallback, averages_of, callbacks_of, require_lightning
 
 __all__ = ["ConvertToACU"]
 
@@ -30,7 +31,7 @@ _BUILDING = ("setup", "configure_model")
 _BEFORE = "acu_before"
 
 
-class ConvertToACU(pl.Callback):
+class ConvertToACU(PositionCallback):
     """Calls :func:`lightning_acu.convert_to_acu` on the LightningModule, early enough for everything that follows.
 
     For modules whose code you cannot edit; in your own, call ``convert_to_acu`` in ``__init__`` or ``configure_model``,
@@ -53,7 +54,8 @@ class ConvertToACU(pl.Callback):
     Raises:
         TypeError: an unknown argument; during setup, a model that FSDP2 has already sharded in its ``configure_model``
             (convert there, before ``fully_shard``).
-        RuntimeError: before training starts, if no convolution was converted, or an averaging callback is listed first.
+        RuntimeError: before training starts, if no convolution was converted, an averaging callback is listed first,
+            or the strategy trains copies of the module in processes of its own ("ddp_spawn", "ddp_notebook").
 
     Example::
 
@@ -74,10 +76,12 @@ class ConvertToACU(pl.Callback):
                 raise TypeError(f"ConvertToACU has no argument {name!r}; {hint}")
         self.config = ConvertConfig(target_modules=target_modules, **arguments)
         self.filter_fn = filter_fn
+        self._spawned = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Convert the layers that exist, and those that the module's ``setup`` and ``configure_model`` will build."""
         require_lightning(self, pl_module)
+        self._spawned = stage == "fit" and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
         later = [name for name in _BUILDING if is_overridden(name, pl_module)]
         for name in later:
             _wrap(pl_module, name, functools.partial(self._convert, pl_module, final=name == later[-1]))
@@ -138,6 +142,14 @@ class ConvertToACU(pl.Callback):
                 ) from error
         report = report_acu(module)
         if len(report.converted) > before:
+            if self._spawned:
+                # Lightning loads what the processes learned into the module that they were started with, which has
+                # no layer for the positions, and says nothing about those that are left over.
+                raise RuntimeError(
+                    f"ConvertToACU: this strategy starts processes that convert copies of {type(module).__name__}, and "
+                    "the learned positions would be lost when they end; call convert_to_acu in its __init__, or use "
+                    "strategy='ddp'"
+                )
             rank_zero_info(
                 f"ConvertToACU: {len(report.converted)} of {len(report.rows)} convolutions of {type(module).__name__} "
                 "are active"

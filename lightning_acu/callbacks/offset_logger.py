@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,11 +15,19 @@ from torch import Tensor
 from ..checks import whole_number
 from ..conv import ACUConv2d
 from ..figures import animate_shapes, plot_shapes
+from ..files import write_whole
 from ..metrics import position_metrics
 from ..statistics import layer_statistics
 from ..training import parameter_ids
-from ._layers import is_fast_dev_run, require_layers, require_lightning, require_whole_positions, trained_shapes
-from ._stages import require_local_directory, run_directory
+from ._layers import (
+    PositionCallback,
+    is_fast_dev_run,
+    require_layers,
+    require_lightning,
+    require_whole_positions,
+    trained_shapes,
+)
+from ._stages import require_local_directory, require_writable_directory, run_directory, warn_not_written
 
 __all__ = ["OffsetLogger"]
 
@@ -28,7 +39,7 @@ _MAX_FRAMES = 64
 _MAX_NUMBERS = 4_000_000
 
 
-class OffsetLogger(pl.Callback):
+class OffsetLogger(PositionCallback):
     """Logs how far the taps of every layer have moved and how fast, and draws the learned shapes.
 
     Scalars go to every attached logger, in pixels (``step_speed``: pixels per step, mean since the last record):
@@ -50,7 +61,11 @@ class OffsetLogger(pl.Callback):
 
     Raises:
         ValueError: ``every_n_steps`` or ``figures_every_n_steps`` below 1.
-        RuntimeError: before training starts, if the model has no active convolution.
+        RuntimeError: before training starts, if the model has no active convolution, or the log directory cannot be
+            written to.
+
+    Warns:
+        UserWarning: a picture could not be written; the training goes on.
 
     Example::
 
@@ -98,7 +113,9 @@ class OffsetLogger(pl.Callback):
             require_local_directory(self, trainer, "`figures` and `animation` to False")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Record where the taps start."""
+        """Check that pictures can be written; record where the taps start."""
+        if self.figures or self.animation:
+            require_writable_directory(self, trainer, "`figures` and `animation` to False")
         held = parameter_ids(trainer.optimizers)
         layers = require_layers(self, pl_module)
         if not any(id(layer.offsets) in held for _, layer in layers):
@@ -188,14 +205,13 @@ class OffsetLogger(pl.Callback):
     def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> None:
         path, shapes = run_directory(trainer) / name, trained_shapes(pl_module)
         if trainer.is_global_zero:
-            path.parent.mkdir(parents=True, exist_ok=True)
             figure = plot_shapes(shapes, title=f"iteration {trainer.global_step:,}")
-            figure.savefig(path)
+            written = self._write(path, lambda file: write_whole(file, figure.savefig))
             for logger in trainer.loggers:
                 experiment: Any = getattr(logger, "experiment", None)
                 if hasattr(experiment, "add_figure"):  # TensorBoard
                     experiment.add_figure("acu/shapes", figure, trainer.global_step)
-                elif hasattr(logger, "log_image"):  # W&B
+                elif hasattr(logger, "log_image") and written:  # W&B
                     logger.log_image("acu/shapes", [str(path)], step=trainer.global_step)
 
     def _animate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -203,14 +219,21 @@ class OffsetLogger(pl.Callback):
         if trainer.is_global_zero:
             assert self._last is not None
             frames = self._frames + ([] if self._frames[-1][0] == self._last[0] else [self._last])
-            path.parent.mkdir(parents=True, exist_ok=True)
-            animate_shapes(
-                [
-                    (step, [replace(shape, positions=positions[shape.name]) for shape in shapes])
-                    for step, positions in frames
-                ],
-                path,
-            )
+            film = [
+                (step, [replace(shape, positions=positions[shape.name]) for shape in shapes])
+                for step, positions in frames
+            ]
+            written = self._write(path, functools.partial(animate_shapes, film))
             for logger in trainer.loggers:
-                if hasattr(logger, "log_video"):  # W&B
+                if hasattr(logger, "log_video") and written:  # W&B
                     logger.log_video("acu/film", [str(path)], step=trainer.global_step, format=["gif"])
+
+    def _write(self, path: Path, write: Callable[[Path], Any]) -> bool:
+        """Whether the file could be written; a picture that cannot be written must not end a training."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(path)
+        except OSError as error:
+            warn_not_written(self, path, error)
+            return False
+        return True

@@ -22,7 +22,7 @@ from ..training import (
 )
 from ._clock import LearningPhase, PositionClock, Warmup
 from ._gate import GradientGate
-from ._layers import callbacks_of, require_layers, require_lightning, require_whole_positions
+from ._layers import PositionCallback, callbacks_of, require_layers, require_lightning, require_whole_positions
 from ._position_groups import PositionGroups
 
 __all__ = ["PositionLRSchedule"]
@@ -33,7 +33,7 @@ _PAPERS_WARMUP = 10_000
 _FAR = 25
 
 
-class PositionLRSchedule(pl.Callback):
+class PositionLRSchedule(PositionCallback):
     """Trains positions as the paper does: a small learning rate, after a warm-up, along normalised gradients.
 
     Positions move into a parameter group of their own (named "acu_positions"). Its learning rate is, at every step and

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from ..checks import at_least
 from ..conv import ACUConv2d
 from ..figures import plot_shapes
+from ..files import write_whole
 from ..statistics import LayerStatistics, layer_statistics
 from ..training import (
     Collision,
@@ -29,6 +30,7 @@ from ..training import (
 from ._clock import Moment, PositionClock, step_of_rounding, total_steps
 from ._gate import GradientGate
 from ._layers import (
+    PositionCallback,
     averages_of,
     is_fast_dev_run,
     require_layers,
@@ -38,12 +40,12 @@ from ._layers import (
     swapped_in,
     trained_shapes,
 )
-from ._stages import require_local_directory, run_directory
+from ._stages import require_local_directory, require_writable_directory, run_directory, warn_not_written
 
 __all__ = ["RoundThenFinetune"]
 
 
-class RoundThenFinetune(pl.Callback):
+class RoundThenFinetune(PositionCallback):
     """Rounds all positions to the lattice at one step, then trains on with frozen positions (the paper's ACU-Round).
 
     A rounded layer is a plain convolution again, or a sparse one, and runs everywhere; fine-tuning adapts the weights
@@ -132,7 +134,9 @@ class RoundThenFinetune(pl.Callback):
             require_local_directory(self, trainer, "`keep` to False")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check that the step of rounding is part of this training."""
+        """Check that checkpoints can be kept, and that the step of rounding is part of this training."""
+        if self.keep:
+            require_writable_directory(self, trainer, "`keep` to False")
         step, steps = step_of_rounding(self, trainer), total_steps(trainer)
         if self.finetune_lr is not None and self.finetune_schedule.needs_total and math.isinf(steps):
             raise RuntimeError(
@@ -249,15 +253,24 @@ class RoundThenFinetune(pl.Callback):
         directory = run_directory(trainer)
         if self.keep and not is_fast_dev_run(trainer) and not trainer.barebones:
             path = Path(directory, f"{name}.ckpt")
-            with swapped_in(trainer, pl_module):
-                trainer.save_checkpoint(path, weights_only=True)
-            self.checkpoints[name] = str(path)
+            try:
+                with swapped_in(trainer, pl_module):
+                    trainer.save_checkpoint(path, weights_only=True)
+            except OSError as error:  # of process 0 alone: the others wait for it where saving ends
+                warn_not_written(self, path, error)
+                trainer.strategy.barrier("Trainer.save_checkpoint")
+            else:
+                self.checkpoints[name] = str(path)
 
     def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         shapes = trained_shapes(pl_module)
         if trainer.is_global_zero and "before_rounding" in self.checkpoints:
             path = Path(self.checkpoints["before_rounding"]).with_name("shapes_before_rounding.png")
-            plot_shapes(shapes, title=f"before rounding, iteration {trainer.global_step:,}").savefig(path)
+            figure = plot_shapes(shapes, title=f"before rounding, iteration {trainer.global_step:,}")
+            try:
+                write_whole(path, figure.savefig)
+            except OSError as error:
+                warn_not_written(self, path, error)
 
     def _freeze(self, trainer: pl.Trainer, optimizer: Optimizer, layers: Sequence[ACUConv2d]) -> None:
         # None, not requires_grad=False: DDP waits for the gradients of all parameters that it had at the start.

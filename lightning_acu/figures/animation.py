@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from PIL import Image
 
+from ..files import write_whole
 from .panel import FIXED, FRAME, GRID, INK, LEARNED, MOST_SETS, SETS, SHARED, START
 from .plot import Page
 from .shapes import LayerShape, common_reach
@@ -46,6 +47,7 @@ def animate_shapes(
     Raises:
         ValueError: there are no frames or no layers in them, the layers differ between frames, or another argument is
             out of range.
+        OSError: the file cannot be written; no part of it is left.
     """
     path = Path(path)
     _check(frames, path, seconds, dpi)
@@ -72,8 +74,12 @@ def animate_shapes(
     pause = max(_SHORTEST, round(seconds / max(1, len(images) - 1), 2))  # GIF counts hundredths
     durations = [round(1000 * pause)] * (len(images) - 1) + [round(1000 * _HOLD)]
     first, *rest = images
-    # Optimized: what did not change since the last frame is stored as transparent, in a third of the bytes.
-    first.save(path, "GIF", save_all=True, append_images=rest, duration=durations, loop=0, optimize=True)
+
+    def save(temporary: Path) -> None:
+        # Optimized: what did not change since the last frame is stored as transparent, in a third of the bytes.
+        first.save(temporary, "GIF", save_all=True, append_images=rest, duration=durations, loop=0, optimize=True)
+
+    write_whole(path, save)
     return path
 
 
