@@ -40,7 +40,7 @@ def layer_statistics(layer: ACUConv2d) -> LayerStatistics:
     positions, offsets = layer.positions.cpu(), layer.active_offsets().detach().cpu()
     movable = layer.movable.cpu()
     distance = layer.displacement.cpu().norm(dim=-1)[:, movable]
-    off_lattice = (offsets != offsets.round()).any(-1)[:, movable]
+    off_lattice = (offsets - offsets.round() != 0).any(-1)[:, movable]  # inf - inf is nan, and differs from 0
     collisions = sum(len(taps) - len(taps.unique(dim=0)) for taps in positions)
     taps = distance.numel()  # 0 for a 1x1 kernel, whose only tap is fixed
     return LayerStatistics(

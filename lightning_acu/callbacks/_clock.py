@@ -17,35 +17,45 @@ from lightning.pytorch.utilities import rank_zero_warn
 from ..checks import at_least, whole_number
 from ._layers import callbacks_of, is_fast_dev_run
 
-__all__ = ["LearningPhase", "Moment", "PositionClock", "Warmup", "epoch_steps", "step_of_rounding", "total_steps"]
+__all__ = ["LearningPhase", "Length", "Moment", "PositionClock", "Warmup"]
 
 
-def epoch_steps(trainer: pl.Trainer, epochs: int = 1) -> float:
-    """Optimizer steps in the first ``epochs`` epochs; inf if the loader has no length.
+@dataclass(frozen=True)
+class Length:
+    """What the trainer was told of the length of a training when it began, and that length in optimizer steps.
 
-    With several optimizers (manual optimisation), each is assumed to step once a batch.
+    Remembered because StochasticWeightAveraging changes both on its way: for a model with batch norm it adds an epoch,
+    and in that one accumulates the gradients of all batches.
     """
-    if not epochs:
-        return 0
-    if trainer.train_dataloader is None:
-        trainer.fit_loop.setup_data()
-    batches = trainer.num_training_batches
-    if math.isinf(batches):
-        return math.inf
-    scheduled = [c for c in callbacks_of(trainer) if isinstance(c, GradientAccumulationScheduler)]
-    if not scheduled:
-        steps = math.ceil(batches / trainer.accumulate_grad_batches) * epochs
-    else:
-        steps = sum(math.ceil(batches / scheduled[0].get_accumulate_grad_batches(epoch)) for epoch in range(epochs))
-    return steps * max(1, len(trainer.optimizers))
 
+    max_epochs: int | None = None
+    accumulate_grad_batches: int = 1
 
-def total_steps(trainer: pl.Trainer) -> float:
-    """Optimizer steps of the whole training; inf if its end is not known."""
-    steps = math.inf if trainer.max_steps == -1 else trainer.max_steps
-    if trainer.max_epochs is not None and trainer.max_epochs != -1:
-        steps = min(steps, epoch_steps(trainer, max(1, trainer.max_epochs)))
-    return steps
+    def epoch_steps(self, trainer: pl.Trainer, epochs: int = 1) -> float:
+        """Optimizer steps in the first ``epochs`` epochs; inf if the loader has no length.
+
+        With several optimizers (manual optimisation), each is assumed to step once a batch.
+        """
+        if not epochs:
+            return 0
+        if trainer.train_dataloader is None:
+            trainer.fit_loop.setup_data()
+        batches = trainer.num_training_batches
+        if math.isinf(batches):
+            return math.inf
+        scheduled = [c for c in callbacks_of(trainer) if isinstance(c, GradientAccumulationScheduler)]
+        if not scheduled:
+            steps = math.ceil(batches / self.accumulate_grad_batches) * epochs
+        else:
+            steps = sum(math.ceil(batches / scheduled[0].get_accumulate_grad_batches(epoch)) for epoch in range(epochs))
+        return steps * max(1, len(trainer.optimizers))
+
+    def total_steps(self, trainer: pl.Trainer) -> float:
+        """Optimizer steps of the whole training; inf if its end is not known."""
+        steps = math.inf if trainer.max_steps == -1 else trainer.max_steps
+        if self.max_epochs is not None and self.max_epochs != -1:
+            steps = min(steps, self.epoch_steps(trainer, max(1, self.max_epochs)))
+        return steps
 
 
 @dataclass(frozen=True)
@@ -74,7 +84,7 @@ class Moment:
         """The argument and its value, for messages."""
         return next(f"`{name}` (={value})" for name, value in asdict(self).items() if value is not None)
 
-    def step(self, trainer: pl.Trainer) -> float | None:
+    def step(self, trainer: pl.Trainer, length: Length) -> float | None:
         """The optimizer step; None for ``at_epoch`` if the length of an epoch is not known.
 
         Raises:
@@ -83,10 +93,10 @@ class Moment:
         if self.at_step is not None:
             return self.at_step
         if self.at_epoch is not None:
-            steps = epoch_steps(trainer, self.at_epoch)
+            steps = length.epoch_steps(trainer, self.at_epoch)
             return None if math.isinf(steps) else steps
         assert self.at_fraction is not None
-        steps = total_steps(trainer)
+        steps = length.total_steps(trainer)
         if math.isinf(steps):
             raise RuntimeError(
                 f"RoundThenFinetune: {self} needs a training with a known end; set the trainer's max_steps (or "
@@ -94,11 +104,11 @@ class Moment:
             )
         return math.ceil(self.at_fraction * steps)
 
-    def has_come(self, trainer: pl.Trainer) -> bool:
+    def has_come(self, trainer: pl.Trainer, length: Length) -> bool:
         """Whether it has been reached; call it before a step."""
         if self.at_epoch is not None:
             return trainer.current_epoch >= self.at_epoch
-        step = self.step(trainer)
+        step = self.step(trainer, length)
         return step is not None and trainer.global_step >= step
 
 
@@ -113,9 +123,9 @@ class Warmup:
         """The argument and its value, for messages."""
         return f"`warmup_epochs` (={self.epochs})" if self.epochs else f"`warmup_steps` (={self.steps})"
 
-    def length(self, trainer: pl.Trainer) -> float:
-        """Its length in steps; inf for epochs of a loader that has no length."""
-        return epoch_steps(trainer, self.epochs) if self.epochs else self.steps
+    def end(self, trainer: pl.Trainer, length: Length) -> float:
+        """The step at which it ends; inf for epochs of a loader that has no length."""
+        return length.epoch_steps(trainer, self.epochs) if self.epochs else self.steps
 
     def lasts(self, trainer: pl.Trainer, step: int) -> bool:
         """Whether ``step``, a step of the current epoch, is part of the warm-up."""
@@ -141,15 +151,6 @@ class Rounding(Protocol):
     rounded_at: int | None
 
 
-def step_of_rounding(rounding: Rounding, trainer: pl.Trainer) -> float | None:
-    """The optimizer step before which positions are, or were, rounded; None if it is not known.
-
-    Raises:
-        RuntimeError: ``at_fraction`` of a training whose end is not known.
-    """
-    return rounding.moment.step(trainer) if rounding.rounded_at is None else rounding.rounded_at
-
-
 class PositionClock:
     """Answers whether positions may learn now: from the end of the warm-up until they are rounded.
 
@@ -160,6 +161,11 @@ class PositionClock:
     def __init__(self) -> None:
         #: The callbacks that will round the positions of this module, or have done so.
         self.roundings: list[Rounding] = []
+        self.length = Length()
+
+    def begin(self, trainer: pl.Trainer) -> None:
+        """Remember the length of the training; call it in ``setup``, before other callbacks' ``on_fit_start``."""
+        self.length = Length(trainer.max_epochs, trainer.accumulate_grad_batches)
 
     def add(self, rounding: Rounding) -> None:
         """Take ``rounding`` into account from now on; adding it twice does no harm."""
@@ -176,6 +182,14 @@ class PositionClock:
             return False
         return warmup is None or not warmup.lasts(trainer, trainer.global_step if step is None else step)
 
+    def step_of(self, rounding: Rounding, trainer: pl.Trainer) -> float | None:
+        """The optimizer step before which positions are, or were, rounded; None if it is not known.
+
+        Raises:
+            RuntimeError: ``at_fraction`` of a training whose end is not known.
+        """
+        return rounding.moment.step(trainer, self.length) if rounding.rounded_at is None else rounding.rounded_at
+
     def phase(self, trainer: pl.Trainer, warmup: Warmup) -> LearningPhase:
         """The steps in which positions learn: from the end of the warm-up to rounding, or to the end of the training.
 
@@ -185,10 +199,10 @@ class PositionClock:
         Warns:
             UserWarning: the training ends before the warm-up does.
         """
-        start = warmup.length(trainer)
-        steps = end = total_steps(trainer)
+        start = warmup.end(trainer, self.length)
+        steps = end = self.length.total_steps(trainer)
         for rounding in self.roundings:
-            if (moment := step_of_rounding(rounding, trainer)) is None:
+            if (moment := self.step_of(rounding, trainer)) is None:
                 continue
             end = min(end, moment)
             at_epoch = rounding.moment.at_epoch

@@ -7,6 +7,10 @@ restores them when training ends. No other patch stays on a user's module: Conve
 After clipping the gradient is complete: summed over accumulated batches, averaged over processes, unscaled. Gradients
 of positions are set aside while the weights are clipped, so that they do not count in the norm. (If positions were
 normalised before clipping, their unit gradients would dominate the norm and shrink the gradients of the weights.)
+
+Not every step comes by these methods: that of an optimizer which the user steps directly, or which is part of another
+(as in SAM), does not. While a module is trained, torch's hooks on the steps of all optimizers see those too. The hooks
+alone would not do: Lightning computes the gradients in a closure, inside the step, after the hook before it.
 """
 
 from __future__ import annotations
@@ -16,16 +20,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ..conv import ACUConv2d
-from ..training import parameter_ids, trained_layers
+from ..training import NonFiniteGuard, parameter_ids, trained_layers
 from ._clock import PositionClock
 
 __all__ = ["GradientGate"]
 
-#: Changes ``layer.offsets.grad`` of the layers that an optimizer is about to step. With None the optimizer skips the
-#: positions; with a gradient of zero, momentum and weight decay would still move them.
+#: Changes ``layer.offsets.grad`` of the layers that an optimizer is about to step; some may be None already. With None
+#: the optimizer skips the positions; with a gradient of zero, momentum and weight decay would still move them.
 Transform = Callable[[pl.Trainer, Optimizer, Sequence[ACUConv2d]], None]
 
 #: The methods of a LightningModule that the gate replaces.
@@ -44,7 +50,17 @@ class GradientGate:
         self.transforms: list[Transform] = []
         #: Shared by the callbacks of this training.
         self.clock = PositionClock()
+        #: Keeps taps whose gradient is not finite where they are, and counts them.
+        self.guard = NonFiniteGuard()
         self._layers: list[ACUConv2d] | None = None
+        self._ready = False  # the gradients of the coming step have been transformed
+        self._transformed = 0  # how often that was done
+        self._running: list[tuple[bool, int]] = []  # for each optimizer in a step: with a closure?, `_transformed`
+        self._warned = False
+        self._handles = [
+            register_optimizer_step_pre_hook(self._before_step),
+            register_optimizer_step_post_hook(self._after_step),
+        ]
         self._replaced = {name: getattr(module, name) for name in _HOOKS}
         self._own = {name: vars(module)[name] for name in _HOOKS if name in vars(module)}
         for name in _HOOKS:
@@ -71,6 +87,8 @@ class GradientGate:
         if gate is not None and transform in gate.transforms:
             gate.transforms.remove(transform)
             if not gate.transforms:
+                for handle in gate._handles:
+                    handle.remove()
                 for name in _HOOKS:
                     delattr(module, name)
                 vars(module).update(gate._own)
@@ -101,7 +119,7 @@ class GradientGate:
 
     @contextmanager
     def _positions_set_aside(self, optimizer: Optimizer) -> Iterator[None]:
-        gradients = [(layer, layer.offsets.grad) for layer in self._stepped(optimizer)]
+        gradients = [(layer, layer.offsets.grad) for layer in self.stepped(optimizer)]
         for layer, _ in gradients:
             layer.offsets.grad = None
         try:
@@ -111,17 +129,52 @@ class GradientGate:
                 layer.offsets.grad = grad
 
     def _transform(self, optimizer: Optimizer) -> None:
-        layers = self._stepped(optimizer)
+        layers = self.stepped(optimizer)
         for transform in self.transforms:
-            layers = [layer for layer in layers if layer.offsets.grad is not None]
-            if layers:
-                transform(self.module.trainer, optimizer, layers)
+            transform(self.module.trainer, optimizer, layers)
+        self.guard.before_step(layers)
+        self._ready = True
+        self._transformed += 1
 
-    def _stepped(self, optimizer: Optimizer) -> list[ACUConv2d]:
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.stepped(optimizer):
+            return
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
+        if closure is None and not self._ready:  # in mixed precision Lightning steps without a closure, too
+            self._transform(optimizer)
+            self._say_uncounted(optimizer)
+        self._running.append((closure is not None, self._transformed))
+
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.stepped(optimizer):
+            return
+        has_closure, transformed = self._running.pop()
+        if has_closure and transformed == self._transformed:
+            name = type(optimizer).__name__
+            raise RuntimeError(
+                f"{name}.step(closure) computed the gradients of positions and took the step at once, so that "
+                "positions could not be kept still, nor their gradients normalised; compute the gradients first, then "
+                f"call {name}.step() without a closure, or step what self.optimizers() returns"
+            )
+        self.guard.after_step(getattr(optimizer, "found_inf", None))  # of fused optimizers in mixed precision
+        self._ready = False
+
+    def _say_uncounted(self, optimizer: Optimizer) -> None:
+        if not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"{type(optimizer).__name__} takes steps that Lightning does not see (it is not stepped by "
+                "self.optimizers(), or is part of another optimizer, as in SAM). They are not counted in global_step, "
+                "so `warmup_steps`, `at_step`, `at_fraction`, schedules and `max_displacement` do not work: step what "
+                "self.optimizers() returns, or use `warmup_epochs` and `at_epoch` with a constant schedule"
+            )
+
+    def stepped(self, optimizer: Optimizer) -> list[ACUConv2d]:
         """The active convolutions whose positions ``optimizer`` is about to step."""
         held = parameter_ids([optimizer])
         return [layer for layer in self.layers if id(layer.offsets) in held]
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies of the module (weight averaging makes one) and pickles of it get a gate that does nothing."""
-        return {**vars(self), "transforms": [], "clock": PositionClock(), "_layers": None}
+        empty = {"transforms": [], "clock": PositionClock(), "guard": NonFiniteGuard(), "_layers": None, "_handles": []}
+        return vars(self) | empty

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from ..conv import ACUConv2d
@@ -31,7 +32,29 @@ __all__ = [
 
 
 class PositionCallback(pl.Callback):
-    """The base of this package's callbacks: a Trainer calls them, Fabric does not."""
+    """The base of this package's callbacks: they check what they promised, and refuse to be called by Fabric."""
+
+    def broken_promises(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
+        """Sentences on what this callback promised and does not hold at the end, with the likely reason.
+
+        Under FSDP2 a collective operation.
+        """
+        return []
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say in one warning what the callbacks of this package promised and does not hold.
+
+        Not in ``on_train_end``: other callbacks may change the model there, after this one.
+        """
+        ours = [callback for callback in callbacks_of(trainer) if isinstance(callback, PositionCallback)]
+        if self is ours[-1] and not is_fast_dev_run(trainer):
+            promises = [
+                f"{type(callback).__name__}: {promise}"
+                for callback in ours
+                for promise in callback.broken_promises(trainer, pl_module)
+            ]
+            if promises:
+                rank_zero_warn("After this training:\n" + "\n".join(f"* {promise}" for promise in promises))
 
     def on_after_setup(self, *arguments: Any, **keywords: Any) -> NoReturn:
         """Raise an error: Fabric calls this hook where it sets up a module, and of our others none by itself.

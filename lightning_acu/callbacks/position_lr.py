@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from ..checks import at_least, whole_number
+from ..checks import at_least, few, whole_number
 from ..conv import ACUConv2d
+from ..sharded import whole
 from ..training import (
     Schedule,
     confine_positions_,
@@ -19,6 +22,7 @@ from ..training import (
     normalize_gradients_,
     parameter_ids,
     tie_learning_rates,
+    trained_layers,
 )
 from ._clock import LearningPhase, PositionClock, Warmup
 from ._gate import GradientGate
@@ -104,13 +108,22 @@ class PositionLRSchedule(PositionCallback):
         self._phase = LearningPhase(self.warmup_steps, math.inf)
         self._step = 0
         self._groups = PositionGroups(self.multiplier, self.weight_decay, self.optimizer_idx)
-        self._warned = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self._warned_far = False
+        self._said_not_finite = 0  # how many gradients, when it was last said
+        self._still: dict[str, Tensor] | None = None  # the positions, while the warm-up lasts
+        self._moved: list[str] = []  # the layers whose positions moved in the warm-up
+        self._looked_at: set[int] = set()  # the ids of optimizers whose gradients were looked at
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Install the gate between gradients and optimizers, before LearningRateFinder takes its first steps."""
         require_lightning(self, pl_module)
         if stage == "fit":
+            self._forget()
             self._clock = GradientGate.add(pl_module, self._transform).clock
+            self._clock.begin(trainer)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Split the parameter groups, before the optimizers' state is restored from a checkpoint."""
@@ -140,6 +153,9 @@ class PositionLRSchedule(PositionCallback):
             )
         self._step = trainer.global_step
         self._tie(trainer)
+        if self._warmup.lasts(trainer, trainer.global_step):
+            layers = require_layers(self, pl_module)
+            self._still = {name: whole(layer.offsets.detach()).cpu().clone() for name, layer in layers}
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the ratio after a scheduler that steps between epochs: LearningRateMonitor reads the rates now."""
@@ -149,6 +165,7 @@ class PositionLRSchedule(PositionCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Keep the ratio of learning rates."""
+        self._watch_warmup(trainer, pl_module)
         if self._groups.have_changed(trainer):
             self._groups.update(trainer, require_layers(self, pl_module))
         self._tie(trainer)
@@ -175,16 +192,41 @@ class PositionLRSchedule(PositionCallback):
         self._tie(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Warn of taps that have diverged."""
-        if not self._warned:
-            layers = require_layers(self, pl_module)
-            furthest = max((layer.displacement.abs().max() / max(layer.dilation[0], 1)).item() for _, layer in layers)
+        """Warn of taps that have diverged, and of gradients that are not finite; each once."""
+        layers = require_layers(self, pl_module)
+        if not self._warned_far:
+            furthest = torch.stack(
+                [layer.displacement.abs().max().cpu() / max(layer.dilation[0], 1) for _, layer in layers]
+            ).max()  # nan where any is
             if furthest > _FAR:
-                self._warned = True
+                self._warned_far = True
                 rank_zero_warn(
                     f"PositionLRSchedule: taps are up to {furthest:.0f} pixels (in units of the dilation) from where "
                     f"they started; lower `multiplier` (={self.multiplier}) or set `max_displacement`"
                 )
+        count = self._not_finite(pl_module)
+        if count and not self._said_not_finite:
+            self._said_not_finite = count
+            rank_zero_warn(f"PositionLRSchedule: {_gradients_text(count, trainer.global_step)}")
+
+    def broken_promises(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
+        """Positions that are not finite or moved in the warm-up; gradients that were not finite."""
+        broken = []
+        self._watch_warmup(trainer, pl_module, ended=True)
+        layers = trained_layers(pl_module)
+        if names := [name for name, layer in layers if not layer.active_offsets().isfinite().all()]:
+            broken.append(
+                f"the positions of {few(names)} are not finite (nan or inf), although gradients that are not finite "
+                "are left out: something other than the optimizer changed them"
+            )
+        if (count := self._not_finite(pl_module)) != self._said_not_finite:
+            broken.append(_gradients_text(count, trainer.global_step))
+        if self._moved:
+            broken.append(
+                f"the positions of {few(self._moved)} moved in the warm-up ({self._warmup}): something other than a "
+                "step of the optimizer changed them, such as weights that were loaded or averaged"
+            )
+        return broken
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Restore the module's methods: Lightning does not call teardown after an exception."""
@@ -195,22 +237,73 @@ class PositionLRSchedule(PositionCallback):
         if stage == "fit":
             GradientGate.remove(pl_module, self._transform)
 
+    def _not_finite(self, pl_module: pl.LightningModule) -> int:
+        gate = GradientGate.of(pl_module)
+        return 0 if gate is None else gate.guard.count
+
+    def _watch_warmup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, ended: bool = False) -> None:
+        """Compare the positions with those at the start, once, when the warm-up or the training is over."""
+        if self._still is not None and (ended or not self._warmup.lasts(trainer, trainer.global_step)):
+            now = dict(trained_layers(pl_module))
+            self._moved = [
+                name
+                for name, before in self._still.items()
+                if name in now and not torch.equal(whole(now[name].offsets.detach()).cpu(), before)
+            ]
+            self._still = None
+
     def _tie(self, trainer: pl.Trainer) -> None:
         factor = self.multiplier * self.schedule.rate(self._phase.time(trainer.global_step), self._phase.length)
         for optimizer in self._groups.optimizers(trainer):
             tie_learning_rates(optimizer, factor)
 
     def _transform(self, trainer: pl.Trainer, optimizer: Optimizer, layers: Sequence[ACUConv2d]) -> None:
-        if self.optimizer_idx is not None and optimizer is not trainer.optimizers[self.optimizer_idx]:
-            return
+        if self.optimizer_idx is not None:
+            held = parameter_ids(self._groups.optimizers(trainer))
+            layers = [layer for layer in layers if id(layer.offsets) in held]
         # LearningRateFinder and BatchSizeFinder remove all callbacks and give all groups the same learning rate.
-        if not self._clock.may_learn(trainer, self._warmup) or self not in callbacks_of(trainer):
+        attached = self in callbacks_of(trainer)
+        if attached and id(optimizer) not in self._looked_at:
+            self._looked_at.add(id(optimizer))
+            self._say_unused(trainer, layers)
+        if not attached or not self._clock.may_learn(trainer, self._warmup):
             for layer in layers:
                 layer.offsets.grad = None
-        elif self.normalize:
+            return
+        if self.normalize:
             normalize_gradients_(layers)
             scaler = getattr(trainer.precision_plugin, "scaler", None)
             if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
                 # Fused optimizers unscale gradients of mixed precision themselves, in the step.
                 for layer in layers:
-                    layer.offsets.grad = scaler.scale(layer.offsets.grad)
+                    if layer.offsets.grad is not None:
+                        layer.offsets.grad = scaler.scale(layer.offsets.grad)
+
+    def _say_unused(self, trainer: pl.Trainer, layers: Sequence[ACUConv2d]) -> None:
+        """Warn of layers whose weights have gradients and whose positions have none; rounded positions need none."""
+        unused = {
+            id(layer)
+            for layer in layers
+            if layer.offsets.requires_grad and layer.offsets.grad is None and _has_gradient(layer, "weight")
+        }
+        if unused and self._clock.may_learn(trainer):
+            names = [name for name, layer in trained_layers(trainer.lightning_module) if id(layer) in unused]
+            rank_zero_warn(
+                f"PositionLRSchedule: the positions of {few(names)} got no gradient in the first step, although the "
+                "weights did, so they will not learn: most likely the model does not call the layer but reads its "
+                "`weight`, as in F.conv2d(x, self.conv.weight). fold_acu would then change its output; call the "
+                "layer, or leave it out of the conversion with `exclude_modules`"
+            )
+
+
+def _has_gradient(layer: ACUConv2d, name: str) -> bool:
+    parameter = layer._parameters.get(name)  # weight norm and the like compute it from others
+    return parameter is not None and parameter.grad is not None
+
+
+def _gradients_text(count: int, step: int) -> str:
+    return (
+        f"gradients of taps were not finite (nan or inf); number by step {step}: {count}; each time that tap stayed "
+        "where it was. If the loss is not finite, lower the learning rate, or look for a division by zero or the "
+        "square root of zero"
+    )

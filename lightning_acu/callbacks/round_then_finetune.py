@@ -21,13 +21,14 @@ from ..training import (
     Collision,
     Schedule,
     check_collision,
+    check_finite,
     find_schedule,
     keep_rounded_,
     rate_ratios,
     restart_rates,
     round_layers,
 )
-from ._clock import Moment, PositionClock, step_of_rounding, total_steps
+from ._clock import Moment, PositionClock
 from ._gate import GradientGate
 from ._layers import (
     PositionCallback,
@@ -75,7 +76,8 @@ class RoundThenFinetune(PositionCallback):
     Raises:
         ValueError: not exactly one of the first three arguments is given, or it is out of range.
         RuntimeError: before training starts, if the model has no active convolution, the training ends before the step
-            of rounding, or the strategy is not supported; when rounding, for collisions under "error".
+            of rounding, or the strategy is not supported; when rounding, for positions that are not finite, or
+            collisions under "error".
 
     Example::
 
@@ -124,6 +126,7 @@ class RoundThenFinetune(PositionCallback):
             if trainer.global_step == 0:
                 self._forget()
             self._clock = GradientGate.add(pl_module, self._freeze).clock
+            self._clock.begin(trainer)
             self._clock.add(self)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -137,7 +140,7 @@ class RoundThenFinetune(PositionCallback):
         """Check that checkpoints can be kept, and that the step of rounding is part of this training."""
         if self.keep:
             require_writable_directory(self, trainer, "`keep` to False")
-        step, steps = step_of_rounding(self, trainer), total_steps(trainer)
+        step, steps = self._clock.step_of(self, trainer), self._clock.length.total_steps(trainer)
         if self.finetune_lr is not None and self.finetune_schedule.needs_total and math.isinf(steps):
             raise RuntimeError(
                 f"RoundThenFinetune: `finetune_schedule` (={self.finetune_schedule}) needs a training with a known "
@@ -159,7 +162,7 @@ class RoundThenFinetune(PositionCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Round when the step is reached."""
-        if self.rounded_at is None and self.moment.has_come(trainer):
+        if self.rounded_at is None and self.moment.has_come(trainer, self._clock.length):
             self._round(trainer, pl_module)
         self._restart_rates(trainer)
 
@@ -219,6 +222,7 @@ class RoundThenFinetune(PositionCallback):
 
     def _round(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         layers = require_layers(self, pl_module)
+        check_finite(layers)  # before anything is kept
         learned = {name: layer_statistics(layer) for name, layer in layers}
         self._keep(trainer, pl_module, "before_rounding")
         self._draw(trainer, pl_module)
@@ -245,7 +249,7 @@ class RoundThenFinetune(PositionCallback):
 
     def _restart_rates(self, trainer: pl.Trainer) -> None:
         if self.finetune_lr is not None and self.rounded_at is not None:
-            length = total_steps(trainer) - self.rounded_at
+            length = self._clock.length.total_steps(trainer) - self.rounded_at
             factor = self.finetune_schedule.rate(trainer.global_step - self.rounded_at, length)
             restart_rates(trainer.optimizers, self._ratios, self.finetune_lr * factor)
 

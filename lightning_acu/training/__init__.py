@@ -4,15 +4,18 @@ In the order in which a training needs them:
 
 * :mod:`.param_groups`: a parameter group for positions, with a learning rate tied to that of the weights;
 * :mod:`.schedules`: factors on that learning rate over the steps in which positions learn;
-* :mod:`.gradients`: unit gradients before a step; after it, a limit on displacement and a pull towards whole pixels;
+* :mod:`.gradients`: unit gradients and a guard against nan before a step; after it, a limit on displacement and a pull
+  towards whole pixels;
 * :mod:`.rounding`: rounding of all positions to whole pixels, before fine-tuning;
-* :mod:`.averages`: averaged copies of the model, which have to get the same rounded positions.
+* :mod:`.averages`: averaged copies of the model, which have to get the same rounded positions;
+* :mod:`.copies`: copies of its positions of any other kind.
 
 The callbacks in :mod:`lightning_acu.callbacks` call these functions from Lightning's hooks.
 """
 
 from .averages import averaged_layers, averaged_models, is_average, keep_rounded_, trained_layers
-from .gradients import apply_to_pairs_, confine_positions_, normalize_gradients_, unit_vectors
+from .copies import copied_positions, hold_copies_, on_whole_pixels
+from .gradients import NonFiniteGuard, apply_to_pairs_, confine_positions_, normalize_gradients_, unit_vectors
 from .param_groups import (
     GROUP_NAME,
     add_late_positions,
@@ -24,7 +27,7 @@ from .param_groups import (
     split_off_positions,
     tie_learning_rates,
 )
-from .rounding import Collision, RoundingReport, check_collision, round_layers
+from .rounding import Collision, RoundingReport, check_collision, check_finite, round_layers
 from .schedules import Constant, Cosine, LatticeDecay, Linear, Schedule, Step, find_schedule
 
 __all__ = [
@@ -34,6 +37,7 @@ __all__ = [
     "Cosine",
     "LatticeDecay",
     "Linear",
+    "NonFiniteGuard",
     "RoundingReport",
     "Schedule",
     "Step",
@@ -42,12 +46,16 @@ __all__ = [
     "averaged_layers",
     "averaged_models",
     "check_collision",
+    "check_finite",
     "confine_positions_",
+    "copied_positions",
     "find_schedule",
+    "hold_copies_",
     "is_average",
     "is_position_group",
     "keep_rounded_",
     "normalize_gradients_",
+    "on_whole_pixels",
     "parameter_ids",
     "rate_ratios",
     "restart_rates",

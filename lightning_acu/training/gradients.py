@@ -1,4 +1,4 @@
-"""Unit gradients of positions, and corrections of positions after a step.
+"""Unit gradients of positions, a guard against gradients that are not finite, and corrections after a step.
 
 Each is one operation on the (dy, dx) pairs of all layers: many small ones would leave a GPU waiting for launches.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from ..conv import ACUConv2d
 from ..sharded import copy_whole_, is_sharded, whole
 
-__all__ = ["apply_to_pairs_", "confine_positions_", "normalize_gradients_", "unit_vectors"]
+__all__ = ["NonFiniteGuard", "apply_to_pairs_", "confine_positions_", "normalize_gradients_", "unit_vectors"]
 
 
 def unit_vectors(pairs: Tensor) -> Tensor:
@@ -39,6 +39,68 @@ def normalize_gradients_(layers: Sequence[ACUConv2d]) -> None:
     have no gradient are skipped.
     """
     apply_to_pairs_([layer.offsets.grad for layer in layers if layer.offsets.grad is not None], unit_vectors)
+
+
+class NonFiniteGuard:
+    """Keeps a tap whose gradient is not finite (nan or inf) where it is for that step, and counts how often.
+
+    Without it, one such gradient makes a position nan for good. The optimizer gets a gradient of zero for that tap, so
+    that its momentum stays finite; because momentum and weight decay would still move the tap, it is put back after the
+    step. Other taps are not changed by a bit. Nothing waits for a GPU until ``count`` is read.
+
+    Example::
+
+        guard = NonFiniteGuard()
+        guard.before_step(layers)  # after clipping and normalize_gradients_
+        optimizer.step()
+        guard.after_step()
+    """
+
+    def __init__(self) -> None:
+        self._layers: list[ACUConv2d] = []
+        self._kept: list[tuple[Tensor, Tensor]] = []
+        self._counts: dict[torch.device, Tensor] = {}
+
+    @property
+    def count(self) -> int:
+        """How many gradients of taps were not finite, in all steps so far."""
+        return sum(int(count) for count in self._counts.values())
+
+    def before_step(self, layers: Sequence[ACUConv2d]) -> None:
+        """Set gradients that are not finite to zero, and remember where the taps are.
+
+        Under FSDP2 a collective operation, as is ``after_step``.
+        """
+        self._layers = [layer for layer in layers if layer.offsets.grad is not None]
+        self._kept = []
+
+        def clean(gradients: Tensor, positions: Tensor) -> Tensor:
+            finite = gradients.isfinite().all(-1, keepdim=True)
+            self._kept.append((positions, finite))
+            return torch.where(finite, gradients, 0.0)
+
+        gradients = [layer.offsets.grad for layer in self._layers if layer.offsets.grad is not None]
+        apply_to_pairs_(gradients, clean, [whole(layer.offsets.detach()) for layer in self._layers])
+
+    def after_step(self, skipped: Tensor | None = None) -> None:
+        """Put the taps back whose gradients were not finite.
+
+        Args:
+            skipped: not 0 if the optimizer did not take the step: ``optimizer.found_inf`` in mixed precision, where
+                such steps are usual and are not counted.
+        """
+        kept = iter(self._kept)
+
+        def restore(positions: Tensor) -> Tensor:
+            before, finite = next(kept)
+            bad = (~finite).sum()
+            if skipped is not None:
+                bad = bad * (skipped.to(bad.device) == 0)
+            self._counts[bad.device] = self._counts.get(bad.device, torch.zeros_like(bad)) + bad
+            return torch.where(finite, positions, before)
+
+        apply_to_pairs_([layer.offsets for layer in self._layers], restore)
+        self._layers, self._kept = [], []
 
 
 def confine_positions_(layers: Sequence[ACUConv2d], pull: float = 0.0, max_displacement: float | None = None) -> None:

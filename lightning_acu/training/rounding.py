@@ -9,11 +9,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from ..checks import few
 from ..conv import ACUConv2d
 from ..sharded import copy_whole_, whole
 from ..statistics import layer_statistics
 
-__all__ = ["Collision", "RoundingReport", "check_collision", "round_layers"]
+__all__ = ["Collision", "RoundingReport", "check_collision", "check_finite", "round_layers"]
 
 #: What to do when taps of a layer are rounded to the same pixel.
 Collision = Literal["report", "error", "separate"]
@@ -70,6 +71,25 @@ def check_collision(collision: str) -> None:
 
 
 @torch.no_grad()
+def check_finite(layers: Iterable[tuple[str, ACUConv2d]]) -> None:
+    """Check that all positions are finite; under FSDP2 a collective operation.
+
+    Raises:
+        RuntimeError: some are nan or inf; the message names the layers and taps.
+    """
+    bad = [
+        f"tap {tap}" + (f" of position group {group}" if layer.position_groups > 1 else "") + f" of {name}"
+        for name, layer in layers
+        for group, tap in (~layer.active_offsets().isfinite().all(-1)).nonzero().tolist()
+    ]
+    if bad:
+        raise RuntimeError(
+            f"positions are not finite: {few(bad)}; the training has diverged: load an earlier checkpoint, and lower "
+            "the learning rate of positions or of the weights"
+        )
+
+
+@torch.no_grad()
 def round_layers(layers: Sequence[tuple[str, ACUConv2d]], collision: Collision = "report") -> RoundingReport:
     """Round the positions of ``layers`` in place, each tap to its nearest pixel.
 
@@ -85,9 +105,11 @@ def round_layers(layers: Sequence[tuple[str, ACUConv2d]], collision: Collision =
 
     Raises:
         ValueError: ``collision`` is none of these.
-        RuntimeError: taps collided and ``collision`` is "error"; no position is changed then.
+        RuntimeError: positions are not finite, or taps collided and ``collision`` is "error"; no position is changed
+            then.
     """
     check_collision(collision)
+    check_finite(layers)
     before = [whole(layer.offsets.detach()).clone() for _, layer in layers]
     collisions = {}
     for name, layer in layers:

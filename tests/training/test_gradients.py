@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from lightning_acu import ACUConv2d
-from lightning_acu.training import apply_to_pairs_, confine_positions_, normalize_gradients_, unit_vectors
+from lightning_acu.training import (
+    NonFiniteGuard,
+    apply_to_pairs_,
+    confine_positions_,
+    normalize_gradients_,
+    unit_vectors,
+)
 
 
 @pytest.mark.parametrize(
@@ -87,3 +93,42 @@ def test_several_kinds_of_tensors_at_once():
     expected = [tensor * factor for tensor, factor in zip(tensors, factors, strict=True)]
     apply_to_pairs_(tensors, torch.mul, factors)
     assert all(torch.equal(tensor, other) for tensor, other in zip(tensors, expected, strict=True))
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_the_guard_leaves_taps_alone_whose_gradient_is_not_finite(optimizer):
+    """The other taps go exactly where they go without it."""
+    results = []
+    for poison in (None, torch.nan):
+        convs, guard = layers(), NonFiniteGuard()
+        offsets = [conv.offsets for conv in convs]
+        steps = optimizer(offsets, lr=0.1, **({"momentum": 0.9} if optimizer is torch.optim.SGD else {}))
+        torch.manual_seed(4)
+        for step in range(3):
+            for parameter in offsets:
+                parameter.grad = torch.randn_like(parameter)
+            if step == 1 and poison is not None:
+                offsets[0].grad[7] = poison
+                before = offsets[0].detach().clone()
+            guard.before_step(convs)
+            steps.step()
+            guard.after_step()
+            if step == 1 and poison is not None:
+                assert torch.equal(offsets[0][6:8], before[6:8])
+                assert not torch.equal(offsets[0][:6], before[:6])
+        results.append([parameter.detach().clone() for parameter in offsets])
+        assert guard.count == (0 if poison is None else 1)
+    assert torch.equal(results[0][1], results[1][1])
+    assert torch.equal(results[0][0][:6], results[1][0][:6])
+    assert torch.equal(results[0][0][8:], results[1][0][8:])
+    assert results[1][0].isfinite().all()
+
+
+def test_the_guard_counts_no_step_that_was_skipped():
+    convs, guard = layers(), NonFiniteGuard()
+    for skipped, count in ((torch.ones(()), 0), (torch.zeros(()), 1), (None, 2)):
+        convs[0].offsets.grad = torch.full_like(convs[0].offsets, 1.0)
+        convs[0].offsets.grad[0] = torch.inf
+        guard.before_step(convs)  # the other layer has no gradient
+        guard.after_step(skipped)
+        assert guard.count == count

@@ -80,3 +80,21 @@ def test_another_choice():
         check_collision("merge")
     with pytest.raises(ValueError, match=r"`collision` \(='merge'\)"):
         round_layers([], "merge")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("collision", ["report", "error", "separate"])
+def test_positions_that_are_not_finite_are_refused_and_nothing_is_changed(value, collision):
+    one, two = layer((0.0, 0.25), (0.0, 0.0), (3.0, 4.3)), layer((0.0, -1.4), (0.0, 0.0), (value, 0.3))
+    groups = ACUConv2d(1, 2, 3, position_groups=2)
+    with torch.no_grad():
+        groups.offsets[18] = value
+    before = [conv.offsets.detach().clone() for conv in (one, two, groups)]
+    with pytest.raises(RuntimeError, match="not finite: tap 2 of two, tap 0 of position group 1 of three; the trainin"):
+        round_layers([("one", one), ("two", two), ("three", groups)], collision)
+    for conv, offsets in zip((one, two, groups), before, strict=True):
+        assert torch.equal(conv.offsets.nan_to_num(9.0), offsets.nan_to_num(9.0))
+
+
+def test_a_fixed_tap_has_no_position_that_could_be_wrong():
+    round_layers([("one", layer((0.0, 0.25), (torch.nan, 0.0), (3.0, 4.3)))])

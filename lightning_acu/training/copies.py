@@ -1,0 +1,106 @@
+"""Copies of a model's positions, wherever they are kept: teachers, averages of one's own, dicts of weights.
+
+Unlike the averages of :mod:`.averages` they are of no known class: nobody can tell which of them should be rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..conv import ACUConv2d, acu_layers
+from ..sharded import copy_whole_, whole
+
+__all__ = ["copied_positions", "hold_copies_", "on_whole_pixels"]
+
+#: How many containers and objects are opened, one inside the other; and how many entries of a container.
+_DEPTH, _ENTRIES = 5, 1000
+
+
+def copied_positions(
+    layers: Sequence[tuple[str, ACUConv2d]], where: str, value: Any, skip: tuple[type, ...] = ()
+) -> Iterator[tuple[str, Tensor]]:
+    """(path, offsets) of each copy of the positions of ``layers`` that can be reached from ``value``.
+
+    Found are active convolutions in modules, and tensors in buffers and dicts, that have the name and the shape of the
+    ``offsets`` of one of ``layers``; in containers and in attributes of objects. Dots in names need not be there.
+
+    Args:
+        layers: (name, layer), as :func:`~lightning_acu.training.trained_layers` finds them. They are no copies.
+        where: what ``value`` is called; paths begin with it.
+        value: a module, a dict of tensors, a container of those, or any object that has them as attributes.
+        skip: classes of objects that are not searched.
+    """
+    own = {id(layer.offsets) for _, layer in layers}
+    seen: set[int] = set()
+
+    def walk(where: str, value: Any, depth: int) -> Iterator[tuple[str, Tensor]]:
+        if id(value) in seen or depth > _DEPTH or isinstance(value, (Tensor, str, bytes, type, *skip)):
+            return
+        seen.add(id(value))
+        inner: Iterable[tuple[Any, Any]] = ()
+        if isinstance(value, nn.Module):
+            named = {f"{name}.offsets" if name else "offsets": layer.offsets for name, layer in acu_layers(value)}
+            yield from positions(where, named | dict(value.named_buffers()))
+            inner = ((n, v) for n, v in vars(value).items() if n not in ("_modules", "_buffers", "_parameters"))
+        elif isinstance(value, Mapping):
+            yield from positions(where, value)
+            inner = value.items() if len(value) <= _ENTRIES else ()
+        elif isinstance(value, list | tuple | set | frozenset):
+            inner = enumerate(value) if len(value) <= _ENTRIES else ()
+        elif hasattr(value, "__dict__") and not callable(getattr(value, "__code__", None)):
+            inner = vars(value).items()
+        for name, child in list(inner):
+            yield from walk(f"{where}.{name}", child, depth + 1)
+
+    def positions(where: str, named: Mapping[Any, Any]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in named.items():
+            if not isinstance(name, str) or not isinstance(tensor, Tensor) or id(tensor) in own | seen:
+                continue
+            if _originals(layers, name, tensor):
+                seen.add(id(tensor))
+                yield f"{where}.{name}", tensor
+
+    yield from walk(where, value, 0)
+
+
+@torch.no_grad()
+def hold_copies_(layers: Sequence[tuple[str, ACUConv2d]], copies: Iterable[tuple[str, Tensor]]) -> None:
+    """Set the positions of ``copies`` to those of the ``layers`` that they are copies of.
+
+    Where several layers have the name and shape of a copy, it is the one with the closest positions.
+
+    Args:
+        layers: (name, layer) of the model, on whole pixels.
+        copies: (path, offsets), as :func:`copied_positions` finds them.
+    """
+    copies = list(copies)
+    held = {id(tensor) for _, tensor in copies}
+    layers = [(name, layer) for name, layer in layers if id(layer.offsets) not in held]
+    for path, tensor in copies:
+        values = [whole(layer.offsets.detach()).to(tensor) for layer in _originals(layers, path, tensor)]
+        if values:
+            copy = whole(tensor.detach())
+            copy_whole_(tensor, min(values, key=lambda value: (value - copy).norm().item()))
+
+
+def on_whole_pixels(offsets: Tensor) -> bool:
+    """Whether all numbers are finite and whole."""
+    return bool((offsets - offsets.round() == 0).all())  # inf - inf and nan are not 0
+
+
+def _originals(layers: Sequence[tuple[str, ACUConv2d]], name: str, tensor: Tensor) -> list[ACUConv2d]:
+    """The layers whose ``offsets`` a tensor of this name may be a copy of."""
+    if not name.endswith("offsets"):
+        return []
+    same = [(f"{own}.offsets", layer) for own, layer in layers if layer.offsets.shape == tensor.shape]
+    found = [layer for own, layer in same if _one_ends_with_the_other(f".{own}", f".{name}")]
+    bare = name.replace(".", "")  # names of buffers cannot have dots
+    return found or [layer for own, layer in same if _one_ends_with_the_other(own.replace(".", ""), bare)]
+
+
+def _one_ends_with_the_other(one: str, other: str) -> bool:
+    return one.endswith(other) or other.endswith(one)
