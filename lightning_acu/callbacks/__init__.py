@@ -6,12 +6,14 @@ Lightning.
 
 from . import schedules
 from ._stages import evaluate_stages
+from .checkpoint_after_rounding import CheckpointAfterRounding
 from .convert import ConvertToACU
 from .offset_logger import OffsetLogger
 from .position_lr import PositionLRSchedule
 from .round_then_finetune import RoundThenFinetune
 
 __all__ = [
+    "CheckpointAfterRounding",
     "ConvertToACU",
     "OffsetLogger",
     "PositionLRSchedule",

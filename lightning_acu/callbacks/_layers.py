@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from ..conv import ACUConv2d
@@ -17,11 +15,11 @@ from ..figures import LayerShape, shapes_of
 from ..training import averaged_models, trained_layers
 
 __all__ = [
-    "PositionCallback",
     "averages_of",
     "averaging_callbacks",
     "callbacks_of",
     "is_fast_dev_run",
+    "require_full_precision",
     "require_layers",
     "require_lightning",
     "require_whole_positions",
@@ -29,43 +27,6 @@ __all__ = [
     "swapped_in",
     "trained_shapes",
 ]
-
-
-class PositionCallback(pl.Callback):
-    """The base of this package's callbacks: they check what they promised, and refuse to be called by Fabric."""
-
-    def broken_promises(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
-        """Sentences on what this callback promised and does not hold at the end, with the likely reason.
-
-        Under FSDP2 a collective operation.
-        """
-        return []
-
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say in one warning what the callbacks of this package promised and does not hold.
-
-        Not in ``on_train_end``: other callbacks may change the model there, after this one.
-        """
-        ours = [callback for callback in callbacks_of(trainer) if isinstance(callback, PositionCallback)]
-        if self is ours[-1] and not is_fast_dev_run(trainer):
-            promises = [
-                f"{type(callback).__name__}: {promise}"
-                for callback in ours
-                for promise in callback.broken_promises(trainer, pl_module)
-            ]
-            if promises:
-                rank_zero_warn("After this training:\n" + "\n".join(f"* {promise}" for promise in promises))
-
-    def on_after_setup(self, *arguments: Any, **keywords: Any) -> NoReturn:
-        """Raise an error: Fabric calls this hook where it sets up a module, and of our others none by itself.
-
-        Raises:
-            TypeError: always.
-        """
-        raise TypeError(
-            f"{type(self).__name__} is a callback of lightning.pytorch.Trainer, whose hooks Fabric does not call; in "
-            "a loop of your own call the functions of lightning_acu.training (see docs/training.md, Without Lightning)"
-        )
 
 
 def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
@@ -124,6 +85,34 @@ def require_whole_positions(callback: pl.Callback, trainer: pl.Trainer) -> None:
             f"{type(callback).__name__}: {type(trainer.strategy).__name__} flattens parameters, so that positions and "
             "their gradients cannot be reached; use ModelParallelStrategy with fully_shard (FSDP2), or DDP"
         )
+
+
+def require_full_precision(callback: pl.Callback, module: nn.Module) -> None:
+    """Check that FSDP2 leaves positions in float32: 8 or 11 bits are not enough for them.
+
+    Raises:
+        RuntimeError: a mixed-precision policy casts them, or they are sharded together with half-precision weights.
+    """
+    modules = dict(module.named_modules())
+    for name, layer in trained_layers(module):
+        parents = [name.rsplit(".", count)[0] for count in range(name.count(".") + 1)] + [""]
+        state = next((get() for p in parents if (get := getattr(modules[p], "_get_fsdp_state", None))), None)
+        if state is None:
+            continue
+        half = (torch.bfloat16, torch.float16)
+        policy = getattr(getattr(state, "_mp_policy", None), "param_dtype", None)
+        if policy in half:
+            raise RuntimeError(
+                f"{type(callback).__name__}: the MixedPrecisionPolicy(param_dtype={policy}) of fully_shard would cast "
+                f"the positions of {name}, which need float32; leave `mp_policy` out and train with "
+                "Trainer(precision='bf16-mixed'), which casts weights and images only"
+            )
+        if layer.weight.dtype in half:
+            raise RuntimeError(
+                f"{type(callback).__name__}: FSDP2 cannot shard the {layer.weight.dtype} weights of {name} together "
+                "with its positions, which stay in float32; keep the model in float32 and train with "
+                "Trainer(precision='bf16-mixed')"
+            )
 
 
 def reshard(module: nn.Module) -> None:

@@ -20,7 +20,8 @@ from ..conv import acu_layers
 from ..folded import FoldedConv2d
 from ..surgery import ConvertConfig, NoEffectWarning, report_acu, was_folded
 from ..training import add_late_positions, trained_layers
-from ._layers import PositionCallback, averages_of, callbacks_of, require_lightning
+from ._layers import averages_of, callbacks_of, require_lightning
+from ._promises import PositionCallback
 
 __all__ = ["ConvertToACU"]
 

@@ -20,13 +20,14 @@ from ..metrics import position_metrics
 from ..statistics import layer_statistics
 from ..training import parameter_ids
 from ._layers import (
-    PositionCallback,
     is_fast_dev_run,
+    require_full_precision,
     require_layers,
     require_lightning,
     require_whole_positions,
     trained_shapes,
 )
+from ._promises import PositionCallback
 from ._stages import require_local_directory, require_writable_directory, run_directory, warn_not_written
 
 __all__ = ["OffsetLogger"]
@@ -50,7 +51,7 @@ class OffsetLogger(PositionCallback):
 
     When training ends, the shapes of all layers are drawn to ``shapes.png`` in the run's log directory, and their
     animation since the start to ``shapes.gif``. The figure also goes to TensorBoard and W&B, the animation to W&B. A
-    resumed training continues the animation.
+    resumed training continues the animation; one that was killed after its last step gets both when it is resumed.
 
     Args:
         every_n_steps: optimizer steps between two records. Each record is also a frame of the animation (64 at most;
@@ -107,8 +108,10 @@ class OffsetLogger(PositionCallback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the model, the strategy and the directory."""
+        self._ended = False
         require_layers(self, pl_module)
         require_whole_positions(self, trainer)
+        require_full_precision(self, pl_module)
         if self.figures or self.animation:
             require_local_directory(self, trainer, "`figures` and `animation` to False")
 
@@ -141,6 +144,7 @@ class OffsetLogger(PositionCallback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Record the final positions, draw them and make the animation."""
+        super().on_train_end(trainer, pl_module)
         self._record(trainer, pl_module)
         if is_fast_dev_run(trainer) or trainer.barebones:
             return
@@ -159,6 +163,9 @@ class OffsetLogger(PositionCallback):
         self._records, self._stride = state_dict["records"], state_dict["stride"]
 
     def _record(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._last is None:  # trained without this callback, and resumed after the last step
+            layers = require_layers(self, pl_module)
+            self._remember(trainer.global_step, {name: layer.positions.cpu() for name, layer in layers})
         assert self._last is not None
         if self._last[0] == trainer.global_step:
             return

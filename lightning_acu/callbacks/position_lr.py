@@ -26,8 +26,15 @@ from ..training import (
 )
 from ._clock import LearningPhase, PositionClock, Warmup
 from ._gate import GradientGate
-from ._layers import PositionCallback, callbacks_of, require_layers, require_lightning, require_whole_positions
+from ._layers import (
+    callbacks_of,
+    require_full_precision,
+    require_layers,
+    require_lightning,
+    require_whole_positions,
+)
 from ._position_groups import PositionGroups
+from ._promises import PositionCallback, offsets_of
 
 __all__ = ["PositionLRSchedule"]
 
@@ -113,7 +120,7 @@ class PositionLRSchedule(PositionCallback):
     def _forget(self) -> None:
         self._warned_far = False
         self._said_not_finite = 0  # how many gradients, when it was last said
-        self._still: dict[str, Tensor] | None = None  # the positions, while the warm-up lasts
+        self._still: dict[str, Tensor] = {}  # where positions started, while the warm-up lasts
         self._moved: list[str] = []  # the layers whose positions moved in the warm-up
         self._looked_at: set[int] = set()  # the ids of optimizers whose gradients were looked at
 
@@ -129,6 +136,7 @@ class PositionLRSchedule(PositionCallback):
         """Split the parameter groups, before the optimizers' state is restored from a checkpoint."""
         layers = require_layers(self, pl_module)
         require_whole_positions(self, trainer)
+        require_full_precision(self, pl_module)
         for other in callbacks_of(trainer):
             indices = (getattr(other, "optimizer_idx", None), self.optimizer_idx)
             overlap = None in indices or indices[0] == indices[1]
@@ -154,8 +162,9 @@ class PositionLRSchedule(PositionCallback):
         self._step = trainer.global_step
         self._tie(trainer)
         if self._warmup.lasts(trainer, trainer.global_step):
-            layers = require_layers(self, pl_module)
-            self._still = {name: whole(layer.offsets.detach()).cpu().clone() for name, layer in layers}
+            held = parameter_ids(self._groups.optimizers(trainer))
+            mine = {name for name, layer in require_layers(self, pl_module) if id(layer.offsets) in held}
+            self._still = {name: offsets for name, offsets in offsets_of(pl_module).items() if name in mine}
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the ratio after a scheduler that steps between epochs: LearningRateMonitor reads the rates now."""
@@ -165,7 +174,6 @@ class PositionLRSchedule(PositionCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Keep the ratio of learning rates."""
-        self._watch_warmup(trainer, pl_module)
         if self._groups.have_changed(trainer):
             self._groups.update(trainer, require_layers(self, pl_module))
         self._tie(trainer)
@@ -212,8 +220,8 @@ class PositionLRSchedule(PositionCallback):
     def broken_promises(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
         """Positions that are not finite or moved in the warm-up; gradients that were not finite."""
         broken = []
-        self._watch_warmup(trainer, pl_module, ended=True)
         layers = trained_layers(pl_module)
+        self._look_at_still(pl_module, [layer for _, layer in layers])
         if names := [name for name, layer in layers if not layer.active_offsets().isfinite().all()]:
             broken.append(
                 f"the positions of {few(names)} are not finite (nan or inf), although gradients that are not finite "
@@ -223,8 +231,8 @@ class PositionLRSchedule(PositionCallback):
             broken.append(_gradients_text(count, trainer.global_step))
         if self._moved:
             broken.append(
-                f"the positions of {few(self._moved)} moved in the warm-up ({self._warmup}): something other than a "
-                "step of the optimizer changed them, such as weights that were loaded or averaged"
+                f"the positions of {few(sorted(self._moved))} moved in the warm-up ({self._warmup}): something other "
+                "than a step of the optimizer changed them, such as weights that were loaded or averaged"
             )
         return broken
 
@@ -241,16 +249,13 @@ class PositionLRSchedule(PositionCallback):
         gate = GradientGate.of(pl_module)
         return 0 if gate is None else gate.guard.count
 
-    def _watch_warmup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, ended: bool = False) -> None:
-        """Compare the positions with those at the start, once, when the warm-up or the training is over."""
-        if self._still is not None and (ended or not self._warmup.lasts(trainer, trainer.global_step)):
-            now = dict(trained_layers(pl_module))
-            self._moved = [
-                name
-                for name, before in self._still.items()
-                if name in now and not torch.equal(whole(now[name].offsets.detach()).cpu(), before)
-            ]
-            self._still = None
+    def _look_at_still(self, pl_module: pl.LightningModule, layers: Sequence[ACUConv2d]) -> None:
+        """Compare the positions of ``layers`` with those at the start: before their first step, or at the end."""
+        ids = {id(layer) for layer in layers}
+        now = {name: layer.offsets for name, layer in trained_layers(pl_module) if id(layer) in ids}
+        for name in self._still.keys() & now.keys():
+            if not torch.equal(whole(now[name].detach()).cpu(), self._still.pop(name)):
+                self._moved.append(name)
 
     def _tie(self, trainer: pl.Trainer) -> None:
         factor = self.multiplier * self.schedule.rate(self._phase.time(trainer.global_step), self._phase.length)
@@ -270,6 +275,8 @@ class PositionLRSchedule(PositionCallback):
             for layer in layers:
                 layer.offsets.grad = None
             return
+        if self._still:
+            self._look_at_still(trainer.lightning_module, layers)
         if self.normalize:
             normalize_gradients_(layers)
             scaler = getattr(trainer.precision_plugin, "scaler", None)

@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
-from ..checks import at_least
+from ..checks import at_least, few
 from ..conv import ACUConv2d
 from ..figures import plot_shapes
 from ..files import write_whole
@@ -31,9 +31,9 @@ from ..training import (
 from ._clock import Moment, PositionClock
 from ._gate import GradientGate
 from ._layers import (
-    PositionCallback,
     averages_of,
     is_fast_dev_run,
+    require_full_precision,
     require_layers,
     require_lightning,
     require_whole_positions,
@@ -41,6 +41,7 @@ from ._layers import (
     swapped_in,
     trained_shapes,
 )
+from ._promises import PositionCallback, RoundedPositions, fractional_layers, hold_named_copies, require_attributes
 from ._stages import require_local_directory, require_writable_directory, run_directory, warn_not_written
 
 __all__ = ["RoundThenFinetune"]
@@ -72,12 +73,19 @@ class RoundThenFinetune(PositionCallback):
             nothing is lost); raise an "error"; or "separate" them, each to a pixel of its own, as near as possible.
         keep: write the two checkpoints (weights only) and the figure to the logger's directory, or without a logger to
             the trainer's ``default_root_dir``.
+        copies: attributes of the LightningModule or of its callbacks that hold further copies of the model, such as a
+            momentum teacher: modules, or dicts of tensors with the model's names; "teacher" or "helper.shadow". They
+            get the same rounded positions. The averages named above are found without.
 
     Raises:
         ValueError: not exactly one of the first three arguments is given, or it is out of range.
         RuntimeError: before training starts, if the model has no active convolution, the training ends before the step
             of rounding, or the strategy is not supported; when rounding, for positions that are not finite, or
             collisions under "error".
+
+    Warns:
+        UserWarning: when training ends, positions of the model or of a copy that can be found are not on whole pixels,
+            or the best checkpoint of a ModelCheckpoint is from before rounding.
 
     Example::
 
@@ -95,6 +103,7 @@ class RoundThenFinetune(PositionCallback):
         finetune_schedule: str | Schedule = "cosine",
         collision: Collision = "report",
         keep: bool = True,
+        copies: Sequence[str] = (),
     ) -> None:
         self.moment = Moment(at_step, at_epoch, at_fraction)
         check_collision(collision)
@@ -106,6 +115,9 @@ class RoundThenFinetune(PositionCallback):
         self.finetune_schedule = find_schedule("finetune_schedule", finetune_schedule)
         self.collision = collision
         self.keep = keep
+        if isinstance(copies, str):
+            raise TypeError(f"`copies` (={copies!r}) must be a list of names; write [{copies!r}]")
+        self.copies = tuple(copies)
         self._clock = PositionClock()
         self._forget()
 
@@ -118,6 +130,8 @@ class RoundThenFinetune(PositionCallback):
         self.checkpoints: dict[str, str] = {}
         #: For each optimizer, the learning rates of its groups when rounding, divided by the highest.
         self._ratios: list[list[float]] = []
+        self._promise = RoundedPositions()
+        self._before_evaluation: dict[str, Any] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Reset what an earlier training left; the state of a checkpoint to resume from is loaded after this."""
@@ -128,11 +142,15 @@ class RoundThenFinetune(PositionCallback):
             self._clock = GradientGate.add(pl_module, self._freeze).clock
             self._clock.begin(trainer)
             self._clock.add(self)
+        else:  # which loads the state of a checkpoint, too
+            self._before_evaluation = self.state_dict()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the model, the strategy and the directory."""
+        self._ended = False
         require_layers(self, pl_module)
         require_whole_positions(self, trainer)
+        require_full_precision(self, pl_module)
         if self.keep:
             require_local_directory(self, trainer, "`keep` to False")
 
@@ -140,6 +158,8 @@ class RoundThenFinetune(PositionCallback):
         """Check that checkpoints can be kept, and that the step of rounding is part of this training."""
         if self.keep:
             require_writable_directory(self, trainer, "`keep` to False")
+        require_attributes(trainer, pl_module, self.copies)
+        self._promise.start(trainer, pl_module)
         step, steps = self._clock.step_of(self, trainer), self._clock.length.total_steps(trainer)
         if self.finetune_lr is not None and self.finetune_schedule.needs_total and math.isinf(steps):
             raise RuntimeError(
@@ -148,6 +168,7 @@ class RoundThenFinetune(PositionCallback):
             )
         if self.rounded_at is not None:
             rank_zero_info(f"RoundThenFinetune: positions were rounded at step {self.rounded_at} and stay frozen")
+            self._promise.rounded(trainer, pl_module, resumed=True)
             self._restart_rates(trainer)
             return
         # Under manual optimisation the number of steps in an epoch is an estimate.
@@ -175,6 +196,7 @@ class RoundThenFinetune(PositionCallback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Round the positions of averaged copies, before they are swapped in."""
         self._hold(trainer, pl_module)
+        self._say_fractional(trainer, pl_module)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -184,12 +206,25 @@ class RoundThenFinetune(PositionCallback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Round the positions of the final average; warn if the step of rounding was never reached."""
+        super().on_train_end(trainer, pl_module)
         self._hold(trainer, pl_module)  # WeightAveraging has copied its average into the model, or will
-        if self.rounded_at is None and not is_fast_dev_run(trainer):
+        if self.rounded_at is None and not is_fast_dev_run(trainer) and trainer.global_step:
             rank_zero_warn(
                 f"RoundThenFinetune: training ended at step {trainer.global_step}, before {self.moment}; "
                 "the positions are not rounded"
             )
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Warn if the checkpoint to be tested is from before rounding."""
+        self._say_fractional(trainer, pl_module)
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Warn if the checkpoint to predict with is from before rounding."""
+        self._say_fractional(trainer, pl_module)
+
+    def broken_promises(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
+        """Positions, of the model or of copies, that are not those that were rounded; best checkpoints from before."""
+        return [] if self.rounded_at is None else self._promise.broken(trainer, pl_module, self.rounded_at)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Restore the module's methods: Lightning does not call teardown after an exception."""
@@ -199,6 +234,10 @@ class RoundThenFinetune(PositionCallback):
         """Restore the module's methods."""
         if stage == "fit":
             self._leave(pl_module)
+        elif self._before_evaluation is not None:
+            if self._before_evaluation["rounded_at"] is not None:
+                self.load_state_dict(self._before_evaluation)
+            self._before_evaluation = None
 
     def state_dict(self) -> dict[str, Any]:
         """Whether and when positions were rounded, and what is needed to go on from there."""
@@ -207,14 +246,16 @@ class RoundThenFinetune(PositionCallback):
             "learned": {name: vars(row) for name, row in self.learned.items()},
             "checkpoints": dict(self.checkpoints),
             "ratios": self._ratios,
+            "best": dict(self._promise.best),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from the state of a checkpoint, also of a version that kept ``results`` in it."""
+        """Continue from the state of a checkpoint, also of older versions, with ``results`` or without ``best``."""
         self.rounded_at = state_dict["rounded_at"]
         self.learned = {name: LayerStatistics(**row) for name, row in state_dict["learned"].items()}
         self.checkpoints = dict(state_dict["checkpoints"])
         self._ratios = state_dict["ratios"]
+        self._promise.best = dict(state_dict.get("best", {}))
 
     def _leave(self, pl_module: pl.LightningModule) -> None:
         GradientGate.remove(pl_module, self._freeze)
@@ -229,7 +270,8 @@ class RoundThenFinetune(PositionCallback):
         reshard(pl_module)  # a validation may have left parameters gathered, and changes of those would be lost
         report = round_layers(layers, self.collision)
         self.learned, self.rounded_at = learned, trainer.global_step
-        keep_rounded_(pl_module, averages_of(trainer))
+        self._hold(trainer, pl_module)
+        self._promise.rounded(trainer, pl_module)
         rank_zero_info(f"RoundThenFinetune: rounded the positions at step {self.rounded_at}; {report}")
         if report.nothing_learned:
             rank_zero_warn(
@@ -246,6 +288,19 @@ class RoundThenFinetune(PositionCallback):
         # Only in a fit: the same trainer may validate another model later.
         if self.rounded_at is not None and trainer.state.fn == TrainerFn.FITTING:
             keep_rounded_(pl_module, averages_of(trainer))
+            hold_named_copies(trainer, pl_module, self.copies)
+
+    def _say_fractional(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        state = self._before_evaluation
+        if state is None or state["rounded_at"] is None or trainer.ckpt_path is None:
+            return
+        names = fractional_layers(pl_module)
+        if names and str(trainer.ckpt_path) not in state["checkpoints"].values():
+            rank_zero_warn(
+                f"RoundThenFinetune: {str(trainer.ckpt_path)!r} is a checkpoint from before rounding: the positions of "
+                f"{few(names)} are not on whole pixels. Without `ckpt_path` the model is evaluated as it is now; "
+                "CheckpointAfterRounding saves no checkpoints before rounding"
+            )
 
     def _restart_rates(self, trainer: pl.Trainer) -> None:
         if self.finetune_lr is not None and self.rounded_at is not None:

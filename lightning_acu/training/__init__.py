@@ -14,7 +14,7 @@ The callbacks in :mod:`lightning_acu.callbacks` call these functions from Lightn
 """
 
 from .averages import averaged_layers, averaged_models, is_average, keep_rounded_, trained_layers
-from .copies import copied_positions, hold_copies_, on_whole_pixels
+from .copies import PositionCopy, copied_positions, hold_copies_, on_whole_pixels
 from .gradients import NonFiniteGuard, apply_to_pairs_, confine_positions_, normalize_gradients_, unit_vectors
 from .param_groups import (
     GROUP_NAME,
@@ -38,6 +38,7 @@ __all__ = [
     "LatticeDecay",
     "Linear",
     "NonFiniteGuard",
+    "PositionCopy",
     "RoundingReport",
     "Schedule",
     "Step",

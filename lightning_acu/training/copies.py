@@ -5,7 +5,9 @@ Unlike the averages of :mod:`.averages` they are of no known class: nobody can t
 
 from __future__ import annotations
 
+import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,16 +16,34 @@ from torch import Tensor, nn
 from ..conv import ACUConv2d, acu_layers
 from ..sharded import copy_whole_, whole
 
-__all__ = ["copied_positions", "hold_copies_", "on_whole_pixels"]
+__all__ = ["PositionCopy", "copied_positions", "hold_copies_", "on_whole_pixels"]
 
 #: How many containers and objects are opened, one inside the other; and how many entries of a container.
 _DEPTH, _ENTRIES = 5, 1000
 
+#: What holds no copies.
+_CLOSED = (Tensor, str, bytes, type, types.ModuleType, types.FunctionType, types.MethodType)
+
+
+@dataclass(frozen=True, eq=False)  # tensors have no single ==
+class PositionCopy:
+    """A tensor that is a copy of a layer's ``offsets``.
+
+    Attributes:
+        path: where it was found.
+        name: what it is called there, the last part of ``path``.
+        offsets: the tensor.
+    """
+
+    path: str
+    name: str
+    offsets: Tensor
+
 
 def copied_positions(
     layers: Sequence[tuple[str, ACUConv2d]], where: str, value: Any, skip: tuple[type, ...] = ()
-) -> Iterator[tuple[str, Tensor]]:
-    """(path, offsets) of each copy of the positions of ``layers`` that can be reached from ``value``.
+) -> Iterator[PositionCopy]:
+    """Each copy of the positions of ``layers`` that can be reached from ``value``.
 
     Found are active convolutions in modules, and tensors in buffers and dicts, that have the name and the shape of the
     ``offsets`` of one of ``layers``; in containers and in attributes of objects. Dots in names need not be there.
@@ -37,8 +57,8 @@ def copied_positions(
     own = {id(layer.offsets) for _, layer in layers}
     seen: set[int] = set()
 
-    def walk(where: str, value: Any, depth: int) -> Iterator[tuple[str, Tensor]]:
-        if id(value) in seen or depth > _DEPTH or isinstance(value, (Tensor, str, bytes, type, *skip)):
+    def walk(where: str, value: Any, depth: int) -> Iterator[PositionCopy]:
+        if id(value) in seen or depth > _DEPTH or isinstance(value, (*_CLOSED, *skip)):
             return
         seen.add(id(value))
         inner: Iterable[tuple[Any, Any]] = ()
@@ -51,40 +71,40 @@ def copied_positions(
             inner = value.items() if len(value) <= _ENTRIES else ()
         elif isinstance(value, list | tuple | set | frozenset):
             inner = enumerate(value) if len(value) <= _ENTRIES else ()
-        elif hasattr(value, "__dict__") and not callable(getattr(value, "__code__", None)):
+        elif hasattr(value, "__dict__"):
             inner = vars(value).items()
         for name, child in list(inner):
             yield from walk(f"{where}.{name}", child, depth + 1)
 
-    def positions(where: str, named: Mapping[Any, Any]) -> Iterator[tuple[str, Tensor]]:
+    def positions(where: str, named: Mapping[Any, Any]) -> Iterator[PositionCopy]:
         for name, tensor in named.items():
             if not isinstance(name, str) or not isinstance(tensor, Tensor) or id(tensor) in own | seen:
                 continue
             if _originals(layers, name, tensor):
                 seen.add(id(tensor))
-                yield f"{where}.{name}", tensor
+                yield PositionCopy(f"{where}.{name}", name, tensor)
 
     yield from walk(where, value, 0)
 
 
 @torch.no_grad()
-def hold_copies_(layers: Sequence[tuple[str, ACUConv2d]], copies: Iterable[tuple[str, Tensor]]) -> None:
+def hold_copies_(layers: Sequence[tuple[str, ACUConv2d]], copies: Iterable[PositionCopy]) -> None:
     """Set the positions of ``copies`` to those of the ``layers`` that they are copies of.
 
     Where several layers have the name and shape of a copy, it is the one with the closest positions.
 
     Args:
         layers: (name, layer) of the model, on whole pixels.
-        copies: (path, offsets), as :func:`copied_positions` finds them.
+        copies: as :func:`copied_positions` finds them.
     """
     copies = list(copies)
-    held = {id(tensor) for _, tensor in copies}
+    held = {id(copy.offsets) for copy in copies}
     layers = [(name, layer) for name, layer in layers if id(layer.offsets) not in held]
-    for path, tensor in copies:
-        values = [whole(layer.offsets.detach()).to(tensor) for layer in _originals(layers, path, tensor)]
+    for copy in copies:
+        now = whole(copy.offsets.detach())
+        values = [whole(layer.offsets.detach()).to(now) for layer in _originals(layers, copy.name, now)]
         if values:
-            copy = whole(tensor.detach())
-            copy_whole_(tensor, min(values, key=lambda value: (value - copy).norm().item()))
+            copy_whole_(copy.offsets, min(values, key=lambda value: (value - now).norm().item()))
 
 
 def on_whole_pixels(offsets: Tensor) -> bool:

@@ -24,6 +24,7 @@ RUNS = {
     "fsdp2_clipped": {"strategy": "fsdp2", "batch_size": 2, "clip": 0.05, "double": True},
     "one_bf16": {"strategy": "one", "batch_size": 4, "precision": "bf16-mixed"},
     "ddp_bf16": {"strategy": "ddp", "batch_size": 2, "precision": "bf16-mixed"},
+    "fsdp2_bf16": {"strategy": "fsdp2", "batch_size": 2, "precision": "bf16-mixed"},
 }
 WARMUP, ROUNDING, END = 3, 14, 20  # steps, as in the script
 
@@ -94,8 +95,9 @@ def test_two_processes_learn_the_positions_of_one_under_clipping(results, name):
     torch.testing.assert_close(results[name]["weights"], results["one_clipped"]["weights"], rtol=0, atol=1e-6)
 
 
-def test_bf16_mixed_keeps_positions_in_float32_and_processes_together(results):
-    one, two = results["one_bf16"], results["ddp_bf16"]
+@pytest.mark.parametrize("name", ["ddp_bf16", "fsdp2_bf16"])
+def test_bf16_mixed_keeps_positions_in_float32_and_processes_together(results, name):
+    one, two = results["one_bf16"], results[name]
     assert one["offsets"].dtype == two["offsets"].dtype == torch.float32
     # Each process rounds its gradients to 8 bits: directions differ by some hundredths, of steps that add up to:
     way = sum(rates[1] for step, rates in one["rates"].items() if step < ROUNDING)
