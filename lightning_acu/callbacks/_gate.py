@@ -52,6 +52,7 @@ class GradientGate:
         self.clock = PositionClock()
         #: Keeps taps whose gradient is not finite where they are, and counts them.
         self.guard = NonFiniteGuard()
+        self.said = 0  # the number when it was last said
         self._layers: list[ACUConv2d] | None = None
         self._ready = False  # the gradients of the coming step have been transformed
         self._transformed = 0  # how often that was done
@@ -99,6 +100,18 @@ class GradientGate:
         if self._layers is None:
             self._layers = [layer for _, layer in trained_layers(self.module)]
         return self._layers
+
+    def say_not_finite(self) -> str:
+        """A sentence on the gradients that were not finite; empty if there were none since it was last called."""
+        if (count := self.guard.count) == self.said:
+            return ""
+        self.said = count
+        step = self.module.trainer.global_step
+        return (
+            f"gradients of taps were not finite (nan or inf); number by step {step}: {count}; "
+            "each time that tap stayed where it was. If the loss is not finite, lower the learning rate, or look for a "
+            "division by zero or the square root of zero"
+        )
 
     def configure_gradient_clipping(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
         """Automatic optimisation: the last method that Lightning calls before the step of ``optimizer``."""

@@ -24,6 +24,7 @@ from ..conv import acu_layers
 from ..sharded import whole
 from ..statistics import layer_statistics
 from ..training import PositionCopy, copied_positions, hold_copies_, on_whole_pixels, trained_layers
+from ._gate import GradientGate
 from ._layers import callbacks_of, is_fast_dev_run
 
 __all__ = [
@@ -65,12 +66,15 @@ class PositionCallback(pl.Callback):
             self.on_train_end(trainer, pl_module)
         self._ended = False
         ours = [callback for callback in callbacks_of(trainer) if isinstance(callback, PositionCallback)]
-        if self is ours[-1] and not is_fast_dev_run(trainer):
+        if ours[-1:] == [self] and not is_fast_dev_run(trainer):
             promises = [
                 f"{type(callback).__name__}: {promise}"
                 for callback in ours
                 for promise in callback.broken_promises(trainer, pl_module)
             ]
+            gate = GradientGate.of(pl_module)
+            if gate is not None and (text := gate.say_not_finite()):
+                promises.append(text)
             if promises:
                 rank_zero_warn("After this training:\n" + "\n".join(f"* {promise}" for promise in promises))
 

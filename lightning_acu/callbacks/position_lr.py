@@ -119,7 +119,6 @@ class PositionLRSchedule(PositionCallback):
 
     def _forget(self) -> None:
         self._warned_far = False
-        self._said_not_finite = 0  # how many gradients, when it was last said
         self._still: dict[str, Tensor] = {}  # where positions started, while the warm-up lasts
         self._moved: list[str] = []  # the layers whose positions moved in the warm-up
         self._looked_at: set[int] = set()  # the ids of optimizers whose gradients were looked at
@@ -212,13 +211,12 @@ class PositionLRSchedule(PositionCallback):
                     f"PositionLRSchedule: taps are up to {furthest:.0f} pixels (in units of the dilation) from where "
                     f"they started; lower `multiplier` (={self.multiplier}) or set `max_displacement`"
                 )
-        count = self._not_finite(pl_module)
-        if count and not self._said_not_finite:
-            self._said_not_finite = count
-            rank_zero_warn(f"PositionLRSchedule: {_gradients_text(count, trainer.global_step)}")
+        gate = GradientGate.of(pl_module)
+        if gate is not None and not gate.said and (text := gate.say_not_finite()):
+            rank_zero_warn(f"PositionLRSchedule: {text}")
 
     def broken_promises(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
-        """Positions that are not finite or moved in the warm-up; gradients that were not finite."""
+        """Positions that are not finite, or moved in the warm-up."""
         broken = []
         layers = trained_layers(pl_module)
         self._look_at_still(pl_module, [layer for _, layer in layers])
@@ -227,8 +225,6 @@ class PositionLRSchedule(PositionCallback):
                 f"the positions of {few(names)} are not finite (nan or inf), although gradients that are not finite "
                 "are left out: something other than the optimizer changed them"
             )
-        if (count := self._not_finite(pl_module)) != self._said_not_finite:
-            broken.append(_gradients_text(count, trainer.global_step))
         if self._moved:
             broken.append(
                 f"the positions of {few(sorted(self._moved))} moved in the warm-up ({self._warmup}): something other "
@@ -244,10 +240,6 @@ class PositionLRSchedule(PositionCallback):
         """Restore the module's methods."""
         if stage == "fit":
             GradientGate.remove(pl_module, self._transform)
-
-    def _not_finite(self, pl_module: pl.LightningModule) -> int:
-        gate = GradientGate.of(pl_module)
-        return 0 if gate is None else gate.guard.count
 
     def _look_at_still(self, pl_module: pl.LightningModule, layers: Sequence[ACUConv2d]) -> None:
         """Compare the positions of ``layers`` with those at the start: before their first step, or at the end."""
@@ -306,11 +298,3 @@ class PositionLRSchedule(PositionCallback):
 def _has_gradient(layer: ACUConv2d, name: str) -> bool:
     parameter = layer._parameters.get(name)  # weight norm and the like compute it from others
     return parameter is not None and parameter.grad is not None
-
-
-def _gradients_text(count: int, step: int) -> str:
-    return (
-        f"gradients of taps were not finite (nan or inf); number by step {step}: {count}; each time that tap stayed "
-        "where it was. If the loss is not finite, lower the learning rate, or look for a division by zero or the "
-        "square root of zero"
-    )

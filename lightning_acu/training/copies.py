@@ -18,11 +18,25 @@ from ..sharded import copy_whole_, whole
 
 __all__ = ["PositionCopy", "copied_positions", "hold_copies_", "on_whole_pixels"]
 
-#: How many containers and objects are opened, one inside the other; and how many entries of a container.
-_DEPTH, _ENTRIES = 5, 1000
+#: How many containers and objects are opened, one inside the other; entries of a container; objects in all.
+_DEPTH, _ENTRIES, _OBJECTS = 5, 1000, 20_000
 
 #: What holds no copies.
-_CLOSED = (Tensor, str, bytes, type, types.ModuleType, types.FunctionType, types.MethodType)
+_CLOSED = (
+    Tensor,
+    str,
+    bytes,
+    bool,
+    int,
+    float,
+    type(None),
+    type,
+    types.ModuleType,
+    types.FunctionType,
+    types.MethodType,
+)
+
+_CONTAINERS = (dict, list, tuple, set, frozenset)
 
 
 @dataclass(frozen=True, eq=False)  # tensors have no single ==
@@ -58,18 +72,25 @@ def copied_positions(
     seen: set[int] = set()
 
     def walk(where: str, value: Any, depth: int) -> Iterator[PositionCopy]:
-        if id(value) in seen or depth > _DEPTH or isinstance(value, (*_CLOSED, *skip)):
+        if isinstance(value, (*_CLOSED, *skip)) or (isinstance(value, _CONTAINERS) and not value):
+            return
+        if id(value) in seen or depth > _DEPTH or len(seen) > _OBJECTS:
             return
         seen.add(id(value))
         inner: Iterable[tuple[Any, Any]] = ()
         if isinstance(value, nn.Module):
             named = {f"{name}.offsets" if name else "offsets": layer.offsets for name, layer in acu_layers(value)}
             yield from positions(where, named | dict(value.named_buffers()))
-            inner = ((n, v) for n, v in vars(value).items() if n not in ("_modules", "_buffers", "_parameters"))
-        elif isinstance(value, Mapping):
+            inner = (
+                (f"{name}.{key}" if name else key, item)
+                for name, module in value.named_modules()
+                for key, item in vars(module).items()
+                if key not in ("_modules", "_buffers", "_parameters")
+            )
+        elif isinstance(value, dict):
             yield from positions(where, value)
             inner = value.items() if len(value) <= _ENTRIES else ()
-        elif isinstance(value, list | tuple | set | frozenset):
+        elif isinstance(value, _CONTAINERS):
             inner = enumerate(value) if len(value) <= _ENTRIES else ()
         elif hasattr(value, "__dict__"):
             inner = vars(value).items()
@@ -78,9 +99,9 @@ def copied_positions(
 
     def positions(where: str, named: Mapping[Any, Any]) -> Iterator[PositionCopy]:
         for name, tensor in named.items():
-            if not isinstance(name, str) or not isinstance(tensor, Tensor) or id(tensor) in own | seen:
+            if not isinstance(name, str) or not isinstance(tensor, Tensor):
                 continue
-            if _originals(layers, name, tensor):
+            if id(tensor) not in own and id(tensor) not in seen and _originals(layers, name, tensor):
                 seen.add(id(tensor))
                 yield PositionCopy(f"{where}.{name}", name, tensor)
 

@@ -79,6 +79,12 @@ def test_healthy_trainings_hear_nothing_and_poisoned_ones_twice_at_most(tmp_path
     assert numbers == ["number by step 6: 6", "number by step 30: 30"]
 
 
+def test_it_is_said_without_a_schedule_of_positions_too(tmp_path):
+    model = Poisoned()
+    assert said(lambda: fit(model, [RoundThenFinetune(at_step=9, keep=False)], tmp_path)) == ["number by step 12: 10"]
+    assert model.offsets.isfinite().all()
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_rounding_refuses_positions_that_are_not_finite(tmp_path, value):
     class Breaks(Spy):
