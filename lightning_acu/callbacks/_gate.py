@@ -132,7 +132,7 @@ class GradientGate:
 
     @contextmanager
     def _positions_set_aside(self, optimizer: Optimizer) -> Iterator[None]:
-        gradients = [(layer, layer.offsets.grad) for layer in self.stepped(optimizer)]
+        gradients = [(layer, layer.offsets.grad) for layer in self._stepped(optimizer)]
         for layer, _ in gradients:
             layer.offsets.grad = None
         try:
@@ -142,7 +142,9 @@ class GradientGate:
                 layer.offsets.grad = grad
 
     def _transform(self, optimizer: Optimizer) -> None:
-        layers = self.stepped(optimizer)
+        layers = self._stepped(optimizer)
+        if not layers:
+            return
         for transform in self.transforms:
             transform(self.module.trainer, optimizer, layers)
         self.guard.before_step(layers)
@@ -150,7 +152,7 @@ class GradientGate:
         self._transformed += 1
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.stepped(optimizer):
+        if not self._stepped(optimizer):
             return
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
         if closure is None and not self._ready:  # in mixed precision Lightning steps without a closure, too
@@ -159,7 +161,7 @@ class GradientGate:
         self._running.append((closure is not None, self._transformed))
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.stepped(optimizer):
+        if not self._stepped(optimizer):
             return
         has_closure, transformed = self._running.pop()
         if has_closure and transformed == self._transformed:
@@ -182,7 +184,7 @@ class GradientGate:
                 "self.optimizers() returns, or use `warmup_epochs` and `at_epoch` with a constant schedule"
             )
 
-    def stepped(self, optimizer: Optimizer) -> list[ACUConv2d]:
+    def _stepped(self, optimizer: Optimizer) -> list[ACUConv2d]:
         """The active convolutions whose positions ``optimizer`` is about to step."""
         held = parameter_ids([optimizer])
         return [layer for layer in self.layers if id(layer.offsets) in held]

@@ -139,6 +139,30 @@ def test_an_optimizer_of_something_else_is_nobodys_business(tmp_path):
     assert model.offsets.abs().max() > 0.1
 
 
+@pytest.mark.filterwarnings(f"ignore:{UNCOUNTED}")
+def test_two_optimizers_of_which_one_is_stepped_past_lightning(tmp_path):
+    """The one that Lightning sees holds no positions."""
+
+    class Both(Manual):
+        def configure_optimizers(self):
+            self.head = torch.nn.Parameter(torch.zeros(3))
+            return [torch.optim.SGD([self.head], lr=0.1), torch.optim.SGD(self.net.parameters(), lr=0.1, momentum=0.9)]
+
+        def training_step(self, batch, batch_idx):
+            one, two = self.optimizers()
+            one.zero_grad(), two.zero_grad()
+            self.manual_backward(TinyModule.training_step(self, batch, batch_idx) + self.head.square().sum())
+            one.step()
+            two.optimizer.step()
+            self.seen.append(self.offsets)
+
+    model = Both("raw")
+    fit(model, [PositionLRSchedule(1.0, warmup_epochs=1)], tmp_path)
+    assert all((offsets == 0).all() for offsets in model.seen[:6])
+    way = (model.seen[6] - model.seen[5]).view(18, 2).norm(dim=-1)
+    assert way[[0, 1, 2, 3, 5]].tolist() == pytest.approx([0.1] * 5)  # a unit gradient times the learning rate
+
+
 class Lookahead(torch.optim.Optimizer):
     """timm's, in short: every second step goes half of the way."""
 
