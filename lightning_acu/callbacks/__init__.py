@@ -5,12 +5,12 @@ Lightning.
 """
 
 from . import schedules
-from ._stages import evaluate_stages
 from .checkpoint_after_rounding import CheckpointAfterRounding
 from .convert import ConvertToACU
 from .offset_logger import OffsetLogger
 from .position_lr import PositionLRSchedule
 from .round_then_finetune import RoundThenFinetune
+from .stages import evaluate_stages
 
 __all__ = [
     "CheckpointAfterRounding",

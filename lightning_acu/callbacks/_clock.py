@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_warn
 
 from ..checks import at_least, whole_number
-from ._layers import callbacks_of, is_fast_dev_run
+from ._trainer import callbacks_of, is_fast_dev_run
 
 __all__ = ["LearningPhase", "Length", "Moment", "PositionClock", "Warmup"]
 

@@ -11,7 +11,7 @@ from torch.optim import LBFGS, Optimizer
 
 from ..conv import ACUConv2d
 from ..training import add_late_positions, split_off_positions
-from ._layers import callbacks_of
+from ._trainer import callbacks_of
 
 __all__ = ["PositionGroups"]
 

@@ -25,7 +25,7 @@ from ..sharded import whole
 from ..statistics import layer_statistics
 from ..training import PositionCopy, copied_positions, hold_copies_, on_whole_pixels, trained_layers
 from ._gate import GradientGate
-from ._layers import callbacks_of, is_fast_dev_run
+from ._trainer import callbacks_of, is_fast_dev_run
 
 __all__ = [
     "PositionCallback",

@@ -7,7 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from ._layers import callbacks_of
+from ._trainer import callbacks_of
 from .round_then_finetune import RoundThenFinetune
 
 __all__ = ["CheckpointAfterRounding"]

@@ -20,8 +20,8 @@ from ..conv import acu_layers
 from ..folded import FoldedConv2d
 from ..surgery import ConvertConfig, NoEffectWarning, report_acu, was_folded
 from ..training import add_late_positions, trained_layers
-from ._layers import averages_of, callbacks_of, require_lightning
 from ._promises import PositionCallback
+from ._trainer import averages_of, callbacks_of, require_lightning
 
 __all__ = ["ConvertToACU"]
 

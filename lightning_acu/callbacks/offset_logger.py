@@ -19,16 +19,19 @@ from ..files import write_whole
 from ..metrics import position_metrics
 from ..statistics import layer_statistics
 from ..training import parameter_ids
-from ._layers import (
+from ._promises import PositionCallback
+from ._trainer import (
     is_fast_dev_run,
     require_full_precision,
     require_layers,
     require_lightning,
+    require_local_directory,
     require_whole_positions,
+    require_writable_directory,
+    run_directory,
     trained_shapes,
+    warn_not_written,
 )
-from ._promises import PositionCallback
-from ._stages import require_local_directory, require_writable_directory, run_directory, warn_not_written
 
 __all__ = ["OffsetLogger"]
 

@@ -26,15 +26,15 @@ from ..training import (
 )
 from ._clock import LearningPhase, PositionClock, Warmup
 from ._gate import GradientGate
-from ._layers import (
+from ._position_groups import PositionGroups
+from ._promises import PositionCallback, offsets_of
+from ._trainer import (
     callbacks_of,
     require_full_precision,
     require_layers,
     require_lightning,
     require_whole_positions,
 )
-from ._position_groups import PositionGroups
-from ._promises import PositionCallback, offsets_of
 
 __all__ = ["PositionLRSchedule"]
 

@@ -30,19 +30,22 @@ from ..training import (
 )
 from ._clock import Moment, PositionClock
 from ._gate import GradientGate
-from ._layers import (
+from ._promises import PositionCallback, RoundedPositions, fractional_layers, hold_named_copies, require_attributes
+from ._trainer import (
     averages_of,
     is_fast_dev_run,
     require_full_precision,
     require_layers,
     require_lightning,
+    require_local_directory,
     require_whole_positions,
+    require_writable_directory,
     reshard,
+    run_directory,
     swapped_in,
     trained_shapes,
+    warn_not_written,
 )
-from ._promises import PositionCallback, RoundedPositions, fractional_layers, hold_named_copies, require_attributes
-from ._stages import require_local_directory, require_writable_directory, run_directory, warn_not_written
 
 __all__ = ["RoundThenFinetune"]
 

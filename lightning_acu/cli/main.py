@@ -22,8 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..callbacks import RoundThenFinetune, evaluate_stages
-from ..callbacks._layers import callbacks_of, is_fast_dev_run
-from ..callbacks._stages import run_directory
+from ..callbacks._trainer import callbacks_of, is_fast_dev_run, run_directory
 from ..data import ImageDataModule
 from ..statistics import model_statistics
 from .commands import COMMANDS

@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_acu.callbacks import PositionLRSchedule, RoundThenFinetune
-from lightning_acu.callbacks._layers import require_whole_positions
+from lightning_acu.callbacks._trainer import require_whole_positions
 from lightning_acu.callbacks.schedules import Cosine, Schedule
 
 OPTIMIZERS = {

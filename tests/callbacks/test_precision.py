@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_acu import convert_to_acu
 from lightning_acu.callbacks import OffsetLogger, PositionLRSchedule, RoundThenFinetune
-from lightning_acu.callbacks._layers import require_full_precision
+from lightning_acu.callbacks._trainer import require_full_precision
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,20 @@
-"""What a trainer trains: the active convolutions of its module and their averaged copies. Checks that it can."""
+"""What callbacks ask of a trainer: its callbacks, the layers and averages it trains, the directory of its run."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from ..conv import ACUConv2d
 from ..figures import LayerShape, shapes_of
+from ..files import require_writable
 from ..training import averaged_models, trained_layers
 
 __all__ = [
@@ -22,10 +25,14 @@ __all__ = [
     "require_full_precision",
     "require_layers",
     "require_lightning",
+    "require_local_directory",
     "require_whole_positions",
+    "require_writable_directory",
     "reshard",
+    "run_directory",
     "swapped_in",
     "trained_shapes",
+    "warn_not_written",
 ]
 
 
@@ -146,6 +153,66 @@ def swapped_in(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None
     finally:
         for callback in swapping:
             callback.on_validation_epoch_end(trainer, module)
+
+
+def run_directory(trainer: pl.Trainer) -> Path:
+    """The directory of this run, the same on every process; a collective operation, to be called on all of them.
+
+    The ``log_dir`` of CSVLogger and TensorBoardLogger; for other loggers ``save_dir/name/version``, as in
+    ModelCheckpoint (their ``Trainer.log_dir`` is the same for all runs); without a logger the trainer's
+    ``default_root_dir``.
+    """
+    logger = trainer.logger
+    path: str | Path | None
+    if logger is None:
+        path = trainer.default_root_dir
+    elif (path := getattr(logger, "log_dir", None)) is None:
+        version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+        path = Path(logger.save_dir or trainer.default_root_dir, str(logger.name), version)
+    return Path(trainer.strategy.broadcast(path))
+
+
+def require_local_directory(callback: pl.Callback, trainer: pl.Trainer, remedy: str) -> None:
+    """Check that the run's directory is local.
+
+    Raises:
+        RuntimeError: it is a URL (of a bucket), where files written with ``open`` would never arrive.
+    """
+    where = str(getattr(trainer.logger, "save_dir", None) or trainer.default_root_dir)
+    if "://" in where:
+        raise RuntimeError(
+            f"{type(callback).__name__} writes local files, but this run's directory is {where!r}; choose a local "
+            f"directory for the logger or the trainer's default_root_dir, or set {remedy}"
+        )
+
+
+def require_writable_directory(callback: pl.Callback, trainer: pl.Trainer, remedy: str) -> None:
+    """Check that files can be written to the run's directory; create it where it does not exist.
+
+    Call it when training starts: some loggers have no directory before. A collective operation, to be called on every
+    process; all raise the same error.
+
+    Raises:
+        RuntimeError: they cannot.
+    """
+    if is_fast_dev_run(trainer) or trainer.barebones:  # these write no files
+        return
+    directory, problem = run_directory(trainer), ""
+    if trainer.is_global_zero:
+        try:
+            require_writable(directory)
+        except OSError as error:
+            problem = f"{type(error).__name__}: {error}"
+    if problem := trainer.strategy.broadcast(problem):
+        raise RuntimeError(
+            f"{type(callback).__name__} cannot write files to this run's directory {str(directory)!r} ({problem}); "
+            f"choose another for the logger or the trainer's default_root_dir, or set {remedy}"
+        )
+
+
+def warn_not_written(callback: pl.Callback, path: Path, error: OSError) -> None:
+    """Say that a file could not be written; the training goes on, because it is worth more than the file."""
+    rank_zero_warn(f"{type(callback).__name__}: {path} could not be written ({type(error).__name__}: {error})")
 
 
 def _held_averages(callback: pl.Callback) -> Iterator[nn.Module]:

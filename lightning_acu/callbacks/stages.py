@@ -1,4 +1,4 @@
-"""What a training leaves on disk: the directory of a run, and an evaluation of the checkpoints kept there."""
+"""Evaluation of a model before rounding, after it and after fine-tuning, from the checkpoints that a training kept."""
 
 from __future__ import annotations
 
@@ -6,25 +6,16 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from ..files import require_writable
-from ._layers import averaging_callbacks, callbacks_of, is_fast_dev_run
+from ._trainer import averaging_callbacks, callbacks_of
+from .round_then_finetune import RoundThenFinetune
 
-if TYPE_CHECKING:
-    from .round_then_finetune import RoundThenFinetune
-
-__all__ = [
-    "evaluate_stages",
-    "require_local_directory",
-    "require_writable_directory",
-    "run_directory",
-    "warn_not_written",
-]
+__all__ = ["evaluate_stages"]
 
 #: The names of stages, and of the checkpoints that RoundThenFinetune keeps of them.
 _KEPT = {"before rounding": "before_rounding", "after rounding": "rounded"}
@@ -91,66 +82,6 @@ def evaluate_stages(
             module.load_state_dict(final)
         stages["after fine-tuning" if rounded else "final"] = evaluate()
     return stages
-
-
-def run_directory(trainer: pl.Trainer) -> Path:
-    """The directory of this run, the same on every process; a collective operation, to be called on all of them.
-
-    The ``log_dir`` of CSVLogger and TensorBoardLogger; for other loggers ``save_dir/name/version``, as in
-    ModelCheckpoint (their ``Trainer.log_dir`` is the same for all runs); without a logger the trainer's
-    ``default_root_dir``.
-    """
-    logger = trainer.logger
-    path: str | Path | None
-    if logger is None:
-        path = trainer.default_root_dir
-    elif (path := getattr(logger, "log_dir", None)) is None:
-        version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-        path = Path(logger.save_dir or trainer.default_root_dir, str(logger.name), version)
-    return Path(trainer.strategy.broadcast(path))
-
-
-def require_local_directory(callback: pl.Callback, trainer: pl.Trainer, remedy: str) -> None:
-    """Check that the run's directory is local.
-
-    Raises:
-        RuntimeError: it is a URL (of a bucket), where files written with ``open`` would never arrive.
-    """
-    where = str(getattr(trainer.logger, "save_dir", None) or trainer.default_root_dir)
-    if "://" in where:
-        raise RuntimeError(
-            f"{type(callback).__name__} writes local files, but this run's directory is {where!r}; choose a local "
-            f"directory for the logger or the trainer's default_root_dir, or set {remedy}"
-        )
-
-
-def require_writable_directory(callback: pl.Callback, trainer: pl.Trainer, remedy: str) -> None:
-    """Check that files can be written to the run's directory; create it where it does not exist.
-
-    Call it when training starts: some loggers have no directory before. A collective operation, to be called on every
-    process; all raise the same error.
-
-    Raises:
-        RuntimeError: they cannot.
-    """
-    if is_fast_dev_run(trainer) or trainer.barebones:  # these write no files
-        return
-    directory, problem = run_directory(trainer), ""
-    if trainer.is_global_zero:
-        try:
-            require_writable(directory)
-        except OSError as error:
-            problem = f"{type(error).__name__}: {error}"
-    if problem := trainer.strategy.broadcast(problem):
-        raise RuntimeError(
-            f"{type(callback).__name__} cannot write files to this run's directory {str(directory)!r} ({problem}); "
-            f"choose another for the logger or the trainer's default_root_dir, or set {remedy}"
-        )
-
-
-def warn_not_written(callback: pl.Callback, path: Path, error: OSError) -> None:
-    """Say that a file could not be written; the training goes on, because it is worth more than the file."""
-    rank_zero_warn(f"{type(callback).__name__}: {path} could not be written ({type(error).__name__}: {error})")
 
 
 def _kept_checkpoints(rounding: RoundThenFinetune) -> dict[str, Path]:
