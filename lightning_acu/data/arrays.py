@@ -21,8 +21,8 @@ class ArrayDataModule(InMemoryDataModule):
     """Images from an .npz file with the arrays ``x_train``, ``y_train``, ``x_test`` and ``y_test``.
 
     Images are (N, H, W), (N, H, W, C) or (N, C, H, W) with C 1 or 3; uint8 is scaled to [0, 1], floating point is used
-    as it is. Labels are integers (N,) that start from 0. The file is read when first needed: by ``setup``, or when
-    ``num_classes``, ``in_chans`` or ``image_size`` is asked for. ``numpy.savez`` writes such a file.
+    as it is and must be finite. Labels are integers (N,) that start from 0. The file is read when first needed: by
+    ``setup``, or when ``num_classes``, ``in_chans`` or ``image_size`` is asked for. ``numpy.savez`` writes such a file.
 
     Args:
         path: the .npz file.
@@ -100,7 +100,8 @@ class ArrayDataModule(InMemoryDataModule):
 
         Raises:
             FileNotFoundError: the file does not exist.
-            ValueError: an array, ``mean``, ``std`` or ``val_size`` does not fit; the message names it.
+            ValueError: the file is damaged, or an array, ``mean``, ``std`` or ``val_size`` does not fit; the message
+                names it.
         """
         if self.train_set is not None:
             return
@@ -125,8 +126,9 @@ class ArrayDataModule(InMemoryDataModule):
             if len(value) != self.in_chans:
                 raise ValueError(f"`{name}` (={value}) must have one number for each of the {self.in_chans} channels")
         if not all(0 < s < float("inf") for s in std):
-            source = (
-                "computed from `x_train`, whose images may be constant or not finite" if self.std is None else "given"
-            )
+            computed = f"computed from `x_train` of {self.path}, whose images may be constant"
+            source = computed if self.std is None else "given"
             raise ValueError(f"`std` (={std}), {source}, must be positive and finite in every channel")
+        if not all(abs(m) < float("inf") for m in mean):
+            raise ValueError(f"`mean` (={mean}) must be finite in every channel")
         return mean, std

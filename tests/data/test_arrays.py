@@ -1,3 +1,7 @@
+import io
+import tracemalloc
+import zipfile
+
 import numpy as np
 import pytest
 import torch
@@ -142,7 +146,8 @@ def test_missing_arrays(arrays, save):
 def test_pickled_arrays_are_refused(arrays, save):
     arrays["y_train"] = np.array([object()] * 90)
     with pytest.raises(
-        ValueError, match=r"^`y_train` cannot be read \(.*allow_pickle=False\): store numbers, converted"
+        ValueError,
+        match=r"^`path` \(='.*npz'\) cannot be read: `y_train` holds Python objects; store numbers, conv",
     ):
         ready(save(arrays))
 
@@ -172,8 +177,9 @@ def test_pickled_arrays_are_refused(arrays, save):
 )
 def test_arrays_that_do_not_fit(arrays, save, key, change, message):
     arrays[key] = change(arrays[key])
-    with pytest.raises(ValueError, match=message):
-        ready(save(arrays))
+    path = save(arrays)
+    with pytest.raises(ValueError, match=message.removesuffix("$") + rf".* \(`path`='{path}'\)$"):
+        ready(path)
 
 
 @pytest.mark.parametrize(
@@ -187,8 +193,9 @@ def test_arrays_that_do_not_fit(arrays, save, key, change, message):
 )
 def test_images_that_are_unclear(arrays, save, shape, dtype, message):
     arrays["x_train"], arrays["x_test"] = np.zeros(shape, dtype), np.zeros((12, *shape[1:]), dtype)
-    with pytest.raises(ValueError, match=message):
-        ready(save(arrays))
+    path = save(arrays)
+    with pytest.raises(ValueError, match=message.removesuffix("$") + rf".* \(`path`='{path}'\)$"):
+        ready(path)
 
 
 def test_arguments_that_do_not_fit(arrays, save):
@@ -210,12 +217,34 @@ def test_arguments_that_do_not_fit(arrays, save):
 
 def test_images_without_contrast(arrays, save):
     arrays["x_train"][..., 1] = 7
-    with pytest.raises(ValueError, match=r"computed from `x_train`, whose images may be constant or not finite"):
-        ready(save(arrays))
-    arrays["x_train"] = np.where(arrays["x_train"] == 7, np.nan, arrays["x_train"])
-    arrays["x_test"] = arrays["x_test"].astype(float)
-    with pytest.raises(ValueError, match=r"^`std` \(=\[nan, nan, nan\]\), computed from `x_train`"):
-        ready(save(arrays))
+    path = save(arrays)
+    with pytest.raises(ValueError, match=rf"computed from `x_train` of {path}, whose images may be constant, must be"):
+        ready(path)
+    with pytest.raises(ValueError, match=r"^`mean` \(=\[0.0, nan, 0.0\]\) must be finite in every channel$"):
+        ready(path, mean=[0.0, float("nan"), 0.0], std=[1.0] * 3)
+
+
+@pytest.mark.parametrize("key", ["x_train", "x_test"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e300])
+def test_images_that_are_not_finite(arrays, save, key, value):
+    arrays.update({name: arrays[name] / 255 for name in ("x_train", "x_test")})
+    arrays[key][7, 2, 3, 1] = value
+    path = save(arrays)
+    message = rf"^`{key}` must be finite, but image 7 holds NaN, infinity or .* \(`path`='{path}'\)$"
+    with pytest.raises(ValueError, match=message):
+        ready(path)
+
+
+def test_a_huge_label_costs_no_memory(arrays, save):
+    for huge in (10**7, 2**62, np.uint64(2**64 - 1)):
+        changed = arrays["y_train"].astype(np.asarray(huge).dtype)
+        changed[3] = huge
+        path = save(arrays | {"y_train": changed})
+        tracemalloc.start()
+        with pytest.raises(ValueError, match=rf"has labels up to {huge} but none of \[3, 4, 5, 6, 7\]; .*'{path}'"):
+            ready(path)
+        assert tracemalloc.get_traced_memory()[1] < 2e6
+        tracemalloc.stop()
 
 
 def test_a_damaged_archive(arrays, save):
@@ -224,9 +253,102 @@ def test_a_damaged_archive(arrays, save):
     content[2000] ^= 1  # in x_train
     path.write_bytes(content)
     with pytest.raises(
-        ValueError, match=rf"^`path` \(='{path}'\) is damaged \(Bad CRC-32.*\); download or write it again$"
+        ValueError, match=rf"^`path` \(='{path}'\) is damaged \(`x_train`: Bad CRC-32.*\); download or write it again$"
     ):
         ready(path)
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"is not an .npz archive, or is cut short; write one with"):
+        ready(path)
+
+
+@pytest.fixture
+def rewrite(arrays, save):
+    """Writes the archive again with a change to the file of `x_train`, or to its entry in the archive."""
+
+    def to(change=lambda content: content, **entry):
+        path = save(arrays)
+        with zipfile.ZipFile(path) as archive:
+            contents = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, content in contents.items():
+                info = zipfile.ZipInfo(name)
+                if name == "x_train.npy":
+                    content = change(content)
+                    for key, value in entry.items():
+                        setattr(info, key, value)
+                archive.writestr(info, content)
+        return path
+
+    return to
+
+
+def header(shape, descr="'|u1'"):
+    """Of x_train.npy, for another shape."""
+    file = io.BytesIO()
+    text = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    file.write(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode("latin1"))
+    return lambda content: file.getvalue() + content[128:]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        header("(90, 5, 7, 10**9)"),
+        header("(10000000, 1000, 1000, 3)"),
+        header("(90, 5, 7, 2)"),  # fewer numbers than there are
+        header("(-90, -5, 7, 3)"),
+        header("(90, 5, 7, 3)", "'|O'"),
+        header("(90, 5, 7, 3)", "[('a', 'u1')]"),
+        header("(90, 5, 7, 3)", "[]"),
+        header("((((((((((90", "'"),
+        lambda content: content[:-1],
+        lambda content: content + b"0",
+        lambda content: content[:20],
+        lambda content: b"",
+        lambda content: content[:6] + b"\x03" + content[7:],
+    ],
+)
+def test_a_header_that_does_not_fit(rewrite, change):
+    path = rewrite(change)
+    with pytest.raises(ValueError, match=rf"'{path}'.*x_train|x_train.*'{path}'"):
+        ready(path)
+
+
+def test_ways_of_compression(rewrite):
+    assert len(ready(rewrite(compress_type=zipfile.ZIP_DEFLATED)).train_set) == 81
+    for other in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        path = rewrite(compress_type=other)
+        with pytest.raises(ValueError, match=rf"'{path}'\) holds `x_train` compressed in a way that NumPy does not"):
+            ready(path)
+
+
+def test_an_archive_that_promises_more_than_it_holds(rewrite):
+    """Its directory and its header agree on 30 TB of zeros; the data would be 7 kB."""
+    path = rewrite(header("(3000000000, 100, 100)"), compress_type=zipfile.ZIP_DEFLATED)
+    content = bytearray(path.read_bytes())
+    entry = content.index(b"PK\x01\x02")
+    content[entry + 24 : entry + 28] = (2**32 - 2).to_bytes(4, "little")
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"'{path}'\) is damaged \(`x_train`: an array of shape \(3000000000, 100,"):
+        ready(path)
+
+
+def test_an_encrypted_archive(rewrite):
+    path = rewrite()
+    content = bytearray(path.read_bytes())
+    for mark, at in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        content[content.index(mark) + at] |= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^`path` \(='{path}'\) is encrypted \(`x_train`\); write it again"):
+        ready(path)
+
+
+def test_more_images_than_there_is_memory_for(arrays, save, monkeypatch):
+    path = save(arrays)
+
+    def read(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr("lightning_acu.data.npz.npy.read_array", read)
+    with pytest.raises(ValueError, match=rf"'{path}'\) is too large: `x_train` takes 0.0 GiB, more than there"):
         ready(path)
