@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import uuid
 import warnings
@@ -19,6 +20,9 @@ __all__ = ["cached_whitening"]
 
 #: Changes when the computation does, so that no older file is taken for its result.
 _VERSION = "1"
+
+#: Rows of the matrix that are checked at a time.
+_ROWS = 1024
 
 
 def cached_whitening(
@@ -73,14 +77,38 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
 
 
 def _read(path: Path, key: str, shape: tuple[int, ...], bias: float, contrast_scale: float | None) -> ZCAWhitening:
+    """The file's whitening; ValueError if it is not one that :meth:`ZCAWhitening.fit` could give."""
+    features = math.prod(shape)
+    expected = {"mean": shape, "matrix": (features, features)}
     with safe_open(path, framework="pt") as file:  # plain arrays: reading them runs no code
         metadata = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in ("mean", "matrix")}
-    if metadata.get("key") != key:
-        raise ValueError("it belongs to other images or parameters")
-    if tuple(tensors["mean"].shape) != shape or metadata.get("checksum") != _checksum(tensors):
+        if metadata.get("key") != key:
+            raise ValueError("it belongs to other images or parameters")
+        for name, size in expected.items():  # before memory is taken for what the file says that it holds
+            entry = file.get_slice(name)
+            if (tuple(entry.get_shape()), entry.get_dtype()) != (size, "F32"):
+                raise ValueError(f"`{name}` is {entry.get_dtype()} {tuple(entry.get_shape())}, not F32 {size}")
+        tensors = {name: file.get_tensor(name) for name in expected}
+    if metadata.get("checksum") != _checksum(tensors):
         raise ValueError("its numbers are not those that were saved")
+    _check(tensors["mean"].flatten(), tensors["matrix"], bias)
     return ZCAWhitening(tensors["mean"], tensors["matrix"], bias, contrast_scale)
+
+
+def _check(mean: Tensor, matrix: Tensor, bias: float) -> None:
+    """The checksum says that these were saved; this, that they can be used."""
+    if not mean.isfinite().all():
+        raise ValueError("`mean` is not finite")
+    # Of eigenvalues (l + bias)^-1/2 with l >= 0, a diagonal is above 0 and no number above the largest; with room for
+    # float32. Some rows at a time: the whole matrix may have 600 MB. NaN fails the comparison.
+    largest = 1.001 * bias**-0.5
+    if not (matrix.diagonal() > 0).all():
+        raise ValueError("`matrix` is not positive definite")
+    for rows, columns in zip(matrix.split(_ROWS), matrix.split(_ROWS, 1), strict=True):
+        if not rows.abs().max() <= largest:
+            raise ValueError(f"`matrix` has numbers above {largest:.3g} in absolute value, or NaN")
+        if not (rows - columns.T).abs().max() <= 1e-5 * largest:
+            raise ValueError("`matrix` is not symmetric")
 
 
 def _write(path: Path, key: str, whitening: ZCAWhitening) -> None:
