@@ -19,13 +19,17 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
+from jsonargparse import ActionConfigFile, get_loader  # type: ignore[attr-defined]
 
 __all__ = ["ConfigFile", "with_bases"]
+
+#: Far above what configurations need, and far below what takes seconds to read or much memory.
+_MAX_BASES, _MAX_CHARACTERS, _MAX_WRITTEN_OUT, _MAX_DEPTH = 32, 2**18, 2**20, 64
 
 
 class ConfigFile(ActionConfigFile):
@@ -38,7 +42,7 @@ class ConfigFile(ActionConfigFile):
             return
         try:
             files = with_bases(values)
-        except (FileNotFoundError, ValueError) as error:
+        except (OSError, ValueError) as error:
             raise argparse.ArgumentError(self, str(error)) from error
         for file in files:
             super().__call__(parser, cfg, str(file), option_string)
@@ -50,11 +54,14 @@ def with_bases(path: str | Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: the file or a base does not exist; the message names both.
-        ValueError: a file is not valid YAML or not a mapping, has a key with and without "+", its base is not the name
-            of a file, or files are the base of each other.
+        OSError: a file cannot be read.
+        ValueError: a file is not valid YAML or not a mapping, is too large, has a key with and without "+", its base is
+            not the name of a file, or files are the base of each other or too many in a row.
     """
     files = [Path(path)]
     while (base := _base_of(files[0])) is not None:
+        if len(files) > _MAX_BASES:
+            raise ValueError(f"{path} has more than {_MAX_BASES} bases, each the `base` of another; the last is {base}")
         if not base.is_file():
             raise FileNotFoundError(f"{base}, the `base` of {files[0]}, does not exist or is not a file")
         if any(base.samefile(file) for file in files):
@@ -65,8 +72,15 @@ def with_bases(path: str | Path) -> list[Path]:
 
 def _base_of(path: Path) -> Path | None:
     try:
-        config = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        with path.open() as file:
+            text = file.read(_MAX_CHARACTERS + 1)
+        _check_extent(text)
+        config = get_loader("yaml")(text)  # as jsonargparse will read it
+    except OSError:
+        raise
+    except _ExtentError as error:
+        raise ValueError(f"{path} {error}") from error
+    except Exception as error:  # PyYAML raises anything for a text that does not fit its tag, KeyError for "!!bool x"
         raise ValueError(f"{path} is not a valid YAML file: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold a mapping of options, not {type(config).__name__}")
@@ -77,6 +91,57 @@ def _base_of(path: Path) -> Path | None:
     if not isinstance(name, str):
         raise ValueError(f"`base` (={name!r}) in {path} must be the name of a file")
     return path.parent / name
+
+
+class _ExtentError(ValueError):
+    """What is wrong with a file, as the end of a sentence about it."""
+
+
+@dataclass
+class _Node:
+    """A value in a YAML text, with its aliases written out: its anchor, length, and levels below it."""
+
+    anchor: str | None
+    characters: int = 1
+    height: int = 0
+
+
+def _check_extent(text: str) -> None:
+    """Before anything is made of it: a short text may stand for an endless one, by aliases of aliases.
+
+    Raises:
+        _ExtentError: the text is too long, too long with its aliases written out, or too deep; or an alias is in what
+            it stands for.
+        yaml.YAMLError: the text is not valid YAML.
+    """
+    if len(text) > _MAX_CHARACTERS:
+        raise _ExtentError(f"has more than {_MAX_CHARACTERS} characters, too many for a configuration")
+    known: dict[str, _Node] = {}  # by their anchors
+    stack = [_Node(None)]  # values that are not complete yet, from the outermost; below them the file itself
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # which follows no alias
+        if isinstance(event, yaml.CollectionStartEvent):
+            known.pop(event.anchor, None)
+            stack.append(_Node(event.anchor))
+            node = _Node(None)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            node = stack.pop()
+        elif isinstance(event, yaml.ScalarEvent):
+            node = _Node(event.anchor, len(event.value) + 1)
+        elif isinstance(event, yaml.AliasEvent):
+            if event.anchor not in known and any(node.anchor == event.anchor for node in stack):
+                raise _ExtentError(f"never ends: the alias *{event.anchor} is in what it stands for")
+            node = known.get(event.anchor) or _Node(None)  # reading it will say that the anchor does not exist
+        else:
+            continue
+        if node.anchor is not None:
+            known[node.anchor] = node
+        parent = stack[-1]
+        parent.characters += node.characters
+        parent.height = max(parent.height, node.height + 1)
+        if parent.characters > _MAX_WRITTEN_OUT:
+            raise _ExtentError(f"has more than {_MAX_WRITTEN_OUT} characters when its aliases are written out")
+        if len(stack) + node.height > _MAX_DEPTH:
+            raise _ExtentError(f"is nested more than {_MAX_DEPTH} levels deep")
 
 
 def _check_appending(config: Any, path: Path) -> None:

@@ -2,7 +2,10 @@
 
 import json
 import math
+import re
 import sys
+import time
+from argparse import ArgumentError
 from typing import Any
 
 import pytest
@@ -173,6 +176,95 @@ def test_errors_name_the_file(write, monkeypatch, capsys, files, message):
         run(monkeypatch, "fit", "--config", paths["top"])
     assert caught.value.code == 2
     assert with_bases_message(paths["top"]) in capsys.readouterr().err
+
+
+def bomb(levels, aliases, first="1"):
+    """Each level holds that many aliases of the one before."""
+    lines = [f"l0: &l0 [{first}]"]
+    lines += [f"l{i}: &l{i} [{', '.join(aliases * [f'*l{i - 1}'])}]" for i in range(1, levels + 1)]
+    return "\n".join(lines)
+
+
+HOSTILE = {
+    "nine to the eleventh": (bomb(11, 9), "has more than 1048576 characters when its aliases are written out"),
+    "few aliases, many levels": (bomb(40, 2), "has more than 1048576 characters when its aliases"),
+    "a long text, often": (
+        f"a: &a {'x' * 9999}\nb: [{', '.join(999 * ['*a'])}]",
+        "has more than 1048576 characters when",
+    ),
+    "merged mappings": (
+        "a: &a {x: 1}\n"
+        + "\n".join(f"k{i}: &{chr(98 + i)} {{<<: [{', '.join(9 * ['*' + chr(97 + i)])}]}}" for i in range(11)),
+        "has more than 1048576 characters when its aliases",
+    ),
+    "levels by aliases": (bomb(100, 1), "is nested more than 64 levels deep"),
+    "levels": ("a: " + 900 * "[" + 900 * "]", "is nested more than 64 levels deep"),
+    "levels of mappings": ("".join(" " * i + "a:\n" for i in range(500)), "is nested more than 64 levels deep"),
+    "itself": ("a: &a {b: *a}", r"never ends: the alias \*a is in what it stands for"),
+    "itself, twice": ("a: &a [1, {b: &b [*a, *b]}]", r"never ends: the alias \*a is in"),
+    "itself, after another of that name": ("a: &a 1\nb: &a [*a]", r"never ends: the alias \*a is in"),
+    "the whole": ("&a {b: [*a]}", r"never ends: the alias \*a is in what"),
+    "a long file": ("a: " + "1" * 2**18, "has more than 262144 characters, too many for a configuration"),
+    "no such anchor": ("a: *b", "is not a valid YAML file: (.|\\n)*undefined alias"),
+    "not closed": ("a: " + 60 * "[", "is not a valid YAML file"),
+    "a tag that does not fit": ("a: !!bool x", "is not a valid YAML file: 'x'"),
+    "another such tag": ("a: !!int ''", "is not a valid YAML file"),
+    "a class": ("a: !!python/object/apply:os.getcwd []", "is not a valid YAML file"),
+    "a number of many digits": ("a: " + "1" * 5000, "is not a valid YAML file"),
+    "a key that cannot be one": ("? {a: 1}\n: 2", "is not a valid YAML file"),
+    "no text": ("a: \x00", "is not a valid YAML file"),
+}
+
+
+@pytest.mark.parametrize("place", ["file", "base"])
+@pytest.mark.parametrize(("text", "message"), HOSTILE.values(), ids=HOSTILE)
+def test_hostile_files(write, parser, text, message, place):
+    hostile = write("hostile.yaml", text)
+    path = hostile if place == "file" else write("top.yaml", "base: hostile.yaml")
+    start = time.process_time()
+    with pytest.raises(ArgumentError, match=rf"(?s){re.escape(str(hostile))} {message}"):
+        parser.parse_args(["--config", str(path)])
+    assert time.process_time() - start < 2
+
+
+@pytest.mark.parametrize("count", [33, 1200])
+def test_many_bases(write, parser, count):
+    for i in range(count):
+        write(f"{i}.yaml", {"base": f"{i + 1}.yaml", "rate": i})
+    top = write(f"{count}.yaml", {"rate": 1.0}).with_name("0.yaml")
+    start = time.process_time()
+    with pytest.raises(ArgumentError, match=rf"{top} has more than 32 bases, each .*; the last is .*33\.yaml"):
+        parser.parse_args(["--config", str(top)])
+    assert time.process_time() - start < 2
+    assert parser.parse_args(["--config", str(top.with_name(f"{count - 32}.yaml"))]).rate == count - 32
+
+
+def test_a_file_that_cannot_be_read(write, parser, monkeypatch):
+    path = write("top.yaml", "rate: 1")
+
+    def refuse(self, *_, **__):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(type(path), "open", refuse)
+    with pytest.raises(ArgumentError, match=rf"Permission denied: '{path}'"):
+        parser.parse_args(["--config", str(path)])
+
+
+def test_ordinary_anchors(write, load):
+    text = """
+    many: &many [&one 1, *one, {deep: &deep {a: b}}, *deep]
+    mapping: {again: *many, merged: {<<: *deep, c: d}}
+    """
+    config = load(write("top.yaml", text))
+    many = [1, 1, {"deep": {"a": "b"}}, {"a": "b"}]
+    assert (config["many"], config["mapping"]) == (many, {"again": many, "merged": {"a": "b", "c": "d"}})
+    large = {"mapping": {"long": [[i, "x" * 20] for i in range(3000)], "deep": nested(60)}}
+    config = load(write("large.yaml", yaml.dump(large, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper))))
+    assert config["mapping"] == large["mapping"]
+
+
+def nested(levels):
+    return [nested(levels - 1)] if levels else 1
 
 
 def with_bases_message(path):
