@@ -3,7 +3,9 @@
 import copy
 import functools
 import json
+import os
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,6 +87,92 @@ def test_tiles_of_a_users_table_override_the_rule(monkeypatch, tmp_path):
             tile_for("product", torch.bfloat16, 64, 64, device)
     finally:
         forget()
+
+
+DAMAGED = {
+    "not JSON": "{",
+    "too deep": 50_000 * "[",
+    "too long": " " * 2**20 + "{}",
+    "not text": b"\xff\xfe{}",
+    "a list": "[]",
+    "a table that is a list": '{"sm_90": [1]}',
+    "tiles that are a list": '{"sm_90": {"tiles": [1]}}',
+    "infinity": '{"sm_90": {"tiles": {"x": [Infinity, 64, 32, 4]}}}',
+    "not whole": '{"sm_90": {"tiles": {"x": [64.0, 64, 32, 4]}}}',
+    "true": '{"sm_90": {"tiles": {"x": [64, 64, 32, true]}}}',
+    "too short": '{"sm_90": {"tiles": {"x": [64, 64, 32]}}}',
+    "too many numbers": '{"sm_90": {"tiles": {"x": [64, 64, 32, 4, 1, 1]}}}',
+    "a mapping": '{"sm_90": {"tiles": {"x": {"m": 64}}}}',
+    "no power of 2": '{"sm_90": {"tiles": {"x": [48, 64, 32, 4]}}}',
+    "huge": '{"sm_90": {"tiles": {"x": [64, 1048576, 32, 4]}}}',
+    "negative": '{"sm_90": {"tiles": {"x": [64, 64, -32, 4]}}}',
+    "too small for a product": '{"sm_90": {"tiles": {"x": [64, 64, 0, 4]}}}',
+    "warps": '{"sm_90": {"tiles": {"x": [64, 64, 32, 64]}}}',
+    "stages": '{"sm_90": {"tiles": {"x": [64, 64, 32, 4, 0]}}}',
+    "channelwise with a sum": '{"sm_90": {"tiles": {"channelwise float16 16x16": [8, 16, 16, 4]}}}',
+    "text for a number of channels": '{"sm_90": {"gemm_from": {"bfloat16": "x"}}}',
+    "channels that are a list": '{"sm_90": {"gemm_from": [256]}}',
+    "a number of many digits": '{"sm_90": {"gemm_from": {"bfloat16": ' + 5000 * "1" + "}}}",
+    "another kind of GPU": '{"sm_80": {"tiles": {"x": [1]}}}',
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_table_is_named(monkeypatch, tmp_path, content):
+    monkeypatch.setenv("LIGHTNING_ACU_CACHE", str(tmp_path))
+    monkeypatch.setattr(triton_tiles, "arch_of", lambda device: "sm_90")
+    path = triton_tiles.tuned_tiles()
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    forget()
+    message = rf"(?s)^{path} is damaged \(.*\); delete it, or tune again$"
+    try:
+        with pytest.raises(RuntimeError, match=message):
+            tile_for("product", torch.bfloat16, 64, 64, torch.device("cpu"))
+        with pytest.raises(RuntimeError, match=message):
+            triton_tiles.gemm_from(torch.bfloat16, torch.device("cpu"))
+    finally:
+        forget()
+    with pytest.raises(RuntimeError, match=message):  # before anything is measured
+        triton_tune.tune(torch.device("cpu"), [], path)
+
+
+def test_a_table_is_written_whole_or_not_at_all(monkeypatch, tmp_path):
+    path = tmp_path / "tiles.json"
+    triton_tune._write(path, "sm_80", {"tiles": {}})
+    before = path.read_text()
+
+    def fail(self, *_, **__):
+        with self.open("w") as file:
+            file.write("{")
+        raise OSError(28, "No space left on device", str(self))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(path), "write_text", fail)
+        with pytest.raises(OSError, match="No space left"):
+            triton_tune._write(path, "sm_90", {"tiles": {}})
+    assert (path.read_text(), [*tmp_path.iterdir()]) == (before, [path])
+    triton_tune._write(path, "sm_90", {"tiles": {}})
+    assert set(json.loads(path.read_text())) == {"sm_80", "sm_90"}
+
+
+def test_a_cache_that_cannot_be_read_has_no_table(monkeypatch, tmp_path):
+    monkeypatch.setenv("LIGHTNING_ACU_CACHE", str(tmp_path))
+    path = triton_tiles.tuned_tiles()
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    os.mkfifo(path)  # opening it would wait
+    forget()
+    assert triton_tiles.table("sm_100") == {}
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_tiles, "read_tables", refuse)
+        forget()
+        assert triton_tiles.table("sm_100") == {}
+    monkeypatch.setattr(triton_tiles, "tuned_tiles", lambda: Path("~nobody-has-this-name").expanduser())
+    forget()
+    assert triton_tiles.table("sm_100") == {}
+    forget()
 
 
 def test_auto_takes_it_on_gpus_that_have_measured_it_and_says_once_what_is_missing(monkeypatch):

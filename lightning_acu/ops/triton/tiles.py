@@ -23,6 +23,7 @@ __all__ = [
     "gemm_from",
     "interpolates_in_half",
     "precision",
+    "read_tables",
     "rounded",
     "set_interpolation",
     "shape_class",
@@ -33,6 +34,9 @@ __all__ = [
 
 #: From so many channels on, 16-bit products are interpolated first and multiplied by torch (``gemm.py``).
 _GEMM_FROM = 512
+
+#: A table of every class of layers for one kind of GPU has 20 kB.
+_MAX_BYTES = 2**20
 
 _interpolation = "float32"
 
@@ -162,19 +166,63 @@ def table(arch: str | None) -> Mapping[str, Any]:
     """
     if arch is None:
         return {}
-    shipped = json.loads((resources.files(__package__) / "triton_tiles.json").read_text())
+    shipped: dict[str, Any] = json.loads((resources.files(__package__) / "triton_tiles.json").read_text())
+    return _own_tables().get(arch) or shipped.get(arch, {})
+
+
+def _own_tables() -> dict[str, Any]:
     try:
         path = tuned_tiles()
-        text = path.read_text() if path.is_file() else "{}"
-    except (OSError, RuntimeError):  # a user without a home, or a home that may not be read: no table
-        return shipped.get(arch, {})  # type: ignore[no-any-return]
+    except RuntimeError:  # a user without a home: no table
+        return {}
     try:
-        chosen: Mapping[str, Any] = json.loads(text).get(arch) or shipped.get(arch, {})
-        for tile in chosen.get("tiles", {}).values():
-            Tile(*map(int, tile))
-    except (AttributeError, TypeError, ValueError) as error:
+        return read_tables(path)
+    except OSError:  # a home that may not be read: no table
+        return {}
+
+
+def read_tables(path: Path) -> dict[str, Any]:
+    """The tables in a file, by the kind of GPU, checked; none if the file does not exist.
+
+    Raises:
+        OSError: the file cannot be read.
+        RuntimeError: it is damaged; the message names it.
+    """
+    if not path.is_file():
+        return {}
+    with path.open("rb") as file:
+        content = file.read(_MAX_BYTES + 1)
+    try:
+        if len(content) > _MAX_BYTES:
+            raise ValueError(f"more than {_MAX_BYTES} bytes")
+        tables: dict[str, Any] = json.loads(content)
+        for table in tables.values():
+            for name, tile in table.get("tiles", {}).items():
+                if not _is_tile(name, tile):
+                    raise ValueError(f"{name!r} has {tile!r}, which is no tile")
+            for dtype, channels in table.get("gemm_from", {}).items():
+                if type(channels) is not int or channels < 0:
+                    raise ValueError(f"gemm_from of {dtype!r} is {channels!r}, not a number of channels")
+    # Of json, for what is not JSON or too deep; and of the lines above, for lists where there should be mappings.
+    except (ValueError, RecursionError, AttributeError) as error:
         raise RuntimeError(f"{path} is damaged ({error}); delete it, or tune again") from error
-    return chosen
+    return tables
+
+
+def _is_tile(name: str, tile: Any) -> bool:
+    """Whether a kernel could be launched with it: powers of 2, and no block larger than Triton's limit."""
+    if type(tile) is not list or not 4 <= len(tile) <= 5 or any(type(number) is not int for number in tile):
+        return False
+    m, n, k, warps, stages = Tile(*tile)
+    if name.startswith("channelwise "):
+        powers = k == 0 and all(_is_power(size, 1, 1024) for size in (m, n))
+    else:  # of a matrix product, which Triton has from 16 on
+        powers = all(_is_power(size, 16, 1024) for size in (m, n, k))
+    return powers and _is_power(warps, 1, 32) and 1 <= stages <= 16
+
+
+def _is_power(size: int, least: int, most: int) -> bool:
+    return least <= size <= most and size & (size - 1) == 0
 
 
 def rounded(channels: int) -> int:

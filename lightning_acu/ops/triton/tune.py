@@ -15,7 +15,7 @@ import functools
 import itertools
 import json
 import math
-import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -176,7 +176,12 @@ def tune(
 
     Returns:
         The table of this kind of GPU: the one in use, with what was measured.
+
+    Raises:
+        OSError: ``out`` cannot be written.
+        RuntimeError: the file ``out`` is damaged.
     """
+    tiles.read_tables(out)  # an error now, and not when the first class has been measured
     deadline = time.monotonic() + seconds
     arch = tiles.arch_of(device)
     table: dict[str, Any] = {"tiles": {}, "gemm_from": {}} | copy.deepcopy(dict(tiles.table(arch)))
@@ -222,10 +227,11 @@ def _gemm_from(is_faster: dict[int, bool]) -> int:
 def _write(out: Path, arch: str, table: dict[str, Any]) -> None:
     """Other kinds of GPU in the file stay; a reader never sees half of it."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    tables = json.loads(out.read_text()) if out.is_file() else {}
-    draft = out.with_suffix(f".{os.getpid()}.tmp")
-    draft.write_text(json.dumps(tables | {arch: table}, indent=2) + "\n")
-    draft.replace(out)
+    tables = tiles.read_tables(out)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
+        draft = Path(folder, out.name)
+        draft.write_text(json.dumps(tables | {arch: table}, indent=2) + "\n")
+        draft.replace(out)
 
 
 def main(arguments: list[str] | None = None) -> None:
