@@ -119,10 +119,10 @@ def read_image(path: str | Path) -> Image:
     Raises:
         OSError: the file does not exist, cannot be read or is not an image; the message names it.
     """
+    if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
+        raise OSError(f"{path} is not a file; remove it")
     try:
         image: Image = default_loader(path)
         return image
-    except FileNotFoundError:
-        raise
     except Exception as error:  # Pillow's decoders raise what they like for a damaged file, SyntaxError for a PNG
         raise OSError(f"{path} cannot be read as an image ({error}); replace or remove it") from error

@@ -187,6 +187,9 @@ def test_damaged_images(tmp_path, suffix, damage):
     path.unlink()
     with pytest.raises(FileNotFoundError, match=str(path)):
         read_image(path)
+    os.mkfifo(path)
+    with pytest.raises(OSError, match=rf"^{path} is not a file; remove it$"):
+        read_image(path)
 
 
 def test_a_damaged_image_is_named_in_a_batch(root):

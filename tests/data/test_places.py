@@ -247,3 +247,11 @@ def test_archives_in_the_folder_are_unpacked_without_a_network(lists, tmp_path, 
 def test_bad_arguments(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         Places365DataModule(tmp_path, **arguments)
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-40], lambda content: b"", lambda content: content[9:]])
+def test_damaged_images_are_named(root, damage):
+    path = next(path for part in ("val", "val_256") for path in sorted((root / part).rglob("*.png")))
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(OSError, match=rf"^{path} cannot be read as an image \(.*\); replace or remove it$"):
+        list(ready(root, "validate").val_set)
