@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,11 @@ class ConfigFile(ActionConfigFile):
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         """Add to ``cfg`` what the bases and the file say; jsonargparse treats text that is not the name of a file."""
         if not os.path.isfile(values):  # not Path's, which raises for a text that is too long to be a name
+            with suppress(yaml.YAMLError):  # which jsonargparse reports
+                try:
+                    _check_extent(values)
+                except _ExtentError as error:
+                    raise argparse.ArgumentError(self, f"the text {values[:40]!r}... {error}") from error
             super().__call__(parser, cfg, values, option_string)
             return
         try:

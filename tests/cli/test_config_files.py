@@ -227,6 +227,13 @@ def test_hostile_files(write, parser, text, message, place):
     assert time.process_time() - start < 2
 
 
+@pytest.mark.parametrize("text", [bomb(11, 9), "{a: &a {b: *a}}", "a: " + 500 * "[" + 500 * "]"])
+def test_hostile_text(parser, text):
+    message = r"the text '.*'\.\.\. (has more than|never ends|is nested)"
+    with pytest.raises(ArgumentError, match=message):
+        parser.parse_args([f"--config={text}"])
+
+
 @pytest.mark.parametrize("count", [33, 1200])
 def test_many_bases(write, parser, count):
     for i in range(count):
