@@ -24,6 +24,7 @@ from rich.table import Table
 from ..callbacks import RoundThenFinetune, evaluate_stages
 from ..callbacks._trainer import callbacks_of, is_fast_dev_run, run_directory
 from ..data import ImageDataModule
+from ..files import write_whole
 from ..statistics import model_statistics
 from .commands import COMMANDS
 from .config_files import ConfigFile
@@ -99,7 +100,8 @@ class ACULightningCLI(LightningCLI):
             "learned": {name: vars(row) for name, row in learned.items()},
             "final": {name: vars(row) for name, row in layers.items()},
         }
-        (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        text = json.dumps(summary, indent=2) + "\n"
+        write_whole(directory / "summary.json", lambda draft: draft.write_text(text))
 
         console = Console(width=None if sys.stdout.isatty() else 100)
         names = list(next(iter(tests.values())))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
-import uuid
 import warnings
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..files import write_whole
 from .whitening import ZCAWhitening
 
 __all__ = ["cached_whitening"]
@@ -115,9 +114,5 @@ def _write(path: Path, key: str, whitening: ZCAWhitening) -> None:
     """All of the file or nothing: others may read it at the same time, and a run may be killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {"mean": whitening.mean.contiguous(), "matrix": whitening.matrix.contiguous()}
-    temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
-    try:
-        save_file(tensors, temporary, metadata={"key": key, "checksum": _checksum(tensors)})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    metadata = {"key": key, "checksum": _checksum(tensors)}
+    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))

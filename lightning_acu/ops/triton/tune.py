@@ -15,7 +15,6 @@ import functools
 import itertools
 import json
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...files import write_whole
 from ...geometry import ConvGeometry
 from . import tiles
 from .tiles import Tile, dtype_name, rounded, shape_class, tile_for
@@ -228,10 +228,8 @@ def _write(out: Path, arch: str, table: dict[str, Any]) -> None:
     """Other kinds of GPU in the file stay; a reader never sees half of it."""
     out.parent.mkdir(parents=True, exist_ok=True)
     tables = tiles.read_tables(out)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
-        draft = Path(folder, out.name)
-        draft.write_text(json.dumps(tables | {arch: table}, indent=2) + "\n")
-        draft.replace(out)
+    text = json.dumps(tables | {arch: table}, indent=2) + "\n"
+    write_whole(out, lambda draft: draft.write_text(text))
 
 
 def main(arguments: list[str] | None = None) -> None:
