@@ -142,6 +142,7 @@ def require_memory(*tensors: Tensor | None) -> None:
         if tensor is None:
             continue
         size = tensor.untyped_storage().nbytes()
+        # (the first two are quick, and tell for tensors that begin where their storage does)
         if (size < tensor.nbytes or tensor.storage_offset()) and tensor.numel() and size < _extent(tensor):
             raise RuntimeError(
                 f"the memory of a tensor of shape {tuple(tensor.shape)} was freed: its storage has {size} bytes and "

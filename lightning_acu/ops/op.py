@@ -52,38 +52,55 @@ def _check(
 
     Raises:
         TypeError: dtypes that cannot be used together.
-        ValueError: shapes or numbers that do not fit each other.
+        ValueError: devices, shapes or numbers that do not fit each other.
     """
-    named = {"input": input, "weight": weight, "offsets": offsets, "bias": bias, "grad": grad}
-    tensors = {name: tensor for name, tensor in named.items() if tensor is not None}
-    same = {tensor.dtype for name, tensor in tensors.items() if name != "offsets"}
-    if len(same) > 1 or not input.is_floating_point() or offsets.dtype not in (torch.float32, torch.float64):
-        given = ", ".join(f"`{name}` {tensor.dtype}" for name, tensor in tensors.items())
+    dtype, device = input.dtype, input.device
+    if not (
+        dtype.is_floating_point
+        and weight.dtype == dtype
+        and offsets.dtype in (torch.float32, torch.float64)
+        and (bias is None or bias.dtype == dtype)
+        and (grad is None or grad.dtype == dtype)
+    ):
+        given = _given(lambda tensor: tensor.dtype, input, weight, offsets, bias, grad)
         raise TypeError(f"offsets must be float32 or float64, the others of one floating point dtype; got {given}")
-    if len({tensor.device for tensor in tensors.values()}) > 1:
-        given = ", ".join(f"`{name}` {tensor.device}" for name, tensor in tensors.items())
+    if not (
+        weight.device == device
+        and offsets.device == device
+        and (bias is None or bias.device == device)
+        and (grad is None or grad.device == device)
+    ):
+        given = _given(lambda tensor: tensor.device, input, weight, offsets, bias, grad)
         raise ValueError(f"all tensors must be on one device; got {given}")
-    if min(geometry.stride) < 1 or min(*geometry.padding, *geometry.dilation) < 0 or geometry.groups < 1:
+    stride, padding, dilation, groups = _configuration(geometry)
+    if min(*stride, groups) < 1 or min(*padding, *dilation) < 0:
         raise ValueError(f"stride and groups must be at least 1, padding and dilation at least 0; got {geometry}")
-    if max(*geometry.padding, *geometry.dilation) >= LIMIT or max(geometry.stride) >= STRIDE_LIMIT:
+    if max(*padding, *dilation) >= LIMIT or max(stride) >= STRIDE_LIMIT:
         raise ValueError(
             f"padding and dilation must be less than {LIMIT}, stride less than {STRIDE_LIMIT}; got {geometry}"
         )
     c_out, per_group, kh, kw = weight.shape
+    position_groups = len(offsets)
     fits = (
         input.ndim == 4
-        and per_group * geometry.groups == input.shape[1]
-        and c_out % geometry.groups == 0
-        and offsets.shape == (len(offsets), kh * kw, 2)
-        and len(offsets) > 0
-        and c_out % len(offsets) == 0
+        and per_group * groups == input.shape[1]
+        and c_out % groups == 0
+        and offsets.shape == (position_groups, kh * kw, 2)
+        and position_groups > 0
+        and c_out % position_groups == 0
         and (bias is None or bias.shape == (c_out,))
-        and min(geometry.output_size(input.shape[2:])) > 0
-        and (grad is None or grad.shape == (len(input), c_out, *geometry.output_size(input.shape[2:])))
     )
+    if fits:
+        size = geometry.output_size(input.shape[2:])
+        fits = min(size) > 0 and (grad is None or grad.shape == (len(input), c_out, *size))
     if not fits:
-        given = ", ".join(f"`{name}` {tuple(tensor.shape)}" for name, tensor in tensors.items())
+        given = _given(lambda tensor: tuple(tensor.shape), input, weight, offsets, bias, grad)
         raise ValueError(f"these shapes do not fit each other: {given}, with {geometry}")
+
+
+def _given(what: Callable[[Tensor], Any], *tensors: Tensor | None) -> str:
+    names = ("input", "weight", "offsets", "bias", "grad")
+    return ", ".join(f"`{name}` {what(t)}" for name, t in zip(names, tensors, strict=True) if t is not None)
 
 
 @torch.library.custom_op("lightning_acu::acu_conv2d", mutates_args=())
