@@ -269,27 +269,53 @@ class ACUConv2d(nn.Conv2d):
 
         Raises:
             ModuleNotFoundError: ``separate`` and taps that would meet, and SciPy is not installed.
-            ValueError: ``offsets`` are not finite, with ``separate``.
+            ValueError: ``offsets`` are not finite, with ``separate``; or they are parametrized, and the
+                parametrization cannot give whole pixels.
         """
         offsets = whole(self.offsets).view(self.position_groups, -1, 2)
-        copy_whole_(self.offsets, round_offsets(offsets, self._grid(offsets), self.fixed_tap, separate).flatten())
+        self._set_offsets(round_offsets(offsets, self._grid(offsets), self.fixed_tap, separate).flatten())
         return self
+
+    @torch.no_grad()
+    def _set_offsets(self, value: Tensor) -> None:
+        """Write ``value`` into ``offsets``, through their parametrization if they have one."""
+        if not parametrize.is_parametrized(self, "offsets"):
+            copy_whole_(self.offsets, value)
+            return
+        own: Any = self.parametrizations["offsets"]  # type: ignore[index]
+        before = {name: tensor.clone() for name, tensor in own.state_dict().items()}
+        why: Exception | None = None
+        try:
+            self.offsets = value  # type: ignore[assignment]
+        except Exception as error:  # no inverse, or one that does not take such values
+            why = error
+        if why is not None or not torch.equal(self.offsets, value):
+            own.load_state_dict(before)
+            kinds = ", ".join(type(parametrization).__name__ for parametrization in own)
+            raise ValueError(
+                f"`offsets` are parametrized by {kinds}, which cannot give the positions to set exactly; call "
+                "torch.nn.utils.parametrize.remove_parametrizations(layer, 'offsets') first"
+            ) from why
 
     def reset_parameters(self) -> None:
         """``nn.Conv2d``'s initialisation, and the taps back to where they start."""
         super().reset_parameters()
-        if "offsets" in self._parameters:  # nn.Conv2d calls this before there are any
-            copy_whole_(self.offsets, self.starting_offsets().flatten())
+        if hasattr(self, "offsets"):  # nn.Conv2d calls this before there are any
+            self._set_offsets(self.starting_offsets().flatten())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Keep the precision of ``offsets``, and initialise them when they leave the meta device (``to_empty``)."""
         offsets = self._parameters.get("offsets")  # None where a parametrization computes them
         was_meta = offsets is not None and offsets.is_meta
+        kept = [offsets] if offsets is not None else []
+        if parametrize.is_parametrized(self, "offsets"):
+            own: Any = self.parametrizations["offsets"]  # type: ignore[index]
+            kept = [*own.parameters(), *own.buffers()]
+        kept_ids = {id(each) for tensor in kept for each in (tensor, tensor.grad)}
 
         def keep_precision(tensor: Tensor) -> Tensor:
             applied = fn(tensor)
-            is_offsets = offsets is not None and (tensor is offsets or tensor is offsets.grad)
-            return tensor.to(applied.device) if is_offsets and applied.dtype in _HALF else applied
+            return tensor.to(applied.device) if id(tensor) in kept_ids and applied.dtype in _HALF else applied
 
         super()._apply(keep_precision, recurse)
         if was_meta and not self.offsets.is_meta:
@@ -321,9 +347,11 @@ class ACUConv2d(nn.Conv2d):
         """
         if not parametrize.is_parametrized(self):  # then self.weight is computed when it is read
             check_own_parameters(self)
-        weight = self.effective_weight().detach().requires_grad_(self.weight.requires_grad)
+        with torch.enable_grad():  # a parametrized weight asks for gradients only where they are recorded
+            trainable, bias = self.weight.requires_grad, self.bias
+        weight = self.effective_weight().detach().requires_grad_(trainable)
         offsets = self.active_offsets().detach()
-        folded = fold_conv2d(weight, offsets, self.bias, self.geometry, self._padding_layer())
+        folded = fold_conv2d(weight, offsets, bias, self.geometry, self._padding_layer())
         if isinstance(folded, FoldedConv2d) and len(folded.convs) == 1:
             folded = self._merge_padding(folded)
         return folded.train(self.training)

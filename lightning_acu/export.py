@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .conv import acu_layers
 from .surgery import fold_acu
 from .surgery.arithmetic import default_input_size
-from .surgery.guards import tensors_in
+from .surgery.outputs import difference, tensors_in
 
 __all__ = ["FORMATS", "export_model"]
 
@@ -81,8 +81,6 @@ def export_model(
     like = next(copied.parameters(), torch.empty(0))
     if to == "onnx" and like.dtype not in (torch.float32, torch.float16):
         raise ValueError(f"`model` is in {like.dtype}, which ONNX Runtime cannot run; export model.float()")
-    if fold:
-        fold_acu(copied)
     size = input_size if input_size is not None else default_input_size(model)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(3 if dynamic_batch else 1, *size, generator=generator).to(like)
@@ -94,6 +92,8 @@ def export_model(
             f"`input_size` (={tuple(size)}): {type(model).__name__} does not take such images: "
             f"{type(error).__name__}: {error}; give the size the model expects"
         ) from error
+    if fold:
+        fold_acu(copied)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         file = Path(folder) / path.name
@@ -112,10 +112,7 @@ def export_model(
         got = run(images)
         if len(got) != len(expected):
             raise RuntimeError(f"{path.name} would give {len(got)} outputs, the model {len(expected)}; not kept")
-        differences = list(map(_difference, got, expected))
-        worst = max(
-            differences, default=0.0, key=lambda difference: (difference != difference, difference)
-        )  # NaN first
+        worst = difference(got, expected)
         if not worst <= max(_TOLERANCE, 8 * torch.finfo(like.dtype).eps):
             raise RuntimeError(f"{path.name} would differ from the model by {worst:.1e} of the largest value; not kept")
         for written in Path(folder).iterdir():
@@ -175,11 +172,3 @@ def _quietly() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _difference(got: Tensor, expected: Tensor) -> float:
-    if got.shape != expected.shape:
-        return float("inf")
-    expected = expected.detach().cpu().double()
-    scale = expected.abs().max().clamp(min=1e-30) if expected.numel() else torch.tensor(1.0)
-    return float(((got.cpu().double() - expected).abs() / scale).max()) if expected.numel() else 0.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,7 +11,28 @@ from torch import Tensor, nn
 from .expansion import Plan, expand_kernel, pad_or_crop, plan_windows
 from .geometry import ConvGeometry, same_padding
 
-__all__ = ["FoldedConv2d", "PadSame2d", "fold_conv2d", "padding_layer"]
+__all__ = [
+    "GEOMETRY",
+    "FoldedConv2d",
+    "PadSame2d",
+    "ReshapedConv2d",
+    "fold_conv2d",
+    "kernel_size_of",
+    "padding_layer",
+]
+
+#: The attributes that say how an ``nn.Conv2d`` is applied, which code around it may read.
+GEOMETRY = (
+    "in_channels",
+    "out_channels",
+    "kernel_size",
+    "stride",
+    "padding",
+    "dilation",
+    "groups",
+    "padding_mode",
+    "_reversed_padding_repeated_twice",
+)
 
 torch.fx.wrap("same_padding")  # depends on numbers that torch.fx does not know while it traces
 
@@ -83,6 +106,76 @@ class FoldedConv2d(nn.Module):
     def extra_repr(self) -> str:
         """The padding of each summand."""
         return f"sides={self.sides}"
+
+
+class ReshapedConv2d(nn.Conv2d):
+    """One plain convolution whose attributes are those of the active one that folded into it.
+
+    Its kernel has another size, padding or dilation than the active layer had. Code around a layer may read these:
+    models that pad by ``conv.kernel_size`` and ``conv.stride`` in their own forward would pad by something else after
+    the fold. So the attributes stay, and only ``weight`` has the shape that is computed with.
+
+    :func:`lightning_acu.fold_acu` makes it in place; :meth:`plain` gives an ordinary ``nn.Conv2d``.
+    """
+
+    #: The attributes of the fold itself, as in ``GEOMETRY``.
+    own: dict[str, Any]
+    #: ``nn.Conv2d``, or timm's ``Conv2dSame``: what the fold is without the attributes of the active layer.
+    plain_class: type[nn.Conv2d]
+    #: The layer that pads the image first, or None.
+    pad: nn.Module | None
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(input, weight, bias, self.stride, self.own["padding"], self.own["dilation"], self.groups)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C_in, H, W) or (C_in, H, W) to the convolution's output."""
+        return self._conv_forward(input if self.pad is None else self.pad(input), self.weight, self.bias)
+
+    def plain(self) -> nn.Conv2d:
+        """The same convolution with attributes of its own; it shares ``weight`` and ``bias``."""
+        conv = nn.Conv2d(1, 1, 1, device="meta")
+        conv.__class__ = self.plain_class
+        vars(conv).update(self.own)
+        for name in ("weight", "bias"):
+            conv.register_parameter(name, self._parameters[name])
+        return conv.train(self.training)
+
+    def show_own_geometry(self) -> None:
+        """Become ``plain_class``, in place, until :meth:`show_former_geometry`, for code that merges weights."""
+        vars(self)["former"] = {name: vars(self)[name] for name in GEOMETRY}
+        vars(self).update(self.own)
+        self.__class__ = self.plain_class  # type: ignore[assignment]
+
+    @staticmethod
+    def show_former_geometry(conv: Any) -> None:
+        """Undo :meth:`show_own_geometry`; attributes that were changed meanwhile stay as they are then."""
+        former = vars(conv).pop("former")
+        if type(conv) is conv.plain_class and all(vars(conv)[name] == value for name, value in conv.own.items()):
+            vars(conv).update(former)
+            conv.__class__ = ReshapedConv2d
+
+    def become_sum(self) -> FoldedConv2d:
+        """Turn into a sum of one convolution, in place, so that this one can be converted by itself."""
+        conv = self.plain()
+        conv.__class__ = nn.Conv2d  # (the padding layer stays outside)
+        for name in ("weight", "bias"):
+            del self._parameters[name]
+        for name in ("own", "plain_class"):
+            del vars(self)[name]
+        self.__class__ = FoldedConv2d  # type: ignore[assignment]
+        self.convs, self.sides = nn.ModuleList([conv]), [(0, 0, 0, 0)]
+        return self  # type: ignore[return-value]
+
+    def extra_repr(self) -> str:
+        """That of ``nn.Conv2d``, and what the fold has instead."""
+        own = ", ".join(f"{name}={self.own[name]}" for name in ("kernel_size", "padding", "dilation"))
+        return f"{super().extra_repr()}, folded: {own}"
+
+
+def kernel_size_of(conv: nn.Module) -> tuple[int, int]:
+    """(rows, columns) of the kernel that ``conv`` computes with."""
+    return tuple(conv.own["kernel_size"] if isinstance(conv, ReshapedConv2d) else conv.kernel_size)  # type: ignore[arg-type,return-value]
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..conv import ACUConv2d
 from ..expansion import plan_windows
+from ..folded import kernel_size_of
 from ..geometry import ConvGeometry, integers
 from .rules import named_conv2ds
 
@@ -153,7 +154,7 @@ def macs_per_pixel(conv: nn.Module) -> int:
 
     For one input pixel if it is a transposed one. 0 if it is lazy and its channels are not known yet.
     """
-    height, width = conv.kernel_size  # type: ignore[misc]
+    height, width = kernel_size_of(conv)
     return _dense_macs(conv) * height * width
 
 

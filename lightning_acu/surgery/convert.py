@@ -11,6 +11,7 @@ from torch import nn
 
 from ..checks import find_wrapper
 from ..conv import ACUConv2d
+from ..folded import kernel_size_of
 from ..ops import check_backend
 from .activate import Activation, activate
 from .checks import check_model
@@ -149,7 +150,7 @@ def _convert(model: nn.Module, config: ConvertConfig, filter_fn: Callable[[nn.Mo
     why_not = _selection(config, filter_fn)
     reasons = {m: why_not(m, aliases) for m, aliases in names.items() if not isinstance(m, ACUConv2d)}
     sizes = {(3, 3), (5, 5)} | _sizes(config)  # a preset looks at all of these, also at those left out
-    for module in PRESETS[config.preset](model, [m for m in names if tuple(m.kernel_size) in sizes]):  # type: ignore[arg-type]
+    for module in PRESETS[config.preset](model, [m for m in names if kernel_size_of(m) in sizes]):
         if reasons.get(module, "already active") is None:
             reasons[module] = f"in the first stage, which preset={config.preset!r} leaves plain"
     unsupported = {m: why_not_convertible(m) for m, reason in reasons.items() if reason is None}
@@ -190,7 +191,7 @@ def _selection(
             return f"matches exclude_modules={exclude!r}"
         if filter_fn is not None and not filter_fn(module, names[0]):
             return "filter_fn returned False"
-        size = tuple(module.kernel_size)  # type: ignore[arg-type]
+        size = kernel_size_of(module)
         if size not in sizes:
             return f"kernel size {size[0]}x{size[1]} not among kernel_sizes={kernel_sizes}"
         groups = getattr(module, "groups", 1)

@@ -5,18 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from ..checks import require_module
 from ..conv import ACUConv2d, acu_layers
+from ..folded import GEOMETRY, FoldedConv2d, PadSame2d, ReshapedConv2d
+from ..geometry import resolve_padding
 from ..plain import CONFIGURATION
 from .checks import check_model, check_not_traced
 from .guards import guard_merging
 from .marks import FOLDED, RESHAPED, SKIP_REASON
+from .outputs import difference, recorded_arguments, run, tolerance
 
 __all__ = ["fold_acu", "round_acu"]
-
-#: What code that reads the weight of a convolution assumes to be unchanged.
-_SHAPE = ("kernel_size", "padding", "dilation", "stride", "groups")
 
 #: What an active convolution has and its fold does not.
 _OWN_PARAMETERS = frozenset(("weight", "bias", "gain", "offsets"))
@@ -30,49 +31,113 @@ _HOOKS = tuple(
 )
 
 
-def fold_acu(model: nn.Module) -> nn.Module:
+def fold_acu(model: nn.Module, example_input: Any = None) -> nn.Module:
     """Replace every active convolution by plain ones that compute the same function, exactly, at any positions.
 
     In place: each layer becomes its fold (see :meth:`ACUConv2d.fold`) and keeps its identity, so that hooks, shared
-    modules and a convolution that is itself ``model`` survive. The parameters are new; an existing optimizer has the
-    old ones. With taps between pixels the fold has a larger kernel than the layer: round first (:func:`round_acu`)
-    if that matters more than exactness.
+    modules and a convolution that is itself ``model`` survive. It also keeps showing the kernel_size, stride, padding
+    and dilation it had, which code around it may read (:class:`lightning_acu.folded.ReshapedConv2d`), except one of a
+    free shape, which has no such grid. Parametrizations are folded in. The parameters are new; an existing optimizer
+    has the old ones. With taps between pixels the fold has a larger kernel than the layer: round first
+    (:func:`round_acu`) if that matters more than exactness.
+
+    Args:
+        model: any module.
+        example_input: what ``model`` takes, a tuple for several arguments. The output for it is then compared before
+            and after, in eval mode, and methods that merge weights can later be tried with inputs of these shapes.
 
     Returns:
         ``model``, now without active convolutions.
 
     Raises:
         TypeError: ``model`` is not a module, or a compiled, DDP- or FSDP-wrapped one.
-        ValueError: positions are not finite; the message names the layer, and nothing has been folded.
+        ValueError: positions are not finite, or the output for ``example_input`` has no tensors; the message names
+            the layer. Nothing has been folded.
+        RuntimeError: the output for ``example_input`` is another one after the fold, because code of the model reads
+            more of a convolution than its output. The fold has been undone.
     """
     check_model(model)
-    folds = []
+    folds: list[tuple[ACUConv2d, nn.Conv2d | FoldedConv2d]] = []
     for name, layer in acu_layers(model):
         try:
             folds.append((layer, layer.fold()))
         except ValueError as error:
             raise ValueError(f"{name or 'the model'}: {error}") from error
+    if example_input is None:
+        _replace(folds)
+        guard_merging(model)
+        return model
+    args = example_input if isinstance(example_input, tuple) else (example_input,)
+    expected = run(model, args)
+    if not expected:
+        raise ValueError(f"`example_input`: the output of {type(model).__name__} for it has no tensors to compare")
+    before = [(layer, type(layer), dict(vars(layer))) for layer, _ in folds]
+    _replace(folds)
+    try:
+        with recorded_arguments(model) as arguments:
+            got = run(model, args)
+        worst, limit = difference(got, expected), tolerance(expected)
+        if not worst <= limit:
+            raise RuntimeError(
+                f"the output of {type(model).__name__} for `example_input` would change by {worst:.1e} of its largest "
+                f"value (tolerance {limit:.1e}): its code reads the weight or an attribute of a convolution that the "
+                "fold changes. Nothing has been folded"
+            )
+    except Exception:
+        for layer, cls, state in before:
+            layer.__class__ = cls
+            vars(layer).clear()
+            vars(layer).update(state)
+        raise
+    guard_merging(model, arguments)
+    return model
+
+
+def _replace(folds: list[tuple[ACUConv2d, nn.Conv2d | FoldedConv2d]]) -> None:
+    """Turn each layer into its fold, in place."""
     for layer, folded in folds:
-        reshaped = getattr(layer, RESHAPED, False)  # by an earlier fold
-        reshaped = reshaped or any(getattr(folded, name, None) != getattr(layer, name) for name in _SHAPE)
         state = vars(folded) | {name: vars(layer)[name] for name in _HOOKS if name in vars(layer)}
+        cls, same_pad = type(folded), getattr(layer, "same_pad", False)
+        reshaped = cls is FoldedConv2d or _reshapes(folded, layer, same_pad)
+        if layer.start is None:  # else its kernel_size and dilation are how it is stored, not what it is
+            state |= {name: vars(layer)[name] for name in GEOMETRY}
+            if reshaped and (cls is nn.Conv2d or (same_pad and cls is not FoldedConv2d)):
+                pad = PadSame2d(folded.kernel_size, folded.stride, folded.dilation) if same_pad else None  # type: ignore[arg-type]
+                state |= {"own": {name: vars(folded)[name] for name in GEOMETRY}, "plain_class": cls}
+                state["_modules"] = state["_modules"] | {"pad": pad}
+                cls = ReshapedConv2d
         _keep_the_rest(layer, state)
-        layer.__class__ = type(folded)  # type: ignore[assignment]
+        reshaped = reshaped or getattr(layer, RESHAPED, False)  # by an earlier fold
+        layer.__class__ = cls  # type: ignore[assignment]
         vars(layer).clear()
         vars(layer).update(state)
         setattr(layer, SKIP_REASON, "folded from an active convolution")
         setattr(layer, FOLDED, True)
         if reshaped:
             setattr(layer, RESHAPED, True)
-    guard_merging(model)
-    return model
+
+
+def _reshapes(folded: nn.Module, layer: ACUConv2d, same_pad: bool) -> bool:
+    """Whether ``folded``, one plain convolution, has a kernel or padding that ``layer`` did not have."""
+
+    def geometry(conv: Any) -> Any:
+        size, stride, dilation = tuple(conv.kernel_size), tuple(conv.stride), tuple(conv.dilation)
+        # "SAME" pads by the size of the image, whatever ``padding`` says.
+        padding = None if same_pad else resolve_padding(conv.padding, size, stride, dilation)
+        return size, stride, dilation, padding, conv.groups, conv.padding_mode
+
+    return geometry(folded) != geometry(layer)
 
 
 def _keep_the_rest(layer: ACUConv2d, state: dict[str, Any]) -> None:
     """Add to ``state`` what others have put on ``layer``: buffers, modules and attributes that hooks may use."""
-    for kind in ("_parameters", "_buffers", "_modules"):
-        others = {name: value for name, value in vars(layer)[kind].items() if name not in _OWN_PARAMETERS}
-        state[kind] = others | state[kind]
+    others = {kind: dict(vars(layer)[kind]) for kind in ("_parameters", "_buffers", "_modules")}
+    parametrized = others["_modules"].pop("parametrizations", {}) if parametrize.is_parametrized(layer) else {}
+    for name in set(parametrized) - _OWN_PARAMETERS:  # whose parametrization goes with the class
+        value = getattr(layer, name).detach().clone()
+        others["_parameters"][name] = nn.Parameter(value, any(p.requires_grad for p in parametrized[name].parameters()))
+    for kind, own in others.items():
+        state[kind] = {name: value for name, value in own.items() if name not in _OWN_PARAMETERS} | state[kind]
     state["_non_persistent_buffers_set"] = state["_non_persistent_buffers_set"] | layer._non_persistent_buffers_set
     for name, value in vars(layer).items():
         if name not in CONFIGURATION and name not in _OWN_ATTRIBUTES:

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..checks import require_package
 from ..conv import ACUConv2d
+from ..folded import ReshapedConv2d
 from .arithmetic import (
     Call,
     convolution_calls,
@@ -87,8 +88,10 @@ def _row(module: nn.Module, names: list[str], calls: list[Call] | None) -> ConvR
     active = isinstance(module, ACUConv2d)
     reason = "" if active else why_not_convertible(module) or getattr(module, SKIP_REASON, None) or "not converted yet"
 
+    own = module.own if isinstance(module, ReshapedConv2d) else {}  # what is computed with
+
     def pair(attribute: str) -> tuple[int, ...]:
-        value = getattr(module, attribute, 1)
+        value = own.get(attribute, getattr(module, attribute, 1))
         return tuple(value) if isinstance(value, tuple | list) else (value, value)
 
     return ConvRow(

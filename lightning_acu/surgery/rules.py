@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..conv import ACUConv2d
+from ..folded import FoldedConv2d, ReshapedConv2d
 from ..plain import recomputed_parameter
 
 __all__ = [
@@ -79,6 +80,8 @@ def is_conv2d(module: nn.Module) -> bool:
     """Whether a report should list ``module`` as a 2-D convolution, of whatever class."""
     if isinstance(module, nn.Conv2d):
         return True
+    if isinstance(module, FoldedConv2d):  # its summands are
+        return False
     # Such as CondConv2d, which is not an nn.Conv2d. (A SeparableConv2d is a block; its two convolutions are found.)
     kinds = {"kernel_size": tuple, "in_channels": int, "out_channels": int}
     return type(module).__name__.endswith("Conv2d") and all(
@@ -122,4 +125,14 @@ def why_not_adoptable(conv: nn.Module) -> str | None:
 @register_rule(nn.Conv2d)
 def _conv2d(conv: nn.Conv2d) -> str | None:
     """nn.Conv2d: any kernel size, stride, dilation, groups and padding."""
+    return why_not_adoptable(conv)
+
+
+def _adopt_inside(conv: ReshapedConv2d, **how: Any) -> None:
+    ACUConv2d.adopt(conv.become_sum().convs[0], **how)  # type: ignore[arg-type]
+
+
+@register_rule(ReshapedConv2d, _adopt_inside)
+def _reshaped_conv2d(conv: ReshapedConv2d) -> str | None:
+    """A fold that shows the geometry of before: what is inside becomes active, with the geometry of the fold."""
     return why_not_adoptable(conv)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from lightning_acu import ACUConv2d, FoldedConv2d, acu_layers, convert_to_acu, fold_acu, report_acu, round_acu
+from lightning_acu.folded import ReshapedConv2d
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def test_a_convolution_as_the_root_is_folded_in_place(far, move):
     x = torch.randn(1, 2, 24, 21)
     expected = layer(x)
     assert fold_acu(layer) is layer
-    assert type(layer) is (FoldedConv2d if far else nn.Conv2d)
+    assert type(layer) is (FoldedConv2d if far else ReshapedConv2d)
     assert_close(layer(x), expected, 1e-6)
     assert torch.equal(pickle.loads(pickle.dumps(layer))(x), layer(x))
 
@@ -72,7 +73,7 @@ def test_shared_convolutions_stay_shared(move):
     expected = move(convert_to_acu(model))(x)
     fold_acu(model)
     assert model[0] is model[2] is conv
-    assert type(conv) is nn.Conv2d
+    assert type(conv) is ReshapedConv2d
     assert_close(model(x), expected, 1e-6)
 
 
@@ -160,7 +161,7 @@ def test_a_parametrized_weight_is_folded_in(move):
     parametrizations.weight_norm(model[0])
     expected = model(x)
     fold_acu(model)
-    assert type(model[0]) is nn.Conv2d
+    assert type(model[0]) is ReshapedConv2d
     assert_close(model(x), expected, 1e-6)
 
 

@@ -32,6 +32,8 @@ FAMILIES = {
     "efficientvim_m1": None,
     "nextvit_small": None,
 }
+#: Their methods merge norms into linear layers and 1x1 convolutions, which are not active.
+LEAVES_CONVOLUTIONS_ALONE = {"nextvit_small"}
 families = pytest.mark.parametrize("name", [name for name in FAMILIES if timm.is_model(name)])
 
 
@@ -84,6 +86,11 @@ def test_merging_active_convolutions_names_a_layer_and_says_to_fold(name):
     before = output(model)
     assert not close(before, output(plain(name)))
     names = [layer for layer, _ in acu_layers(model)]
+    if name in LEAVES_CONVOLUTIONS_ALONE:
+        merged = reparameterize_model(model)
+        assert close(output(merged), before)
+        assert len(merged.state_dict()) < len(model.state_dict())
+        return
     with pytest.raises(RuntimeError, match="fold_acu") as caught:
         reparameterize_model(model)
     assert any(layer in str(caught.value) for layer in names)
@@ -175,7 +182,7 @@ def test_what_a_block_makes_of_the_fold_is_tried_and_not_guessed(offset, right):
     if right:
         assert close(reparameterize_model(model)(x), expected)
     else:
-        assert model[0].conv.kernel_size == (2, 2)
+        assert model[0].conv.weight.shape[2:] == (2, 2)
         with pytest.raises(RuntimeError, match=r"Merges.fuse\(\) expects kernels of .* the fold of 0.conv has another"):
             reparameterize_model(model)
         assert close(model(x), expected)

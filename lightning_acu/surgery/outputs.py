@@ -1,0 +1,99 @@
+"""The outputs of a model before and after a change, and how far they are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Arguments", "difference", "map_tensors", "recorded_arguments", "run", "tensors_in", "tolerance"]
+
+#: The arguments and keyword arguments of a call, with tensors on the meta device in place of real ones.
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+#: Largest difference, relative to the largest value, that another order of the same arithmetic may make.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+
+
+def tensors_in(output: Any) -> Iterator[Tensor]:
+    """All tensors in the output of a model, in the order that exporters use."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, list | tuple):
+        for part in output:
+            yield from tensors_in(part)
+    elif isinstance(output, Mapping):
+        yield from tensors_in(list(output.values()))
+
+
+def tolerance(outputs: list[Tensor]) -> float:
+    """The largest relative difference to expect from rounding, by the least precise of ``outputs``."""
+    floats = {tensor.dtype for tensor in outputs if tensor.is_floating_point()} or {torch.float32}
+    return max(_TOLERANCE.get(dtype, 16 * torch.finfo(dtype).eps) for dtype in floats)
+
+
+def difference(got: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest difference of one output from another, relative to its largest value; inf for other shapes.
+
+    What is NaN, or the same infinity, in both is equal.
+    """
+    if [tensor.shape for tensor in got] != [tensor.shape for tensor in expected]:
+        return float("inf")
+    return max(map(_difference, got, expected), default=0.0)
+
+
+def _difference(got: Tensor, expected: Tensor) -> float:
+    if not expected.numel():
+        return 0.0
+    dtype = torch.complex128 if expected.is_complex() or got.is_complex() else torch.float64
+    got, expected = got.detach().cpu().to(dtype), expected.detach().cpu().to(dtype)
+    equal = (got == expected) | (got.isnan() & expected.isnan())
+    finite = expected[expected.isfinite()].abs()
+    scale = finite.max().clamp(min=1e-30) if len(finite) else 1.0
+    return float(torch.where(equal, 0.0, ((got - expected).abs() / scale).nan_to_num(torch.inf, torch.inf)).max())
+
+
+def run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> list[Tensor]:
+    """The tensors that ``model`` gives in eval mode for these arguments; always with the same random numbers."""
+    training = {module: module.training for module in model.modules()}
+    tensors = [*model.parameters(), *model.buffers()]
+    devices = sorted({tensor.device.index or 0 for tensor in tensors if tensor.device.type == "cuda"})
+    try:
+        for module in training:  # not model.eval(), which some models override to merge their weights
+            module.training = False
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            torch.manual_seed(0)
+            return [tensor.clone() for tensor in tensors_in(model(*args, **(kwargs or {})))]
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+
+
+@contextmanager
+def recorded_arguments(model: nn.Module) -> Iterator[dict[nn.Module, Arguments]]:
+    """The shapes of what each module of ``model`` is called with in this block, of the last call."""
+    found: dict[nn.Module, Arguments] = {}
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found[module] = map_tensors(lambda tensor: tensor.detach().to("meta"), (args, kwargs))
+
+    handles = [module.register_forward_pre_hook(record, with_kwargs=True) for module in model.modules()]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def map_tensors(fn: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """``value`` with ``fn`` of each tensor in its lists, tuples and dicts."""
+    if isinstance(value, Tensor):
+        return fn(value)
+    if type(value) in (list, tuple):
+        return type(value)(map_tensors(fn, part) for part in value)
+    if type(value) is dict:
+        return {key: map_tensors(fn, part) for key, part in value.items()}
+    return value

@@ -1,0 +1,217 @@
+"""A folded layer keeps showing the geometry it had, for the code around it; an example shows what that code does."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.oracle import assert_close
+from timm.layers import Conv2dSame
+from torch import nn
+
+from lightning_acu import ACUConv2d, FoldedConv2d, acu_layers, convert_to_acu, fold_acu, report_acu, round_acu
+from lightning_acu.export import export_model
+from lightning_acu.folded import ReshapedConv2d
+
+SHOWN = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+
+
+class Same(nn.Module):
+    """Pads by what its convolution says, as TensorFlow does: several ports of models do."""
+
+    def __init__(self, dilation=1):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, stride=2, dilation=dilation)
+
+    def forward(self, x):
+        pad = max((self.conv.kernel_size[0] - 1) * self.conv.dilation[0] + 1 - self.conv.stride[0], 0)
+        return self.conv(F.pad(x, (pad // 2, pad - pad // 2, pad // 2, pad - pad // 2)))
+
+
+def moved(model, by=0.4):
+    convert_to_acu(model)
+    for _, layer in acu_layers(model):
+        nn.init.uniform_(layer.offsets, -by, by)
+    return model
+
+
+@pytest.fixture
+def image():
+    return torch.randn(2, 3, 32, 31)
+
+
+@pytest.mark.parametrize(("dilation", "kind"), [(1, ReshapedConv2d), (2, ReshapedConv2d), (9, FoldedConv2d)])
+def test_a_model_that_pads_by_the_kernel_size_computes_the_same_after_the_fold(image, dilation, kind):
+    model = moved(Same(dilation))
+    expected = model(image)
+    fold_acu(model, image)
+    assert type(model.conv) is kind
+    assert_close(model(image), expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv2d(4, 6, 3, (2, 1), (1, 0), (2, 1), groups=2),
+        nn.Conv2d(4, 6, 3, padding="same", groups=2),
+        nn.Conv2d(4, 6, 5, padding=2, padding_mode="circular"),
+        nn.Conv2d(4, 6, 3, dilation=11, bias=False),
+        Conv2dSame(4, 6, 3, 2),
+        Conv2dSame(4, 6, 3, 2, dilation=2),
+    ],
+    ids=["strided", "same", "circular", "sum", "Conv2dSame", "dilated Conv2dSame"],
+)
+@pytest.mark.parametrize("by", [0.0, 0.45])
+def test_the_layer_shows_what_it_showed_before(conv, by):
+    layer = moved(copy.deepcopy(conv), by)
+    x = torch.randn(2, 4, 33, 30)
+    shown, expected = {name: getattr(layer, name) for name in SHOWN}, layer(x)
+    for fold in (lambda layer: fold_acu(layer), lambda layer: fold_acu(layer, x)):
+        folded = fold(copy.deepcopy(layer))
+        for twin in (folded, copy.deepcopy(folded), pickle.loads(pickle.dumps(folded))):
+            assert {name: getattr(twin, name) for name in SHOWN} == shown
+            assert_close(twin(x), expected, 1e-5)
+            assert_close(twin(x[0]), expected[0], 1e-5)
+    if not by and conv.padding_mode == "zeros":
+        assert type(folded) in (nn.Conv2d, Conv2dSame)  # nothing to hide
+
+
+def test_rounded_back_to_the_grid_it_is_an_ordinary_convolution(image):
+    model, plain = moved(Same()), Same()
+    fold_acu(round_acu(model))
+    assert repr(model) == repr(plain)
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(plain(image), model(image))
+
+
+def test_the_state_of_a_fold_has_the_names_of_the_plain_model_and_loads_into_another(image):
+    model = moved(Same())
+    other = copy.deepcopy(model)
+    expected = fold_acu(model)(image)
+    assert set(model.state_dict()) == {"conv.weight", "conv.bias"}
+    for parameter in fold_acu(other).parameters():
+        nn.init.zeros_(parameter)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(image), expected)
+
+
+def test_the_plain_convolution_of_a_fold_has_its_own_geometry_and_the_same_parameters():
+    layer = moved(nn.Conv2d(3, 8, 3, 2, 1))
+    fold_acu(layer)
+    plain, x = layer.plain(), torch.randn(2, 3, 9, 11)
+    assert type(plain) is nn.Conv2d
+    assert (plain.kernel_size, plain.padding, layer.kernel_size, layer.padding) == ((5, 5), (2, 2), (3, 3), (1, 1))
+    assert plain.weight is layer.weight
+    assert torch.equal(plain(x), layer(x))
+    assert "kernel_size=(3, 3), stride=(2, 2), padding=(1, 1), folded: kernel_size=(5, 5), padding=(2, 2)" in repr(
+        layer
+    )
+
+
+def test_a_report_counts_what_a_fold_computes(image):
+    model = moved(Same())
+    before = report_acu(model, (3, 32, 32))
+    [row] = report_acu(fold_acu(model), (3, 32, 32)).rows
+    assert (row.kind, row.kernel_size, row.macs) == ("ReshapedConv2d", (5, 5), 3 * 8 * 25)
+    assert row.macs * row.pixels == before.folded_macs
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_what_is_converted_again_still_shows_what_it_showed(image, padded):
+    model = moved(nn.Sequential(Conv2dSame(3, 8, 3, 2)) if padded else Same())
+    expected = fold_acu(model)(image)
+    layer = model[0] if padded else model.conv
+    convert_to_acu(model, kernel_sizes=5)
+    [(name, active)] = acu_layers(model)
+    assert name.endswith(".convs.0")
+    assert (layer.kernel_size, active.kernel_size) == ((3, 3), (5, 5))
+    assert_close(model(image), expected, 1e-5)
+    nn.init.uniform_(active.offsets, -0.4, 0.4)
+    expected = model(image)
+    fold_acu(model, image)
+    assert layer.kernel_size == (3, 3)
+    assert_close(model(image), expected, 1e-5)
+    assert not any(acu_layers(model))
+
+
+@pytest.mark.parametrize("far", [0.5, 99.5])
+def test_a_free_shape_has_no_grid_to_show(far):
+    layer = ACUConv2d.from_positions(3, 4, [(-0.5, 0), (0.5, 0), (0, -0.5), (0, far)])
+    x = torch.randn(2, 3, 9, 11)
+    expected = layer(x)
+    assert type(fold_acu(layer)) is (nn.Conv2d if far == 0.5 else FoldedConv2d)
+    assert getattr(layer, "kernel_size", None) == ((3, 3) if far == 0.5 else None)
+    assert_close(layer(x), expected, 1e-5)
+
+
+class ReadsTheWeight(nn.Module):
+    """Scales the image by a number that the fold changes."""
+
+    def __init__(self, noise=False):
+        super().__init__()
+        self.conv, self.noise = nn.Conv2d(3, 8, 3, padding=1), noise
+
+    def forward(self, x, scale=1.0):
+        x = self.conv(x) * self.conv.weight.abs().amax() * scale
+        return {"image": x, "features": [x + torch.randn_like(x) if self.noise else x]}
+
+
+def test_with_an_example_a_fold_that_changes_the_output_is_undone(image):
+    model = moved(ReadsTheWeight()).train()
+    parameters, expected = dict(model.named_parameters()), model(image, 2.0)["image"]
+    with pytest.raises(RuntimeError, match=r"ReadsTheWeight for `example_input` would change by .* of its largest"):
+        fold_acu(model, (image, torch.tensor(2.0)))
+    assert dict(model.named_parameters()).keys() == parameters.keys()
+    assert all(parameters[name] is parameter for name, parameter in model.named_parameters())
+    assert isinstance(model.conv, ACUConv2d)
+    assert model.conv.training
+    assert torch.equal(model(image, 2.0)["image"], expected)
+    fold_acu(model)  # without an example nobody looks
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_with_an_example_noise_and_precision_are_no_difference(image, dtype):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Dropout(), nn.Conv2d(8, 4, 3)).to(dtype)
+    moved(model).train()
+    before = copy.deepcopy(model.state_dict())
+    state = torch.get_rng_state()
+    assert fold_acu(model, image.to(dtype)) is model
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(model[1].running_mean, before["1.running_mean"])
+    assert all(module.training for module in model.modules())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_an_example_that_does_not_fit_changes_nothing(image):
+    model = moved(Same())
+    with pytest.raises(ValueError, match="channels"):
+        fold_acu(model, image[:, :2])
+    assert isinstance(model.conv, ACUConv2d)
+    with pytest.raises(ValueError, match=r"`example_input`: the output of Text .* no tensors"):
+        fold_acu(type("Text", (Same,), {"forward": lambda self, x: "a label"})(), image)
+
+
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_exported_and_compiled_folds(tmp_path, image, dilation):
+    model = moved(Same(dilation)).eval()
+    assert export_model(model, tmp_path / "net.pt2", input_size=(3, 32, 31)) <= 1e-4
+    with torch.no_grad():
+        expected = model(image)
+        assert_close(torch.export.load(tmp_path / "net.pt2").module()(image), expected, 1e-4)
+        fold_acu(model)
+        assert_close(torch.fx.symbolic_trace(model)(image), expected, 1e-4)
+
+
+def test_a_file_is_compared_with_the_model_and_not_with_its_fold(tmp_path):
+    model = moved(ReadsTheWeight())
+    with pytest.raises(RuntimeError, match=r"net\.pt2 would differ from the model by"):
+        export_model(model, tmp_path / "net.pt2", input_size=(3, 16, 15))
+    assert not list(tmp_path.iterdir())
+    assert export_model(model, tmp_path / "net.pt2", input_size=(3, 16, 15), fold=False) <= 1e-4
+
+
+def test_a_padding_model_goes_to_onnx(tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    assert export_model(moved(Same()), tmp_path / "net.onnx", input_size=(3, 32, 31)) <= 1e-4
