@@ -79,13 +79,16 @@ class MergingGuard:
         """Call the method, if that keeps positions and output."""
         module = self._module()
         if module is None:
-            raise ReferenceError(f"the module of this guarded {self.method}() does not exist any more")
+            raise ReferenceError(
+                f"the module of this guarded {self.method}() does not exist any more; keep it in a variable until the "
+                "call returns"
+            )
 
         def call(module: nn.Module) -> Any:
             return getattr(type(module), self.method)(module, *args, **kwargs)
 
         # What takes tensors is a step of a forward pass, and nothing is merged while a model is traced.
-        if torch.compiler.is_compiling() or _inside.get() or any(tensors_in([args, kwargs])):
+        if torch.compiler.is_compiling() or _inside.get() or next(tensors_in([args, kwargs]), None) is not None:
             return call(module)
         active, reshaped = _layers_to_guard(module)
         merges = False
