@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -15,6 +16,7 @@ __all__ = [
     "few",
     "find_wrapper",
     "qualified_name",
+    "refuse_peft",
     "require_module",
     "require_package",
     "whole_number",
@@ -80,6 +82,19 @@ def require_package(name: str, purpose: str) -> None:
     """
     if find_spec(name) is None:
         raise ModuleNotFoundError(f"{purpose} needs {name}, which is not installed: pip install {name}", name=name)
+
+
+def refuse_peft(cls: type, advice: str) -> None:
+    """Check that the caller's caller is not PEFT, whose LoRA builds its branch by ``type(layer)(...)``.
+
+    Raises:
+        TypeError: it is.
+    """
+    if sys._getframe(2).f_globals.get("__name__", "").partition(".")[0] == "peft":
+        raise TypeError(
+            f"PEFT's LoRA builds its branch as another {cls.__name__} and merges by adding weights, as if all kernels "
+            f"lay on one grid, which is wrong here; {advice}"
+        )
 
 
 def few(names: Sequence[Any]) -> str:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .checks import refuse_peft
 from .folded import FoldedConv2d, fold_conv2d, padding_layer
 from .functional import acu_conv2d
 from .geometry import ConvGeometry, Padding, resolve_padding
@@ -92,6 +93,7 @@ class ACUConv2d(nn.Conv2d):
         fixed_centre: bool = True,
         backend: str = "auto",
     ) -> None:
+        refuse_peft(type(self), "leave active convolutions out of target_modules, or fold the model first")
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
         )  # fmt: skip

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import refuse_peft
 from .expansion import Plan, expand_kernel, pad_or_crop, plan_windows
 from .geometry import ConvGeometry, same_padding
 
@@ -124,6 +125,13 @@ class ReshapedConv2d(nn.Conv2d):
     plain_class: type[nn.Conv2d]
     #: The layer that pads the image first, or None.
     pad: nn.Module | None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """An ordinary ``nn.Conv2d`` for code that builds more layers by ``type(conv)(...)``."""
+        if not args and not kwargs:  # copied or pickled
+            return super().__new__(cls)
+        refuse_peft(cls, "replace it by its plain() first: model.set_submodule(name, layer.plain())")
+        return nn.Conv2d(*args, **kwargs)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.conv2d(input, weight, bias, self.stride, self.own["padding"], self.own["dilation"], self.groups)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from timm.layers import Conv2dSame, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import Tensor, nn
 
+from .checks import refuse_peft
 from .conv import ACUConv2d
 from .folded import FoldedConv2d, PadSame2d
 from .geometry import Padding, same_padding
@@ -43,6 +44,7 @@ class TimmACUConv2d(ACUConv2d):
     def __init__(
         self, *args: Any, position_groups: int = 1, fixed_centre: bool = True, backend: str = "auto", **kwargs: Any
     ) -> None:
+        refuse_peft(type(self), "leave active convolutions out of target_modules, or fold the model first")
         super(ACUConv2d, self).__init__(*args, **kwargs)  # that of timm's class
         self._add_offsets(position_groups, fixed_centre, backend)
 

@@ -24,7 +24,7 @@ def run(name, count):
 def test_surgery_md(tmp_path, monkeypatch):
     monkeypatch.setattr(rules, "_RULES", dict(rules._RULES))  # it registers one
     monkeypatch.chdir(tmp_path)
-    namespace = run("surgery.md", 9)
+    namespace = run("surgery.md", 11)
     assert {"model.safetensors", "model.pt2"} == {path.name for path in tmp_path.iterdir()}
     assert type(namespace["again"]) is type(namespace["model"])
 
