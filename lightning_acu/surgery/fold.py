@@ -83,7 +83,7 @@ def fold_acu(model: nn.Module, example_input: Any = None) -> nn.Module:
                 f"value (tolerance {limit:.1e}): its code reads the weight or an attribute of a convolution that the "
                 "fold changes. Nothing has been folded"
             )
-    except Exception:
+    except BaseException:
         for layer, cls, state in before:
             layer.__class__ = cls
             vars(layer).clear()

@@ -201,6 +201,8 @@ def test_exported_and_compiled_folds(tmp_path, image, dilation):
         assert_close(torch.export.load(tmp_path / "net.pt2").module()(image), expected, 1e-4)
         fold_acu(model)
         assert_close(torch.fx.symbolic_trace(model)(image), expected, 1e-4)
+        torch._dynamo.reset()
+        assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(image), expected, 1e-4)
 
 
 def test_a_file_is_compared_with_the_model_and_not_with_its_fold(tmp_path):
