@@ -65,7 +65,9 @@ def run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | Non
         for module in training:  # not model.eval(), which some models override to merge their weights
             module.training = False
         with torch.no_grad(), torch.random.fork_rng(devices):
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)  # (torch.manual_seed would reseed devices that are not in use here)
+            for device in devices:
+                torch.cuda.default_generators[device].manual_seed(0)
             return [tensor.clone() for tensor in tensors_in(model(*args, **(kwargs or {})))]
     finally:
         for module, flag in training.items():
