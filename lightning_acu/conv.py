@@ -210,17 +210,18 @@ class ACUConv2d(nn.Conv2d):
         self.fixed_tap = self.geometry.taps // 2 if fixed_centre and odd else None
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         size = position_groups * self.geometry.taps * 2
-        # A frozen convolution stays frozen.
-        offsets = torch.zeros(size, dtype=dtype, device=self.weight.device)
-        self.offsets = nn.Parameter(offsets, requires_grad=self.weight.requires_grad)
+        with torch.inference_mode(False):  # they have to be able to learn afterwards
+            offsets = torch.zeros(size, dtype=dtype, device=self.weight.device)
+            # A frozen convolution stays frozen.
+            self.offsets = nn.Parameter(offsets, requires_grad=self.weight.requires_grad)
 
     @property
     def geometry(self) -> ConvGeometry:
         """The geometry that the operator sees (for other padding modes: after the padding)."""
-        kernel_size, stride, dilation = self.kernel_size, self.stride, self.dilation
+        kernel_size, stride, dilation = map(_pair, (self.kernel_size, self.stride, self.dilation))
         padding: Padding = self.padding if self.padding_mode == "zeros" else 0
-        sides = resolve_padding(padding, kernel_size, stride, dilation)  # type: ignore[arg-type]
-        return ConvGeometry(kernel_size, stride, sides, dilation, self.groups)  # type: ignore[arg-type]
+        sides = resolve_padding(padding, kernel_size, stride, dilation)
+        return ConvGeometry(kernel_size, stride, sides, dilation, self.groups)
 
     def active_offsets(self) -> Tensor:
         """(P, K, 2), differentiable: ``offsets`` as the layer uses them, with the fixed tap at zero."""
@@ -233,7 +234,7 @@ class ACUConv2d(nn.Conv2d):
     @property
     def positions(self) -> Tensor:
         """(P, K, 2), detached: (dy, dx) of each tap in pixels from the centre of the kernel."""
-        (kh, kw), (dh, dw) = self.kernel_size, self.dilation
+        (kh, kw), (dh, dw) = _pair(self.kernel_size), _pair(self.dilation)
         offsets = self.active_offsets().detach()
         return offsets + self._grid(offsets) - offsets.new_tensor([(kh - 1) / 2 * dh, (kw - 1) / 2 * dw])
 
@@ -258,7 +259,7 @@ class ACUConv2d(nn.Conv2d):
 
     def _grid(self, like: Tensor) -> Tensor:
         """(K, 2): the regular grid from its first tap, in pixels."""
-        (kh, kw), (dh, dw) = self.kernel_size, self.dilation
+        (kh, kw), (dh, dw) = _pair(self.kernel_size), _pair(self.dilation)
         return like.new_tensor([(i * dh, j * dw) for i in range(kh) for j in range(kw)])
 
     @torch.no_grad()
@@ -345,10 +346,16 @@ class ACUConv2d(nn.Conv2d):
         that grid), else a :class:`~lightning_acu.folded.FoldedConv2d`, a sum of small ones.
 
         Raises:
-            ValueError: ``offsets`` are not finite, or a hook recomputes the weight (old weight norm, pruning).
+            ValueError: ``offsets`` are not finite or on the meta device, or a hook recomputes the weight (old weight
+                norm, pruning).
         """
         if not parametrize.is_parametrized(self):  # then self.weight is computed when it is read
             check_own_parameters(self)
+        if self.offsets.is_meta or self.weight.is_meta:
+            raise ValueError(
+                "its weight or offsets are on the meta device, without values to fold; give it values first: "
+                'model.to_empty(device="cpu"), then load_state_dict'
+            )
         with torch.enable_grad():  # a parametrized weight asks for gradients only where they are recorded
             trainable, bias = self.weight.requires_grad, self.bias
         weight = self.effective_weight().detach().requires_grad_(trainable)
@@ -370,7 +377,7 @@ class ACUConv2d(nn.Conv2d):
         """The one convolution of ``folded`` with its own padding, if that equals the padding layer; else ``folded``."""
         (conv,), (sides,) = folded.convs, folded.sides
         assert isinstance(conv, nn.Conv2d)
-        if any(sides) or (conv.kernel_size, conv.dilation) != (self.kernel_size, self.dilation):
+        if any(sides) or (conv.kernel_size, conv.dilation) != (self.geometry.kernel_size, self.geometry.dilation):
             return folded
         for name in ("padding", "padding_mode", "_reversed_padding_repeated_twice"):
             setattr(conv, name, getattr(self, name))
@@ -416,3 +423,9 @@ def _check_configuration(out_channels: int, position_groups: int, backend: str) 
     if position_groups < 1 or out_channels % position_groups:
         raise ValueError(f"`position_groups` (={position_groups}) must divide `out_channels` (={out_channels})")
     check_backend(backend)
+
+
+def _pair(value: int | Sequence[int]) -> tuple[int, int]:
+    """(rows, columns); also of what others have set on a layer, such as ``conv.stride = [2, 2]``."""
+    rows, columns = (value, value) if isinstance(value, int) else value
+    return rows, columns

@@ -28,10 +28,12 @@ def round_offsets(offsets: Tensor, grid: Tensor, fixed: int | None = None, separ
 
     Raises:
         ModuleNotFoundError: ``separate`` and taps that would meet, and SciPy is not installed.
-        ValueError: ``offsets`` are not finite, with ``separate``.
+        ValueError: ``offsets`` are not finite or on the meta device, with ``separate``.
     """
     rounded = offsets.round()
     if separate:
+        if offsets.is_meta:
+            raise ValueError("`offsets` are on the meta device, without values to separate")
         if not offsets.isfinite().all():
             raise ValueError("`offsets` must be finite to be separated")
         movable = torch.ones_like(grid)
@@ -50,7 +52,7 @@ def _separated(taps: Tensor, fixed: int | None) -> Tensor:
 
     # The other taps hold K - 1 pixels at most, so one of a tap's K nearest is free; all of those lie in this square.
     side = range(-(reach := math.ceil(math.sqrt(len(taps))) + 1), reach + 1)
-    square = torch.cartesian_prod(*[torch.tensor(side, dtype=taps.dtype)] * 2)
+    square = torch.cartesian_prod(*[torch.tensor(side, dtype=taps.dtype, device=taps.device)] * 2)
     pixels = (taps.round()[:, None] + square).flatten(0, 1).unique(dim=0)
     cost = (taps[:, None] - pixels).square().sum(-1)
     if fixed is not None:

@@ -54,7 +54,7 @@ def shapes_of(model: nn.Module) -> list[LayerShape]:
             positions=(positions := layer.positions.cpu()),
             start=positions.new_tensor(_start(layer)),
             movable=layer.movable.cpu(),
-            unit=float(max(1, *layer.dilation)),
+            unit=float(max(1, *layer.geometry.dilation)),
             regular=layer.start is None,
         )
         for name, layer in layers
@@ -65,7 +65,7 @@ def _start(layer: ACUConv2d) -> Sequence[tuple[float, float]]:
     # Not positions - displacement: that is rounded in float32, and nan where a tap is.
     if layer.start is not None:
         return layer.start
-    (kh, kw), (dh, dw) = layer.kernel_size, layer.dilation
+    (kh, kw), (dh, dw) = layer.geometry.kernel_size, layer.geometry.dilation
     return [((i - (kh - 1) / 2) * dh, (j - (kw - 1) / 2) * dw) for i in range(kh) for j in range(kw)]
 
 

@@ -14,7 +14,7 @@ from timm import create_model
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from lightning_acu import ACUConv2d, ImageClassifier, acu_layers, convert_to_acu, fold_acu
+from lightning_acu import ACUConv2d, ImageClassifier, acu_layers, convert_to_acu, fold_acu, round_acu
 
 FROM_PLAIN = "`state_dict` is that of a plain model: it has no offsets for .* whose taps stay where they start"
 TOO_LATE = r"`state_dict` is that of a plain model: .* whose taps have moved.*call reset_parameters\(\)"
@@ -373,3 +373,31 @@ def test_positions_that_a_parametrization_computes_are_left_to_it(move):
     twin.load_state_dict(layer.state_dict())
     assert torch.equal(twin.offsets, layer.offsets)
     assert twin.half().weight.dtype == torch.float16
+
+
+@pytest.mark.parametrize("lowered", [False, True], ids=["float32 model", "bfloat16 model"])
+def test_a_plain_state_in_half_precision_that_is_assigned_leaves_positions_in_float32(net, other, image, lowered):
+    model = convert_to_acu(net.float())
+    if lowered:
+        model.bfloat16()
+    with pytest.warns(UserWarning, match="of a plain model"):
+        model.load_state_dict(other.bfloat16().state_dict(), assign=True)
+    assert {layer.offsets.dtype for _, layer in acu_layers(model)} == {torch.float32}
+    assert {layer.weight.dtype for _, layer in acu_layers(model)} == {torch.bfloat16}
+    assert torch.equal(model.eval()(image.bfloat16()), other.eval()(image.bfloat16()))
+    model.bfloat16().load_state_dict(model.half().state_dict(), assign=True)
+    assert {layer.offsets.dtype for _, layer in acu_layers(model)} == {torch.float32}
+
+
+def test_a_model_on_the_meta_device_is_not_folded_nor_separated(net, other, image, active):
+    model = convert_to_acu(net.to("meta"))
+    names = active(model)
+    with pytest.raises(ValueError, match=r"stem: .* on the meta device, without values.*to_empty"):
+        fold_acu(model)
+    with pytest.raises(ValueError, match="`offsets` are on the meta device"):
+        round_acu(model, separate=True)
+    assert active(model) == names
+    model.to_empty(device="cpu")
+    with pytest.warns(UserWarning, match="of a plain model"):
+        model.load_state_dict(other.state_dict())
+    assert_close(fold_acu(model.eval())(image), other.eval()(image))
