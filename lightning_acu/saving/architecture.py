@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from ..conv import ACUConv2d, acu_layers
 from ..surgery import Activation, activate
 from ..surgery.rules import find_rule
+from .limits import BuildLimit
+from .record import Record
 
-__all__ = ["Record", "difference", "rebuild", "record_of", "tied_tensors"]
-
-#: The name and arguments that build the architecture, and how each active layer was converted; as JSON.
-Record = dict[str, Any]
+__all__ = ["SOURCES", "difference", "rebuild", "record_of", "tied_tensors"]
 
 #: Arguments that say where weights come from; they are not needed, since the file has the weights.
-_SOURCES = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "weights", "weights_backbone")
+SOURCES = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "weights", "weights_backbone")
 
 #: Attributes that may differ from those of a new model: how it is run, and num_classes after a change of the head.
 _FREE = ("training", "grad_checkpointing", "num_classes")
@@ -65,16 +64,20 @@ def record_of(model: nn.Module, name: str | None, kwargs: dict[str, Any]) -> Rec
     return as_read
 
 
-def rebuild(record: dict[str, Any]) -> nn.Module:
-    """The architecture of ``record``, converted; a ValueError says what cannot be built."""
+def rebuild(record: Record, state: Mapping[str, Tensor]) -> nn.Module:
+    """The architecture of ``record``, converted; a ValueError says what cannot be built.
+
+    ``record`` has passed :func:`~lightning_acu.saving.record.check_record`. ``state`` holds the tensors of the file,
+    which bound what is built.
+    """
     from ..models import create_model  # loads torchvision, and timm where it is installed
 
     name, kwargs = record["architecture"]["name"], record["architecture"]["kwargs"]
     if ":" in name:
         raise ValueError(f"`name` (={name!r}) must be that of an architecture, not where weights come from")
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            model = create_model(name, **{key: value for key, value in kwargs.items() if key not in _SOURCES})
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"), BuildLimit(state.values()):
+            model = create_model(name, **{key: value for key, value in kwargs.items() if key not in SOURCES})
     except Exception as error:  # models raise many kinds for wrong arguments
         raise ValueError(f"{_call(record)} fails: {error}") from error
     modules = dict(model.named_modules())
@@ -92,7 +95,7 @@ def rebuild(record: dict[str, Any]) -> nn.Module:
         if type(conv).__name__ != layer["class"]:
             raise ValueError(f"{layer['name']} becomes a {type(conv).__name__}, not a {layer['class']}")
         conv.fixed_tap = layer["fixed_tap"]
-        conv.start = layer["start"] and tuple(map(tuple, layer["start"]))
+        conv.start = None if layer["start"] is None else tuple((float(y), float(x)) for y, x in layer["start"])
     for key, buffer in _floating_buffers(model):
         if key in record["buffer_dtypes"]:
             buffer.data = buffer.data.to(getattr(torch, record["buffer_dtypes"][key].removeprefix("torch.")))
@@ -102,7 +105,7 @@ def rebuild(record: dict[str, Any]) -> nn.Module:
 def difference(model: nn.Module, record: Record) -> str | None:
     """The first difference between ``model`` and what ``record`` builds, except values in the state_dict; or None."""
     try:
-        found = _difference(model, rebuild(record))
+        found = _difference(model, rebuild(record, model.state_dict()))
     except ValueError as error:
         found = str(error)
     return found and f"`model` (={type(model).__name__}) is not what {_call(record)} builds: {found}"
@@ -169,7 +172,7 @@ def _guess_architecture(model: nn.Module) -> tuple[str | None, dict[str, Any]]:
 
 def _as_json(kwargs: dict[str, Any]) -> dict[str, Any]:
     """``kwargs`` without those that say where weights come from; a TypeError for what cannot be stored as JSON."""
-    kwargs = {key: value for key, value in kwargs.items() if key not in _SOURCES}
+    kwargs = {key: value for key, value in kwargs.items() if key not in SOURCES}
     for key, value in kwargs.items():
         try:
             json.dumps(value, allow_nan=False)

@@ -20,11 +20,13 @@ from torch import Tensor, nn
 
 from lightning_acu import __version__
 
-from ..checks import WRAPPERS, find_wrapper, require_module, require_package
-from ..conv import acu_layers
+from ..checks import WRAPPERS, few, find_wrapper, qualified_name, require_module, require_package
+from ..conv import ACUConv2d, acu_layers
+from ..files import write_whole
 from ..sharded import is_sharded
 from ..surgery import was_folded
 from .architecture import difference, rebuild, record_of
+from .record import Record, check_record, check_state
 
 __all__ = ["load_acu", "save_acu"]
 
@@ -39,8 +41,8 @@ def save_acu(model: nn.Module, path: str | os.PathLike[str], *, name: str | None
     """Save a converted model so that :func:`load_acu` alone brings it back.
 
     The architecture is built again and compared with ``model`` first, so that every file that is written can be loaded.
-    Not saved: ``requires_grad``, train or eval mode, memory formats, hooks. The file is written atomically, and missing
-    directories are created. With several processes, call it on one.
+    Not saved: ``requires_grad``, train or eval mode, memory formats, hooks. The file is written whole or not at all,
+    and missing directories are created. With several processes, call it on one.
 
     Args:
         model: a model of timm or torchvision with active convolutions.
@@ -55,7 +57,8 @@ def save_acu(model: nn.Module, path: str | os.PathLike[str], *, name: str | None
         TypeError: ``model`` is a LightningModule, compiled, wrapped (DDP) or sharded (FSDP), or ``kwargs`` cannot be
             stored as JSON.
         ValueError: an unknown suffix; a model without active convolutions; an architecture that is unknown, or differs
-            from ``model`` (the message names the first difference).
+            from ``model`` (the message names the first difference); positions that are not finite.
+        OSError: the file cannot be written; an earlier file of that name is as it was.
     """
     path = Path(path)
     write = _format(path)[0]
@@ -67,16 +70,16 @@ def save_acu(model: nn.Module, path: str | os.PathLike[str], *, name: str | None
             'name="resnet18", output_stride=8)'
         )
     state: dict[str, Tensor] = model.state_dict(keep_vars=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    tensors = {key: _copy(tensor) for key, tensor in state.items() if key not in record["aliases"]}
+
+    def write_for_all(temporary: Path) -> None:
         temporary.touch()
         mode = temporary.stat().st_mode
-        write(temporary, record, {key: _copy(tensor) for key, tensor in state.items() if key not in record["aliases"]})
+        write(temporary, record, tensors)
         temporary.chmod(mode)  # safetensors lets only the owner read
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, write_for_all)
 
 
 def load_acu(path: str | os.PathLike[str], *, map_location: str | torch.device = "cpu") -> nn.Module:
@@ -89,8 +92,9 @@ def load_acu(path: str | os.PathLike[str], *, map_location: str | torch.device =
     Raises:
         FileNotFoundError: the file does not exist.
         ModuleNotFoundError: a .safetensors file, and safetensors is not installed.
-        ValueError: an unknown suffix; the file is damaged, not from :func:`save_acu` or of a newer format; or its
-            architecture is not in the installed timm or torchvision, or differs there.
+        ValueError: an unknown suffix; the file is damaged, not from :func:`save_acu` or of a newer format (the message
+            names the field); or its architecture is not in the installed timm or torchvision, differs there, or asks
+            for many more tensors than the file has.
     """
     path = Path(path)
     read = _format(path)[1]
@@ -101,18 +105,34 @@ def load_acu(path: str | os.PathLike[str], *, map_location: str | torch.device =
     except Exception as error:  # the readers raise many kinds for a damaged file
         why = str(error).partition("\n")[0]
         raise ValueError(f"`path` (={str(path)!r}) is damaged or was not written by save_acu: {why}") from error
-    if not isinstance(record, dict) or not isinstance(version := record.get("format_version"), int):
-        raise ValueError(f"`path` (={str(path)!r}) was not written by save_acu; it has no record of an architecture")
+    if not isinstance(record, dict) or type(version := record.get("format_version")) is not int or version < 1:
+        raise ValueError(
+            f"`path` (={str(path)!r}) was not written by save_acu; it has no record of an architecture with a "
+            "`format_version` of 1 or more"
+        )
     if version > _FORMAT_VERSION:
         raise ValueError(
             f"`path` (={str(path)!r}) has format {version}, and this lightning_acu reads formats up to "
             f"{_FORMAT_VERSION}; update it. The file was written with {record.get('versions')}"
         )
     try:
-        model = rebuild(record)
+        check_record(record)
+        check_state(state, record)
+    except ValueError as error:
+        raise ValueError(f"`path` (={str(path)!r}) is damaged or was not written by save_acu: {error}") from error
+    with torch.inference_mode(False):  # the parameters have to be able to learn afterwards
+        return _load(path, record, state).to(map_location).eval()
+
+
+def _load(path: Path, record: Record, state: dict[str, Tensor]) -> nn.Module:
+    """The model of a file that has been read and checked."""
+    try:
+        model = rebuild(record, state)
         state |= {key: state[first] for key, first in record["aliases"].items()}
+        for name, layer in acu_layers(model):
+            _check_layer(name, layer, state)
         for key, tensor in model.state_dict(keep_vars=True).items():  # in place: tied parameters stay tied
-            if key in state:
+            if key in state and tensor.is_floating_point() == state[key].is_floating_point():
                 tensor.data = tensor.data.to(state[key].dtype)
         model.load_state_dict(state)
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
@@ -120,7 +140,18 @@ def load_acu(path: str | os.PathLike[str], *, map_location: str | torch.device =
             f"`path` (={str(path)!r}) does not fit the installed packages: {error}. It was written with "
             f"{record.get('versions')}; here are {_versions()}"
         ) from error
-    return model.to(map_location).eval()
+    return model
+
+
+def _check_layer(name: str, layer: ACUConv2d, state: dict[str, Tensor]) -> None:
+    """Check what the record says of ``layer`` against its number of taps; a ValueError says what differs."""
+    taps = layer.geometry.taps
+    if (key := qualified_name(name, "offsets")) not in state:
+        raise ValueError(f"the file has no {key!r}")
+    if layer.fixed_tap is not None and layer.fixed_tap >= taps:
+        raise ValueError(f"`fixed_tap` (={layer.fixed_tap}) of {name} must be less than its number of taps (={taps})")
+    if layer.start is not None and len(layer.start) != taps:
+        raise ValueError(f"`start` of {name} has {len(layer.start)} positions for {taps} taps")
 
 
 def _check_savable(model: nn.Module) -> None:
@@ -142,6 +173,11 @@ def _check_savable(model: nn.Module) -> None:
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         raise ValueError(
             f"`model` (={type(model).__name__}) has tensors on the meta device, which have no values to save"
+        )
+    if broken := [name or "the model" for name, layer in acu_layers(model) if not layer.offsets.isfinite().all()]:
+        raise ValueError(
+            f"`model` (={type(model).__name__}) has positions that are not finite ({few(broken)}), which no file can "
+            "bring back; save the model as it was before a training step went wrong"
         )
 
 

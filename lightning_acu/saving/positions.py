@@ -68,7 +68,7 @@ def load_acu_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, strict
     if not given:
         raise ValueError(f"`state` ({len(state)} keys) has no positions: no key ends in {_PARAMETER!r}")
     values: dict[ACUConv2d, Tensor] = {}
-    plain, unknown, sizes, centres, infinite, twice = [], [], [], [], [], []
+    plain, unknown, sizes, kinds, centres, infinite, twice = [], [], [], [], [], [], []
     for name, value in given.items():
         layer = names.get(name)
         if layer is None:
@@ -77,7 +77,9 @@ def load_acu_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, strict
             plain.append(_key(name))
         elif value.shape != layer.offsets.shape:
             sizes.append(_size(name, value, layer))
-        elif not value.isfinite().all():
+        elif value.layout != torch.strided or value.is_meta or not value.is_floating_point():
+            kinds.append(f"{_key(name)} ({value.dtype}, {value.layout}, on {value.device})")
+        elif not value.to(layer.offsets.dtype).isfinite().all():  # float64 may be more than float32 can hold
             infinite.append(_key(name))
         elif layer in values and not torch.equal(values[layer], value):
             twice.append(f"{_key(name)} and {_key(layers[layer])}")
@@ -94,6 +96,7 @@ def load_acu_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, strict
         _problem(unknown, f"of layers that the model does not have (its own have names like {own})"),
         _problem(sizes, "of another size; `position_groups` or the kernel size differ"),
         _problem(centres, "with a centre that has moved but is fixed in the model; convert with fixed_centre=False"),
+        _problem(kinds, "that are not real floating-point numbers with values"),
         _problem(infinite, "with numbers that are not finite"),
         _problem(twice, "two names of one layer with different numbers"),
     ]

@@ -322,7 +322,7 @@ def edit(path, change):
         (lambda record, state: record["layers"][0].update(name="bn1"), "bn1 should be .* is a BatchNorm(Act)?2d, for"),
         (lambda record, state: record["layers"][0].update({"class": "ACUConv3d"}), "not a ACUConv3d"),
         (lambda record, state: record["layers"][0].update(backend="warp"), "'warp'"),
-        (lambda record, state: record.pop("layers"), "does not fit .*'layers'"),
+        (lambda record, state: record.pop("layers"), "is damaged .*`layers` is missing"),
         (lambda record, state: state.pop("fc.bias"), "Missing key.*fc.bias"),
     ],
 )
