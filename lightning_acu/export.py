@@ -78,12 +78,13 @@ def export_model(
             f"{type(model).__name__} cannot be copied: {error}; some models keep tensors of a forward pass with "
             "gradients: call model.train() and then model.eval() to release them"
         ) from error
-    like = next(copied.parameters(), torch.empty(0))
+    like = next(copied.parameters(), torch.empty(0, dtype=torch.float32, device="cpu"))
     if to == "onnx" and like.dtype not in (torch.float32, torch.float16):
         raise ValueError(f"`model` is in {like.dtype}, which ONNX Runtime cannot run; export model.float()")
     size = input_size if input_size is not None else default_input_size(model)
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(3 if dynamic_batch else 1, *size, generator=generator).to(like)
+    batch_size = 3 if dynamic_batch else 1
+    images = torch.randn(batch_size, *size, generator=generator, dtype=torch.float32, device="cpu").to(like)
     try:
         with torch.no_grad():
             expected = list(tensors_in(copied(images)))
@@ -122,7 +123,8 @@ def export_model(
 
 def _write_pt2(program: torch.export.ExportedProgram, file: Path) -> Callable[[Tensor], list[Tensor]]:
     torch.export.save(program, file)
-    module = torch.export.load(file).module()
+    with torch.device("cpu"):  # torch's own reader makes tensors on the default device and copies them
+        module = torch.export.load(file).module()
 
     def run(images: Tensor) -> list[Tensor]:
         with torch.no_grad():

@@ -33,8 +33,8 @@ class _PositionMetric(Metric):
 
     def __init__(self) -> None:
         super().__init__(sync_on_compute=False)
-        self.add_state("total", torch.zeros(()), dist_reduce_fx="mean")
-        self.add_state("weight", torch.zeros(()), dist_reduce_fx="mean")
+        self.add_state("total", torch.zeros((), dtype=torch.float32, device="cpu"), dist_reduce_fx="mean")
+        self.add_state("weight", torch.zeros((), dtype=torch.float32, device="cpu"), dist_reduce_fx="mean")
 
     def update(self, layers: nn.Module | LayerStatistics) -> None:
         """Add every active convolution of a model, one layer, or the statistics of one layer."""

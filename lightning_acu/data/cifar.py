@@ -130,7 +130,9 @@ class CIFARDataModule(InMemoryDataModule):
             raise FileNotFoundError(
                 f"{self._source.__name__} is missing or damaged: {self._complaint()}. {self._advice()}"
             ) from error
-        return torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(source.targets)
+        return torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(
+            source.targets, dtype=torch.int64, device="cpu"
+        )
 
     def _complaint(self) -> str:
         """What is wrong with the files in ``root``."""

@@ -79,11 +79,13 @@ class EpochSampler:
             zeros and ones with probability 1/2. On the CPU, whatever the device of the images: the same everywhere.
         """
         generator = torch.Generator().manual_seed((self.seed + epoch) % 2**63)
-        order = torch.randperm(self.size, generator=generator) if self.shuffle else torch.arange(self.size)
-        corner = torch.randint(offsets, (self.size, 2), generator=generator)
-        mirror = torch.randint(2, (self.size,), generator=generator)
+        order = _numbers(self.size)
+        if self.shuffle:
+            order = torch.randperm(self.size, generator=generator, dtype=torch.int64, device="cpu")
+        corner = torch.randint(offsets, (self.size, 2), generator=generator, dtype=torch.int64, device="cpu")
+        mirror = torch.randint(2, (self.size,), generator=generator, dtype=torch.int64, device="cpu")
         kept = min(self.size, len(self) * self.batch_size * self.replicas)
-        place = torch.arange(kept)
+        place = _numbers(kept)
         if last := kept % (self.batch_size * self.replicas):
             # Where the last batch has fewer images than there are processes, some would go without: they repeat one.
             place = torch.cat([place, place[-1:].expand(max(0, self.replicas - last))])
@@ -130,7 +132,7 @@ class DeviceLoader:
         source, chosen = _resolve(dataset)
         images, labels = source.images, source.labels
         if self.device.type != "cpu":  # no images there that this loader does not need
-            images, labels, chosen = images[chosen], labels[chosen], torch.arange(len(chosen))
+            images, labels, chosen = images[chosen], labels[chosen], _numbers(len(chosen))
         self.images, self.labels, self._chosen = (t.to(self.device) for t in (images, labels, chosen))
         self.batch_sampler = EpochSampler(
             len(chosen), batch_size, shuffle=shuffle, drop_last=drop_last, seed=seed, rank=rank, replicas=replicas or 1
@@ -148,13 +150,16 @@ class DeviceLoader:
         self._augments = bool(transform.crop_padding or transform.flip)
         self._flip = transform.flip
         self._stride = width + 2 * self._padding
-        row, column = torch.arange(height)[:, None] * self._stride, torch.arange(width)
+        row, column = _numbers(height)[:, None] * self._stride, _numbers(width)
         # Where the pixels of the first crop are in a padded image, and in mirrored order.
         crops = torch.stack([row + column, row + column.flip(0)])
         self._crops = crops.flatten(1).to(self.device)
         self._statistics = None
         if transform.mean is not None and transform.std is not None:
-            mean, std = (torch.tensor(list(v))[:, None, None].to(self.device) for v in (transform.mean, transform.std))
+            mean, std = (
+                torch.tensor(list(v), dtype=torch.float32, device=self.device)[:, None, None]
+                for v in (transform.mean, transform.std)
+            )
             self._statistics = mean, std
 
     def __len__(self) -> int:
@@ -233,5 +238,10 @@ def _check_alone() -> None:
 def _resolve(dataset: TensorImages | Subset[Any]) -> tuple[TensorImages, Tensor]:
     """The images and which of them, (n,) int64."""
     if isinstance(dataset, Subset):
-        return cast(TensorImages, dataset.dataset), torch.tensor(dataset.indices, dtype=torch.int64)
-    return dataset, torch.arange(len(dataset))
+        return cast(TensorImages, dataset.dataset), torch.tensor(dataset.indices, dtype=torch.int64, device="cpu")
+    return dataset, _numbers(len(dataset))
+
+
+def _numbers(count: int) -> Tensor:
+    """0 ... count - 1, int64 on the CPU."""
+    return torch.arange(count, dtype=torch.int64, device="cpu")

@@ -99,7 +99,7 @@ class InMemoryDataModule(ImageDataModule):
         device, seed, shares = torch.device("cpu"), 0, {}  # the loader checks that there is only one process
         trainer = self.trainer
         if shuffle:
-            seed = int(torch.empty((), dtype=torch.int64).random_())
+            seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_())
         if trainer is not None:
             device = trainer.strategy.root_device
             # All processes need one order, even where each was seeded differently.

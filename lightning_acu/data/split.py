@@ -22,12 +22,13 @@ def stratified_order(labels: Tensor, seed: int) -> Tensor:
     Returns:
         (N,) int64, a permutation of 0 ... N - 1.
     """
-    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    share = torch.empty(len(labels), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = torch.randperm(len(labels), generator=generator, dtype=torch.int64, device="cpu")
+    share = torch.empty(len(labels), dtype=torch.float64, device="cpu")
     for label in torch.unique(labels):
         members = labels[shuffled] == label
         count = int(members.sum())
-        share[members] = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+        share[members] = (torch.arange(count, dtype=torch.float64, device="cpu") + 0.5) / count
     # Stable, so that images with equal shares (of different classes) keep their random order.
     return shuffled[share.argsort(stable=True)]
 

@@ -104,12 +104,12 @@ class ZCAWhitening:
             raise ValueError(f"`bias` (={bias}) must be positive and finite: some eigenvalues are zero, or nearly")
 
         # The mean first, and then the covariance: their sums in one go would lose digits.
-        mean = torch.zeros(features, dtype=torch.float64)
+        mean = torch.zeros(features, dtype=torch.float64, device="cpu")
         for chunk in _chunks(images, indices, torch.float64, contrast_scale):
             mean += chunk.sum(0) / count
         if not mean.isfinite().all():
             raise ValueError("`images` must be finite, but hold infinity or NaN")
-        covariance = torch.zeros(features, features, dtype=torch.float64)
+        covariance = torch.zeros(features, features, dtype=torch.float64, device="cpu")
         for chunk in _chunks(images, indices, torch.float64, contrast_scale):
             centred = chunk - mean
             covariance.addmm_(centred.T, centred, alpha=1 / count)
@@ -129,7 +129,7 @@ class ZCAWhitening:
                 f"`images` (shape {tuple(images.shape)}) must be (N, {', '.join(map(str, self.mean.shape))}), like "
                 "those that the whitening was fitted on"
             )
-        whitened = torch.empty(images.shape, dtype=torch.float32)
+        whitened = torch.empty(images.shape, dtype=torch.float32, device="cpu")
         for start, chunk in zip(
             range(0, len(images), _CHUNK), _chunks(images, None, torch.float32, self.contrast_scale), strict=True
         ):

@@ -37,7 +37,7 @@ def acu_conv2d(input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | No
         ]
     )
     # Each output channel belongs to one conv group (its input channels) and one position group (its taps).
-    channel = torch.arange(c_out, device=input.device)
+    channel = torch.arange(c_out, dtype=torch.int64, device=input.device)
     per_group = samples.unflatten(3, (geometry.groups, c_in // geometry.groups))  # (P, K, N, groups, C_in/groups, ...)
     read = per_group[channel * position_groups // c_out, :, :, channel * geometry.groups // c_out]
     output = torch.einsum("oknchw,ock->nohw", read, weight.flatten(2).to(dtype))
@@ -51,7 +51,8 @@ def _sample(image: Tensor, corner: Tensor, fraction: Tensor, geometry: ConvGeome
     size = geometry.output_size(image.shape[2:])
     for axis in (0, 1):  # bilinear = linear along the rows, then along the columns
         dim = axis + 2
-        first = torch.arange(size[axis], device=image.device) * geometry.stride[axis] + corner[axis]
+        pixel = torch.arange(size[axis], dtype=torch.int64, device=image.device)
+        first = pixel * geometry.stride[axis] + corner[axis]
         low, high = _read(image, dim, first), _read(image, dim, first + 1)
         image = low * (1 - fraction[axis]) + high * fraction[axis]
     return image

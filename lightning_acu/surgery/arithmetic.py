@@ -124,7 +124,9 @@ def _zeros(model: nn.Module, input_size: tuple[int, int, int]) -> Tensor:
         raise ValueError(
             f"`model` (={type(model).__name__}) has lazy parameters that are not initialised yet; run one batch first"
         )
-    like = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
+    like = next(
+        (tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0, dtype=torch.float32, device="cpu")
+    )
     return torch.zeros(1, *size, device=like.device, dtype=like.dtype)
 
 
@@ -189,8 +191,8 @@ def _fractional_cells(
     geometry: ConvGeometry, start: tuple[tuple[float, float], ...] | None, fixed_tap: int | None
 ) -> int:
     """Cells of the fold with every movable tap half a pixel outwards, on each axis."""
-    grid = torch.tensor(geometry.grid(), dtype=torch.float64)
-    offsets = torch.zeros_like(grid) if start is None else torch.tensor(start, dtype=torch.float64)
+    grid = torch.tensor(geometry.grid(), dtype=torch.float64, device="cpu")
+    offsets = torch.zeros_like(grid) if start is None else torch.tensor(start, dtype=torch.float64, device="cpu")
     # Away from the centre of the grid; for a free shape, whose grid is one point, away from the output pixel.
     outwards = torch.where(grid + offsets < (grid.amin(0) + grid.amax(0)) / 2, -0.5, 0.5)
     moved = offsets.trunc() + outwards  # (a start between pixels stays between those two)

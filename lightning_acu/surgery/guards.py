@@ -304,7 +304,7 @@ def _images(module: nn.Module) -> Iterator[Arguments]:
     convs = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d)]
     for channels in list(dict.fromkeys(conv.in_channels for conv in convs))[:4]:
         for size in _TRIAL_SIZES:
-            yield _random(((torch.empty(2, channels, *size, device="meta"),), {}), module)
+            yield _random(((torch.empty(2, channels, *size, dtype=torch.float32, device="meta"),), {}), module)
 
 
 def _random(arguments: Any, module: nn.Module) -> Any:

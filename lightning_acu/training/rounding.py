@@ -144,7 +144,7 @@ def round_layers(layers: Sequence[tuple[str, ACUConv2d]], collision: Collision =
 def _movable(displacements: Iterable[tuple[ACUConv2d, Tensor]]) -> Tensor:
     """The lengths of displacements, pairs of a layer and (P, K, 2), of all taps that can move, 1-D."""
     lengths = [moved.norm(dim=-1)[:, layer.movable].flatten().cpu() for layer, moved in displacements]
-    return torch.cat([torch.empty(0), *lengths])
+    return torch.cat([torch.empty(0, dtype=torch.float32, device="cpu"), *lengths])
 
 
 def _text(collisions: Mapping[str, int]) -> str:

@@ -100,7 +100,7 @@ def forward(input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None,
     """(N, C_in, H, W) to (N, C_out, H_out, W_out); shapes as in the reference, memory format as F.conv2d's."""
     dtype = _compute_dtype(input)
     size = (input.shape[0], weight.shape[0], *geometry.output_size(input.shape[2:]))
-    output = torch.empty(size, dtype=input.dtype, memory_format=memory_format(input, weight))
+    output = torch.empty(size, dtype=input.dtype, device="cpu", memory_format=memory_format(input, weight))
     if not weight.numel():  # no input channels
         return output.zero_() if bias is None else output.copy_(bias[:, None, None].expand_as(output))
     cell, fraction, any_nan = _taps(offsets, geometry)
@@ -210,7 +210,7 @@ def _blocks(dtype: torch.dtype, *batches: Tensor | None) -> Iterator[tuple[Any, 
 
 
 def _empty(like: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty(like.shape, dtype=dtype, memory_format=torch.channels_last)
+    return torch.empty(like.shape, dtype=dtype, device="cpu", memory_format=torch.channels_last)
 
 
 def _taps(offsets: Tensor, geometry: ConvGeometry) -> tuple[Array, Array, bool]:

@@ -95,7 +95,7 @@ def _work(layer: Layer, dtype: torch.dtype, device: torch.device) -> dict[str, W
     geometry = ConvGeometry((3, 3), (1, 1), (1, 1, 1, 1), (1, 1), layer.groups)
     strided = ConvGeometry((3, 3), (2, 2), (1, 1, 1, 1), (1, 1), layer.groups)
     weight = torch.randn(c_out, c_in // layer.groups, 3, 3, device=device, dtype=dtype)
-    offsets = torch.rand(1, 9, 2, device=device) * 2 - 1
+    offsets = torch.rand(1, 9, 2, device=device, dtype=torch.float32) * 2 - 1
     input, output, grad_input = image(c_in, size), image(c_out, size), image(c_in, size)
     if layer.groups > 1:
 
