@@ -19,7 +19,7 @@ LEVELS = [
     {"functional"},
     {"folded", "plain"},
     {"conv"},
-    {"timm_convs", "statistics"},
+    {"derived", "timm_convs", "statistics"},
     {"surgery", "metrics", "figures", "training"},
     {"callbacks", "export"},
     {"models", "data"},

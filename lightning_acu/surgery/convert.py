@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -115,7 +116,8 @@ def convert_to_acu(
             ``on_unsupported="error"``. Nothing has been converted then.
 
     Warns:
-        NoEffectWarning: nothing matched, or one of several patterns matched no convolution.
+        NoEffectWarning: nothing matched, one of several patterns matched no convolution, or some of the selected
+            convolutions stay plain since they cannot be converted.
     """
     check_model(model)
     if find_wrapper(model) == "LightningModule":
@@ -163,17 +165,31 @@ def _convert(model: nn.Module, config: ConvertConfig, filter_fn: Callable[[nn.Mo
     how = Activation(config.position_groups, config.fixed_centre, config.backend)
     activate(model, {module: how for module, reason in reasons.items() if reason is None})
     for module, reason in reasons.items():
-        if reason is not None and why_not_convertible(module) is None:  # a rule's own reason need not be stored
+        vars(module).pop(SKIP_REASON, None)  # from an earlier conversion
+        if reason is not None and module not in unsupported:  # a rule's own reason is asked for when it is needed
             setattr(module, SKIP_REASON, reason)
     if any(isinstance(module, ACUConv2d) for module in model.modules()):
         patterns = {"target_modules": config.target_modules, "exclude_modules": config.exclude_modules}
         warn_of_idle_patterns(model, 4, **patterns)
+        _warn_of_plain_layers(model, [why for why in unsupported.values() if why], len(unsupported))
     else:
         why = "; ".join(sorted({reason for reason in reasons.values() if reason})) or "it has no 2-D convolution"
         warnings.warn(
             f"convert_to_acu converted nothing in {type(model).__name__}: {why}", NoEffectWarning, stacklevel=3
         )
     return model
+
+
+def _warn_of_plain_layers(model: nn.Module, reasons: list[str], selected: int) -> None:
+    """Warn that some of the ``selected`` convolutions could not be converted, each for one of ``reasons``."""
+    if reasons:
+        counts = "; ".join(f"{count} because: {why}" for why, count in Counter(reasons).most_common())
+        warnings.warn(
+            f"convert_to_acu: {len(reasons)} of {selected} selected convolutions of {type(model).__name__} stay plain: "
+            f"{counts}. exclude_modules leaves them out without this warning",
+            NoEffectWarning,
+            stacklevel=4,
+        )
 
 
 def _selection(

@@ -14,7 +14,7 @@ __all__ = ["NoEffectWarning", "kernel_size_pair", "name_matcher", "warn_of_idle_
 
 
 class NoEffectWarning(UserWarning):
-    """A conversion or a pattern that matched no module."""
+    """A conversion or a pattern that matched no module, or a conversion that left some of the matches plain."""
 
 
 def kernel_size_pair(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -86,7 +86,7 @@ def report_acu(model: nn.Module, input_size: tuple[int, int, int] | None = None)
 
 def _row(module: nn.Module, names: list[str], calls: list[Call] | None) -> ConvRow:
     active = isinstance(module, ACUConv2d)
-    reason = "" if active else why_not_convertible(module) or getattr(module, SKIP_REASON, None) or "not converted yet"
+    reason = "" if active else getattr(module, SKIP_REASON, None) or why_not_convertible(module) or "not converted yet"
 
     own = module.own if isinstance(module, ReshapedConv2d) else {}  # what is computed with
 

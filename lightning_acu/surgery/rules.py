@@ -1,8 +1,8 @@
 """Which convolutions can be converted, and how: one rule for each class.
 
-A rule is chosen by the exact type of a module. A subclass without a rule may compute something else (standardise its
-weight, pad by the size of the input), so it is skipped, with that reason. To support another class, write a rule and
-register it::
+A rule is chosen by the exact type of a module. A subclass of ``nn.Conv2d`` without a rule is converted if it changes
+nothing of what is computed (:mod:`lightning_acu.derived`). Any other class may compute something else (standardise its
+weight, pad by the size of the input), so it is skipped, with that reason. To support it, write a rule and register it::
 
     @register_rule(MyConv2d)
     def my_conv2d(conv: nn.Module) -> str | None:
@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..conv import ACUConv2d
+from ..derived import active_class, what_differs
 from ..folded import FoldedConv2d, ReshapedConv2d
 from ..plain import recomputed_parameter
 
@@ -72,8 +73,11 @@ def register_rule(
 
 
 def find_rule(module: nn.Module) -> Rule | None:
-    """The rule for the exact type of ``module``."""
-    return _RULES.get(type(module))
+    """The rule for the exact type of ``module``, or that for subclasses which compute what ``nn.Conv2d`` does."""
+    rule = _RULES.get(type(module))
+    if rule is None and isinstance(module, nn.Conv2d) and what_differs(module) is None:
+        return _SAME_COMPUTATION
+    return rule
 
 
 def is_conv2d(module: nn.Module) -> bool:
@@ -102,9 +106,13 @@ def why_not_convertible(module: nn.Module) -> str | None:
     """The reason why ``module`` cannot be converted with any arguments; None if it can."""
     if parametrize.is_parametrized(module):
         return "its parameters are parametrized; remove the parametrization first"
+    if any(nn.parameter.is_lazy(parameter) for parameter in module._parameters.values() if parameter is not None):
+        return "its parameters are not initialised yet; run one batch first"
     rule = find_rule(module)
     if rule is None:
-        return f"no rule for the class {type(module).__name__}"
+        differs = f", which {what_differs(module)}" if isinstance(module, nn.Conv2d) else ""
+        how = "; lightning_acu.surgery.register_rule adds one" if is_conv2d(module) else ""
+        return f"no rule for the class {type(module).__name__}{differs}{how}"
     return rule.why_not(module)
 
 
@@ -114,11 +122,8 @@ def why_not_adoptable(conv: nn.Module) -> str | None:
         return (
             f"its {name} is recomputed from other parameters (weight norm, spectral norm, pruning); remove that first"
         )
-    weight = conv.weight
-    if isinstance(weight, nn.parameter.UninitializedParameter):
-        return "its parameters are not initialised yet; run one batch first"
-    if not weight.is_floating_point():  # type: ignore[operator]
-        return f"its weight is {weight.dtype}, not real floating point"
+    if not conv.weight.is_floating_point():  # type: ignore[operator]
+        return f"its weight is {conv.weight.dtype}, not real floating point"
     return None
 
 
@@ -136,3 +141,11 @@ def _adopt_inside(conv: ReshapedConv2d, **how: Any) -> None:
 def _reshaped_conv2d(conv: ReshapedConv2d) -> str | None:
     """A fold that shows the geometry of before: what is inside becomes active, with the geometry of the fold."""
     return why_not_adoptable(conv)
+
+
+def _adopt_subclass(conv: nn.Conv2d, **arguments: Any) -> ACUConv2d:
+    return active_class(type(conv)).adopt(conv, **arguments)
+
+
+#: For subclasses of nn.Conv2d that compute what it does.
+_SAME_COMPUTATION = Rule(why_not_adoptable, _adopt_subclass)

@@ -30,7 +30,7 @@ def spectral_norm_hook(conv):
 
 NOT_PLAIN = {
     "Conv2dSameExport": (lambda: Conv2dSameExport(4, 8, 3), "no rule for the class Conv2dSameExport"),
-    "LazyConv2d": (lambda: nn.LazyConv2d(8, 3), "no rule for the class LazyConv2d"),
+    "LazyConv2d": (lambda: nn.LazyConv2d(8, 3), "its parameters are not initialised yet; run one batch first"),
     "weight norm": (lambda: parametrizations.weight_norm(nn.Conv2d(4, 8, 3)), "parametrized"),
     "weight norm (hook)": (lambda: weight_norm_hook(nn.Conv2d(4, 8, 3)), "recomputed.*weight norm"),
     "spectral norm": (lambda: parametrizations.spectral_norm(nn.Conv2d(4, 8, 3)), "parametrized"),
@@ -48,7 +48,8 @@ def test_what_computes_otherwise_is_skipped_with_its_reason(kind):
     make, reason = NOT_PLAIN[kind]
     model = nn.Sequential(make(), nn.Conv2d(8, 8, 3))
     before = type(model[0]), sorted(model[0].state_dict())
-    convert_to_acu(model)
+    with pytest.warns(NoEffectWarning, match=f"1 of 2 selected convolutions of Sequential stay plain: 1 .*{reason}"):
+        convert_to_acu(model)
     assert (type(model[0]), sorted(model[0].state_dict())) == before
     assert type(model[1]) is ACUConv2d
     [row] = report_acu(model).skipped
@@ -59,7 +60,8 @@ def test_what_computes_otherwise_is_skipped_with_its_reason(kind):
 
 def test_routed_convolutions_are_skipped_with_their_reason():
     routed = layers.CondConv2d(4, 8, 3, num_experts=2)  # no nn.Conv2d, and takes routing weights
-    model = convert_to_acu(nn.ModuleList([routed, nn.Conv2d(4, 8, 3)]))
+    with pytest.warns(NoEffectWarning, match="1 of 2 selected convolutions of ModuleList stay plain"):
+        model = convert_to_acu(nn.ModuleList([routed, nn.Conv2d(4, 8, 3)]))
     assert type(model[0]) is layers.CondConv2d
     assert [(row.name, row.kind, row.reason) for row in report_acu(model).skipped] == [
         ("0", "CondConv2d", why_not_convertible(routed))
@@ -94,6 +96,7 @@ def test_a_block_named_like_a_convolution_is_looked_into():
         ("xception41", set(), 41),
     ],
 )
+@pytest.mark.filterwarnings("ignore:convert_to_acu. .* selected convolutions:lightning_acu.surgery.NoEffectWarning")
 def test_every_convolution_of_a_model_is_accounted_for(name, skipped, converted):
     model = convert_to_acu(timm.create_model(name))
     rows = report_acu(model).rows
@@ -104,7 +107,10 @@ def test_every_convolution_of_a_model_is_accounted_for(name, skipped, converted)
 
 
 class Doubled(nn.Conv2d):
-    """A subclass that computes what its parent does."""
+    """A subclass that computes what its parent does, which nobody can see."""
+
+    def forward(self, input):
+        return super().forward(input)
 
 
 @pytest.fixture
@@ -121,7 +127,8 @@ def test_a_rule_for_another_class_converts_it():
         return "grouped ones are not" if conv.groups > 1 else None
 
     expected = model(x)
-    convert_to_acu(model)
+    with pytest.warns(NoEffectWarning, match="1 of 2 selected .* stay plain: 1 because: grouped ones are not"):
+        convert_to_acu(model)
     assert [name for name, _ in acu_layers(model)] == ["0"]
     assert_close(model(x), expected, 1e-6)
     assert [row.reason for row in report_acu(model).skipped] == ["grouped ones are not"]
@@ -143,7 +150,9 @@ def test_a_rule_may_bring_its_own_conversion():
 
 
 def test_no_rule_is_left_behind():
-    with pytest.warns(NoEffectWarning, match="no rule for the class Doubled"):
+    with pytest.warns(
+        NoEffectWarning, match="no rule for the class Doubled, which overrides `forward`; .*register_rule adds one"
+    ):
         convert_to_acu(Doubled(2, 4, 3))
 
 

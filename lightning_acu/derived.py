@@ -1,0 +1,89 @@
+"""Active versions of subclasses of ``nn.Conv2d`` that change nothing of what is computed, such as its constructor.
+
+For each of them one class is made, a subclass of :class:`ACUConv2d` and of the class itself: the methods and attributes
+that others have added stay, and so does ``isinstance``. Such layers are copied and pickled as others are: by the class
+that they were converted from, which has to be importable, and not by the one made here.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any
+
+from torch import nn
+
+from .conv import ACUConv2d
+from .folded import FoldedConv2d
+
+__all__ = ["active_class", "what_differs"]
+
+#: Methods and attributes that decide what a convolution computes, or how Python finds them.
+_COMPUTING = frozenset(
+    (
+        "__call__", "_call_impl", "_wrapped_call_impl", "forward", "_conv_forward", "weight", "bias",
+        "__getattr__", "__getattribute__", "__setattr__", "__slots__", "__init_subclass__", "__torch_function__",
+    )
+)  # fmt: skip
+
+#: What ACUConv2d adds: a subclass that has one of these itself means something else by it.
+_OWN = (frozenset(dir(ACUConv2d)) | frozenset(ACUConv2d.__annotations__)) - frozenset(dir(nn.Conv2d))
+
+
+def what_differs(conv: nn.Module) -> str | None:
+    """What makes ``conv``, of a subclass of ``nn.Conv2d``, another function than an ``nn.Conv2d``; None: nothing does.
+
+    It may compute something else if its class overrides what computes the output, or if it has parameters or buffers
+    of its own.
+    """
+    for name in vars(conv):
+        if name in _OWN:
+            return f"has its own `{name}`"
+    for cls in type(conv).__mro__:
+        if cls is nn.Conv2d:
+            break
+        for name in vars(cls):
+            if name in _COMPUTING:
+                return f"overrides `{name}`"
+            if name in _OWN:
+                return f"has its own `{name}`"
+    own = [name for name, _ in (*conv.named_parameters(), *conv.named_buffers()) if name not in ("weight", "bias")]
+    return f"has a tensor {own[0]!r} of its own" if own else None
+
+
+class _Derived(ACUConv2d):
+    """The base of all classes made here."""
+
+    def fold(self) -> nn.Conv2d | FoldedConv2d:
+        """As in :class:`ACUConv2d`; a single convolution is of the class that the layer was converted from."""
+        folded = super().fold()
+        if type(folded) is nn.Conv2d:
+            folded.__class__ = self.plain_class
+            vars(folded).update({key: value for key, value in vars(self).items() if key not in vars(folded)})
+            for name in ("offsets", *ACUConv2d.__annotations__):
+                vars(folded).pop(name, None)
+        return folded
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        usual: Any = super().__reduce_ex__(2)
+        return _new, (self.plain_class,), *usual[2:]
+
+
+def _new(plain_class: type[nn.Conv2d]) -> ACUConv2d:
+    """An empty layer, to be filled by ``__setstate__``."""
+    cls = active_class(plain_class)
+    return cls.__new__(cls)
+
+
+@functools.cache
+def active_class(plain_class: Any) -> type[ACUConv2d]:
+    """The active version of a subclass of ``nn.Conv2d`` that :func:`what_differs` has nothing to say about."""
+    names = {
+        "plain_class": plain_class,
+        "__module__": plain_class.__module__,
+        "__qualname__": f"ACU{plain_class.__name__}",
+        "__doc__": f"``{plain_class.__name__}``, active.",
+    }
+    return types.new_class(
+        f"ACU{plain_class.__name__}", (_Derived, plain_class), exec_body=lambda own: own.update(names)
+    )
