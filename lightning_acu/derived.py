@@ -69,7 +69,7 @@ class _Derived(ACUConv2d):
         return _new, (self.plain_class,), *usual[2:]
 
 
-def _new(plain_class: type[nn.Conv2d]) -> ACUConv2d:
+def _new(plain_class: Any) -> ACUConv2d:
     """An empty layer, to be filled by ``__setstate__``."""
     cls = active_class(plain_class)
     return cls.__new__(cls)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import errno
+import io
 import logging
 import os
 import tempfile
@@ -26,6 +28,9 @@ FORMATS = ("onnx", "pt2")
 
 #: Largest difference from the model, relative to the largest value of each output; in half precision it may be larger.
 _TOLERANCE = 1e-4
+
+#: A full disk, quota or volume; one that is read-only or broken.
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 
 #: Protobuf files are limited to 2 GB; larger weights go into a second file beside it.
 _ONE_FILE = 1_800_000_000
@@ -62,6 +67,7 @@ def export_model(
         ValueError: an unknown format, ``fold=False`` or float64 for ONNX, or an ``input_size`` the model does not take.
         ModuleNotFoundError: packages for ONNX are missing; the message names the extra that has them.
         RuntimeError: the model cannot be exported, or the file computes something else and is not kept.
+        OSError: the file cannot be written, for example because the disk is full; an earlier one stays as it was.
     """
     path = Path(path)
     to = path.suffix.removeprefix(".") if to is None else to
@@ -106,6 +112,8 @@ def export_model(
                 )
                 run = _write_onnx(program, file) if to == "onnx" else _write_pt2(program, file)
         except Exception as error:
+            if (disk := _disk_error(error)) is not None:
+                raise _cannot_write(path, disk) from error
             hint = "; try `dynamic_batch`=False, for one image at a time" if dynamic_batch else ""
             raise RuntimeError(
                 f"{type(model).__name__} cannot be exported to {to}: {str(error)[:1000]}{hint}"
@@ -116,13 +124,21 @@ def export_model(
         worst = difference(got, expected)
         if not worst <= max(_TOLERANCE, 8 * torch.finfo(like.dtype).eps):
             raise RuntimeError(f"{path.name} would differ from the model by {worst:.1e} of the largest value; not kept")
-        for written in Path(folder).iterdir():
-            os.replace(written, path.parent / written.name)
+        try:
+            for written in Path(folder).iterdir():
+                with open(written, "rb+") as whole:
+                    os.fsync(whole.fileno())
+                os.replace(written, path.parent / written.name)
+        except OSError as error:
+            raise _cannot_write(path, error) from error
     return worst
 
 
 def _write_pt2(program: torch.export.ExportedProgram, file: Path) -> Callable[[Tensor], list[Tensor]]:
-    torch.export.save(program, file)
+    # By way of memory: where the disk is full, torch's own writer to a file ends the process.
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    file.write_bytes(buffer.getbuffer())
     with torch.device("cpu"):  # torch's own reader makes tensors on the default device and copies them
         module = torch.export.load(file).module()
 
@@ -148,6 +164,19 @@ def _write_onnx(program: torch.export.ExportedProgram, file: Path) -> Callable[[
         return [torch.from_numpy(a) for a in session.run(None, {session.get_inputs()[0].name: images.cpu().numpy()})]
 
     return run
+
+
+def _disk_error(error: BaseException | None) -> OSError | None:
+    """The refusal of the operating system to write that ``error`` is or comes from, if there is one."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _cannot_write(path: Path, error: OSError) -> OSError:
+    return OSError(error.errno, f"cannot be written: {error.strerror}", str(path))
 
 
 def _require_onnx() -> None:

@@ -2,6 +2,11 @@
 
 import builtins
 import copy
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -260,3 +265,58 @@ def test_compiled_and_exported_layers_equal_the_eager_ones(kind):
         assert_close(other.grad, parameter.grad)
     program = torch.export.export(model.eval(), (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     assert_close(program.module()(images[:2]), model(images[:2]))
+
+
+def no_space(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def part_of_a_file(program, f=None, **kwargs):
+    Path(f).write_bytes(b"a part")
+    try:
+        no_space()
+    except OSError as error:  # as its exporter does with errors of all kinds
+        raise RuntimeError("Failed to export the model to ONNX") from error
+
+
+@pytest.mark.parametrize("earlier", [True, False], ids=["replaces one", "is new"])
+@pytest.mark.parametrize(
+    ("to", "writer", "full"),
+    [
+        ("onnx", "torch.onnx.export", part_of_a_file),
+        ("pt2", "pathlib.Path.write_bytes", no_space),
+        ("pt2", "os.fsync", no_space),
+    ],
+)
+def test_a_full_disk_is_named_and_an_earlier_file_stays(tmp_path, monkeypatch, to, writer, full, earlier):
+    path = tmp_path / f"model.{to}"
+    if earlier:
+        path.write_text("an earlier one")
+    model = network("dense")
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, full)
+        with pytest.raises(OSError, match=r"No space left on device.*model") as caught:
+            export_model(model, path, input_size=SIZE)
+    assert caught.value.errno == errno.ENOSPC
+    assert "dynamic_batch" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == ([path] if earlier else [])
+    assert not earlier or path.read_text() == "an earlier one"
+
+
+FULL = """
+import os, resource, torch
+from torch import nn
+from lightning_acu import convert_to_acu, export_model
+model = convert_to_acu(nn.Sequential(nn.Conv2d(3, 64, 3)))
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+try:
+    export_model(model, "model.pt2", input_size=(3, 9, 9))
+except OSError as error:
+    print(error.filename, os.listdir())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits files as Linux does")
+def test_a_full_disk_does_not_end_the_process(tmp_path):
+    done = subprocess.run([sys.executable, "-c", FULL], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (done.returncode, done.stdout) == (0, "model.pt2 []\n"), done.stderr

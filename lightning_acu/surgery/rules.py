@@ -144,7 +144,8 @@ def _reshaped_conv2d(conv: ReshapedConv2d) -> str | None:
 
 
 def _adopt_subclass(conv: nn.Conv2d, **arguments: Any) -> ACUConv2d:
-    return active_class(type(conv)).adopt(conv, **arguments)
+    plain_class: Any = type(conv)
+    return active_class(plain_class).adopt(conv, **arguments)
 
 
 #: For subclasses of nn.Conv2d that compute what it does.
