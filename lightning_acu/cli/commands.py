@@ -24,7 +24,12 @@ from .config_files import with_bases
 
 __all__ = ["COMMANDS", "configs_directory"]
 
-_CLASS_PATH = "the LightningModule's class if the checkpoint does not name it (default: ImageClassifier)"
+_CLASS_PATH = "the LightningModule's class (default: ImageClassifier; with --trust what the checkpoint names)"
+
+_TRUST = (
+    "let the Lightning checkpoint run the code in it and import what it names; only for files whose source you trust "
+    "as you trust a program"
+)
 
 
 def configs_directory() -> Path:
@@ -83,6 +88,7 @@ def _report(arguments: Sequence[str]) -> None:
     )
     _add_input_size(parser)
     parser.add_argument("--class_path", metavar="package.Class", help=_CLASS_PATH)
+    parser.add_argument("--trust", action="store_true", help=_TRUST)
     conversion = parser.add_argument_group("conversion", "of --model, as in convert_to_acu")
     conversion.add_argument("--kernel_sizes", type=int, nargs="+", metavar="K")
     conversion.add_argument("--target_modules", metavar="REGEX")
@@ -97,7 +103,7 @@ def _report(arguments: Sequence[str]) -> None:
         parser.error(f"--{next(iter(given))} says how to convert a --model; a --ckpt is converted already")
     try:
         if options.ckpt is not None:
-            model = load_any(options.ckpt, options.class_path)
+            model = load_any(options.ckpt, options.class_path, trust=options.trust)
         else:
             model = _create(options.model)
             with warnings.catch_warnings(record=True) as caught:
@@ -124,6 +130,7 @@ def _export(arguments: Sequence[str]) -> None:
     parser.add_argument("--to", required=True, choices=FORMATS)
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: next to the checkpoint, with this suffix")
     parser.add_argument("--class_path", metavar="package.Class", help=_CLASS_PATH)
+    parser.add_argument("--trust", action="store_true", help=_TRUST)
     _add_input_size(parser)
     parser.add_argument("--no_fold", action="store_true", help="keep active convolutions (pt2 only)")
     parser.add_argument("--one_image", action="store_true", help="fix the batch size to 1")
@@ -132,7 +139,7 @@ def _export(arguments: Sequence[str]) -> None:
     if output.suffix != f".{options.to}":
         parser.error(f"--output {output} must end in .{options.to}")
     try:
-        model = load_any(options.ckpt, options.class_path)
+        model = load_any(options.ckpt, options.class_path, trust=options.trust)
         size = tuple(options.input_size) if options.input_size else default_input_size(model)
         worst = export_model(
             model,
