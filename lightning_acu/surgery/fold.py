@@ -101,7 +101,7 @@ def _replace(folds: list[tuple[ACUConv2d, nn.Conv2d | FoldedConv2d]]) -> None:
         reshaped = cls is FoldedConv2d or _reshapes(folded, layer, same_pad)
         if layer.start is None:  # else its kernel_size and dilation are how it is stored, not what it is
             state |= {name: vars(layer)[name] for name in GEOMETRY}
-            if reshaped and (cls is nn.Conv2d or (same_pad and cls is not FoldedConv2d)):
+            if reshaped and cls is not FoldedConv2d:
                 pad = PadSame2d(folded.kernel_size, folded.stride, folded.dilation) if same_pad else None  # type: ignore[arg-type]
                 state |= {"own": {name: vars(folded)[name] for name in GEOMETRY}, "plain_class": cls}
                 state["_modules"] = state["_modules"] | {"pad": pad}
