@@ -15,9 +15,10 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_warn
 
 from ..checks import at_least, whole_number
+from ..training import LearningPhase
 from ._trainer import callbacks_of, is_fast_dev_run
 
-__all__ = ["LearningPhase", "Length", "Moment", "PositionClock", "Warmup"]
+__all__ = ["Length", "Moment", "PositionClock", "Warmup"]
 
 
 @dataclass(frozen=True)
@@ -130,18 +131,6 @@ class Warmup:
     def lasts(self, trainer: pl.Trainer, step: int) -> bool:
         """Whether ``step``, a step of the current epoch, is part of the warm-up."""
         return step < self.steps or trainer.current_epoch < self.epochs
-
-
-@dataclass(frozen=True)
-class LearningPhase:
-    """The steps in which positions learn: ``length`` steps from ``start`` on; inf if not known."""
-
-    start: float
-    length: float
-
-    def time(self, step: float) -> int:
-        """Steps since the start of the phase, 0 to ``length``."""
-        return int(min(max(step - self.start, 0), self.length))
 
 
 class Rounding(Protocol):

@@ -16,6 +16,7 @@ from ..checks import at_least, few, whole_number
 from ..conv import ACUConv2d
 from ..sharded import whole
 from ..training import (
+    LearningPhase,
     Schedule,
     confine_positions_,
     find_schedule,
@@ -24,7 +25,7 @@ from ..training import (
     tie_learning_rates,
     trained_layers,
 )
-from ._clock import LearningPhase, PositionClock, Warmup
+from ._clock import PositionClock, Warmup
 from ._gate import GradientGate
 from ._position_groups import PositionGroups
 from ._promises import PositionCallback, offsets_of

@@ -10,6 +10,8 @@ In the order in which a training needs them:
 * :mod:`.averages`: averaged copies of the model, which have to get the same rounded positions;
 * :mod:`.copies`: copies of its positions of any other kind.
 
+:class:`PositionTrainer` does all of it from the hooks of any torch optimizer.
+
 The callbacks in :mod:`lightning_acu.callbacks` call these functions from Lightning's hooks.
 """
 
@@ -27,6 +29,8 @@ from .param_groups import (
     split_off_positions,
     tie_learning_rates,
 )
+from .position_plan import LearningPhase
+from .position_trainer import PositionTrainer
 from .rounding import Collision, RoundingReport, check_collision, check_finite, round_layers
 from .schedules import Constant, Cosine, LatticeDecay, Linear, Schedule, Step, find_schedule
 
@@ -36,9 +40,11 @@ __all__ = [
     "Constant",
     "Cosine",
     "LatticeDecay",
+    "LearningPhase",
     "Linear",
     "NonFiniteGuard",
     "PositionCopy",
+    "PositionTrainer",
     "RoundingReport",
     "Schedule",
     "Step",

@@ -1,0 +1,282 @@
+"""Training of positions in a loop of one's own: one object that works from torch's hooks on the optimizer's steps.
+
+It does what the callbacks do, in the same order and with the same numbers, and counts the steps of its optimizer.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, Self
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..checks import few, whole_number
+from ..conv import ACUConv2d, acu_layers
+from ..statistics import layer_statistics
+from .averages import averaged_models, trained_layers
+from .copies import copied_positions, hold_copies_
+from .counted_groups import CountedGroups
+from .gradients import NonFiniteGuard, confine_positions_, normalize_gradients_
+from .position_plan import PositionPlan, check_model, check_schedulers, finite
+from .rounding import Collision, RoundingReport, check_collision, round_layers
+from .schedules import Schedule
+from .step_hooks import StepHooks, check_optimizer
+
+__all__ = ["PositionTrainer"]
+
+
+class PositionTrainer:
+    """Trains the positions that ``optimizer`` holds: own learning rate, warm-up, unit gradients, rounding.
+
+    Nothing has to be called in the loop. Before each step of the optimizer gradients of positions are made None (in the
+    warm-up and after rounding, so that neither momentum nor decay moves them) or of length 1, once, when they are
+    accumulated, clipped and unscaled; a tap whose gradient is not finite stays where it is. After the step taps are
+    confined and pulled towards whole pixels, and rounded when it is time. A step is a call of ``optimizer.step``: two
+    in a batch are two, and one that mixed precision skips is none.
+
+    Positions get a parameter group of their own (for each group they were in). At every step its learning rate is that
+    of the group they came from, as any scheduler left it, times ``multiplier`` times the factor of ``schedule``.
+
+    Steps and rounding are in the optimizer's own ``state_dict``, so that a loop that saves model, optimizer and
+    scheduler resumes exactly. Make the trainer first, then load. Use one trainer for each optimizer.
+
+    Args:
+        optimizer: any that runs torch's hooks. Positions of layers whose weights it holds are added to it.
+        model: the model, converted; it may be wrapped (DDP, torch.compile).
+        multiplier: learning rate of positions over that of the group they came from.
+        warmup_steps: steps at the start in which positions do not move at all.
+        normalize: scale each tap's gradient (g_y, g_x) to length 1.
+        schedule: a further factor from the end of the warm-up until rounding or ``total_steps``: "constant", "cosine",
+            "linear", "step", "lattice", or a :class:`~lightning_acu.training.schedules.Schedule`.
+        total_steps: the length of the training.
+        round_at: round positions after this many steps (int), or after this fraction of ``total_steps`` (float, up to
+            1.0); None: only by :meth:`round_and_freeze`.
+        max_displacement: maximum distance in pixels of a tap from where it started, while positions learn.
+        weight_decay: for positions; it pulls the taps back to the regular grid.
+        collision: what to do with taps that are rounded to one pixel, as in
+            :func:`~lightning_acu.training.round_layers`.
+        copies: averages and teachers (modules, dicts of tensors) that get the rounded positions too, see
+            :meth:`hold_copies`. Averages inside ``model`` are found.
+        schedulers: learning rate schedulers of ``optimizer`` that exist already, of torch or of timm. Those made later
+            need nothing.
+
+    Raises:
+        TypeError: an argument of the wrong type, or LBFGS, which has no parameter groups.
+        ValueError: a number out of range, an unknown schedule, a model without active convolutions, an optimizer that
+            holds none of them, rounding before the warm-up ends, or ``total_steps`` missing where it is needed.
+        RuntimeError: the optimizer has a PositionTrainer or a scheduler already, or does not run torch's hooks.
+
+    Warns:
+        UserWarning: at the first step in which positions learn, if some have no gradient; when rounding, if all taps
+            are where they started.
+
+    Example::
+
+        PositionTrainer(optimizer, model, warmup_steps=10_000, total_steps=64_000, round_at=0.7)
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        model: nn.Module,
+        *,
+        multiplier: float = 0.01,
+        warmup_steps: int = 0,
+        normalize: bool = True,
+        schedule: str | Schedule = "constant",
+        total_steps: int | None = None,
+        round_at: float | None = None,
+        max_displacement: float | None = None,
+        weight_decay: float = 0.0,
+        collision: Collision = "report",
+        copies: Sequence[Any] = (),
+        schedulers: Sequence[Any] | None = None,
+    ) -> None:
+        check_optimizer(optimizer)
+        check_model(model)
+        check_schedulers(optimizer, schedulers)
+        check_collision(collision)
+        if not isinstance(copies, (list, tuple)):
+            raise TypeError(f"`copies` must be a list of models or dicts, got {type(copies).__name__}; write [copies]")
+        self._copies = [*averaged_models(model.modules()), *averaged_models(vars(model).values()), *copies]
+        for copy in copies:
+            if not any(copied_positions(trained_layers(model), "copies", copy)):
+                raise ValueError(
+                    f"`copies`: {type(copy).__name__} has no positions of `model`; copy the model after its conversion"
+                )
+        self.optimizer = optimizer
+        self.model = model
+        self.multiplier = finite("multiplier", multiplier)
+        self.normalize = normalize
+        self.max_displacement = None if max_displacement is None else finite("max_displacement", max_displacement)
+        self.weight_decay = finite("weight_decay", weight_decay)
+        self.collision = collision
+        self.plan = PositionPlan.make(schedule, warmup_steps, total_steps, round_at)
+        self._guard = NonFiniteGuard()
+        self._unused: list[str] | None = None  # layers without a gradient in the first step in which they should learn
+        self._fresh: list[Tensor] = []  # positions without a state in the optimizer before the step that is being taken
+        self._groups = CountedGroups(optimizer, model, list(schedulers or ()), self.multiplier, self.weight_decay)
+        self._hooks = StepHooks(optimizer, self._tie, self._transform, self._end_step, self._offsets)
+
+    @property
+    def step(self) -> int:
+        """How many steps the optimizer has taken."""
+        return self._groups.step
+
+    @property
+    def rounded(self) -> bool:
+        """Whether positions were rounded, and are still from then on."""
+        return self._groups.rounded
+
+    @property
+    def learning(self) -> bool:
+        """Whether positions may move in the next step."""
+        return self.step >= self.plan.phase.start and not self.rounded
+
+    @property
+    def not_finite(self) -> int:
+        """How many gradients of taps were not finite (nan or inf) in the steps that this object has seen."""
+        return self._guard.count
+
+    def weights(self) -> Iterator[nn.Parameter]:
+        """The parameters of the model without positions, to clip their gradients.
+
+        ``clip_grad_norm_(model.parameters(), ...)`` counts the raw gradients of positions in the norm, so that it
+        shrinks those of the weights more than it would in a plain model.
+        """
+        positions = {id(layer.offsets) for _, layer in acu_layers(self.model)}
+        return (parameter for parameter in self.model.parameters() if id(parameter) not in positions)
+
+    def round_and_freeze(self) -> RoundingReport:
+        """Round all positions now, keep them still from now on, and delete their gradients and momentum.
+
+        ``requires_grad_(False)`` alone would not do: a gradient from before would still be stepped along.
+
+        Raises:
+            RuntimeError: see :func:`~lightning_acu.training.round_layers`; no position is changed then.
+        """
+        report = round_layers(self._groups.layers, self.collision)
+        for _, layer in self._groups.layers:
+            layer.offsets.grad = None
+            self.optimizer.state.pop(layer.offsets, None)
+        self._groups.write(self.step, True)
+        self.hold_copies()
+        if report.nothing_learned:
+            warnings.warn(
+                "after rounding all taps are where they started, so no position was learned; raise `multiplier` "
+                f"(={self.multiplier}), or round later",
+                stacklevel=2,
+            )
+        return report
+
+    def hold_copies(self) -> None:
+        """Set the positions of ``copies`` to the rounded ones, exactly; nothing is done before rounding.
+
+        Done when rounding. Call it before you evaluate or save an average: averaging equal numbers is not always exact.
+        """
+        if self.rounded:
+            found = [at for copy in self._copies for at in copied_positions(self._groups.layers, "copies", copy)]
+            hold_copies_(self._groups.layers, found)
+
+    def report(self) -> dict[str, dict[str, Any]]:
+        """For each layer: mean_displacement, max_displacement (pixels), learning_rate, step, learns and why_not.
+
+        In the warm-up and after rounding ``learns`` is False, and ``why_not`` says so; else it is an empty str.
+        """
+        self._tie()
+        rows = {}
+        for name, layer in self._groups.layers:
+            statistics, why_not = layer_statistics(layer), self._why_not(name, layer)
+            rows[name] = {
+                "mean_displacement": statistics.mean_displacement,
+                "max_displacement": statistics.max_displacement,
+                "learning_rate": self._groups.rate(layer),
+                "step": self.step,
+                "learns": not why_not,
+                "why_not": why_not,
+            }
+        return rows
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step, and whether positions were rounded. ``optimizer.state_dict()`` has both, too."""
+        return {"step": self.step, "rounded": self.rounded}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there. Load the optimizer before, as its state has these numbers, too."""
+        self._groups.write(whole_number("step", state_dict["step"]), bool(state_dict["rounded"]))
+
+    def remove(self) -> None:
+        """Remove the hooks. Rounded positions get requires_grad=False, to stay so; the parameter groups are kept."""
+        self._hooks.remove()
+        if self.rounded:
+            for _, layer in self._groups.layers:
+                layer.offsets.requires_grad_(False).grad = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def _offsets(self) -> Iterator[Tensor]:
+        return (layer.offsets for _, layer in self._groups.layers)
+
+    def _tie(self) -> None:
+        self._groups.tie(self.plan.factor(self.step))
+
+    def _why_not(self, name: str, layer: ACUConv2d) -> str:
+        if self.rounded:
+            return "rounded"
+        if not self.learning:
+            return f"warm-up until step {self.plan.phase.start}"
+        if not layer.offsets.requires_grad:
+            return "requires_grad is False"
+        return "no gradient in the first step" if name in (self._unused or ()) else ""
+
+    def _transform(self) -> None:
+        layers = [layer for _, layer in self._groups.layers]
+        learning = self.learning
+        for layer in layers:
+            if not (learning and layer.offsets.requires_grad):
+                layer.offsets.grad = None  # with a gradient of zero, momentum and weight decay would still move them
+        if learning and self._unused is None:
+            self._say_unused()
+        if self.normalize:
+            normalize_gradients_(layers)
+            # Fused optimizers unscale gradients of mixed precision themselves, in the step.
+            if (scale := getattr(self.optimizer, "grad_scale", None)) is not None:
+                for gradient in (layer.offsets.grad for layer in layers):
+                    if gradient is not None:
+                        gradient.mul_(scale.to(gradient.device))
+        self._guard.before_step(layers)
+        self._fresh = [offsets for offsets in self._offsets() if not self.optimizer.state.get(offsets)]
+
+    def _end_step(self, found_inf: Tensor | None) -> None:
+        self._guard.after_step(found_inf)
+        if found_inf is not None and found_inf.item():
+            for offsets in self._fresh:  # torch's fused SGD leaves a momentum it has just made uninitialised
+                self.optimizer.state.pop(offsets, None)
+            return
+        step, learned = self.step, self.learning
+        self._groups.write(step + 1, self.rounded)
+        pull = self.plan.pull(step)
+        if learned and (pull > 0 or self.max_displacement is not None):
+            layers = [layer for _, layer in self._groups.layers if layer.offsets.requires_grad]
+            confine_positions_(layers, pull, self.max_displacement)
+        if not self.rounded and self.plan.round_at is not None and step + 1 >= self.plan.round_at:
+            self.round_and_freeze()
+
+    def _say_unused(self) -> None:
+        unused = [
+            name for name, layer in self._groups.layers if layer.offsets.requires_grad and layer.offsets.grad is None
+        ]
+        self._unused = unused
+        if unused:
+            warnings.warn(
+                f"the positions of {few(unused)} got no gradient in the first step in which they should learn: most "
+                "likely the model does not call the layer, or reads its `weight` as in F.conv2d(x, self.conv.weight); "
+                "call the layer, or leave it out of the conversion with `exclude_modules`",
+                stacklevel=3,
+            )
