@@ -14,10 +14,13 @@ import torch.nn.functional as F
 from helpers.schedulers import SCHEDULERS
 from helpers.tiny import STEPS_PER_EPOCH, TinyModule, fit, loader
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.optim import SGD, Adam, AdamW
 
 from lightning_acu import acu_layers, convert_to_acu
 from lightning_acu.callbacks import PositionLRSchedule, RoundThenFinetune
+from lightning_acu.sharded import whole
 from lightning_acu.training import Cosine, LatticeDecay, PositionTrainer, is_position_group
 
 TESTS = Path(__file__).parents[1]
@@ -48,7 +51,7 @@ def train(net, optimizer, steps=3, start=0):
 
 
 def offsets(net):
-    return torch.cat([layer.offsets.detach() for _, layer in acu_layers(net)])
+    return torch.cat([whole(layer.offsets.detach()) for _, layer in acu_layers(net)])
 
 
 def position_rate(optimizer):
@@ -481,27 +484,31 @@ def test_a_compiled_model_learns_the_same(net):
     assert torch.equal(net[0].weight, plain[0].weight)
 
 
-DDP = """
-import sys
+SCRIPT = """
+import os, sys
 import torch.distributed as dist
 from helpers.processes import run_forked
 
 def run():
-    import os, torch
-    from training.test_position_trainer import ddp_run
-    dist.init_process_group("gloo", rank=int(os.environ["LOCAL_RANK"]), world_size=2)
-    ddp_run(int(os.environ["LOCAL_RANK"]), sys.argv[1])
+    from training.test_position_trainer import half_of_each_batch
+    rank = int(os.environ["LOCAL_RANK"])
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    for strategy in ("ddp", "fsdp2"):
+        half_of_each_batch(rank, strategy, f"{sys.argv[1]}/{strategy}{rank}.pt")
     dist.destroy_process_group()
 
 sys.exit(run_forked(run, processes=2))
 """
 
 
-def ddp_run(rank, path):
-    """Of two processes, each with half of a batch; the first writes what was learned."""
+def half_of_each_batch(rank, strategy, path):
+    """What one of two processes does."""
     torch.manual_seed(0)
     net = TinyModule().net.double()
-    model = nn.parallel.DistributedDataParallel(net)
+    if strategy == "ddp":
+        model = nn.parallel.DistributedDataParallel(net)
+    else:
+        model = fully_shard(net, mesh=init_device_mesh("cpu", (2,)))
     optimizer = sgd(model)
     PositionTrainer(optimizer, model, multiplier=3.0, warmup_steps=2, round_at=7)
     seen = []
@@ -510,14 +517,14 @@ def ddp_run(rank, path):
         loss_of(model, (images[2 * rank : 2 * rank + 2], labels[2 * rank : 2 * rank + 2])).backward()
         optimizer.step()
         seen.append(offsets(net))
-    torch.save(torch.stack(seen), f"{path}.{rank}")
+    torch.save(torch.stack(seen), path)
 
 
 def test_two_processes_learn_what_one_does(tmp_path):
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("MASTER_", "LOCAL_"))}
     paths = os.pathsep.join([str(TESTS), str(TESTS.parent), environment.get("PYTHONPATH", "")])
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    subprocess.run([sys.executable, "-c", DDP, str(tmp_path / "seen")], env=environment, check=True, timeout=300)
+    subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], env=environment, check=True, timeout=300)
     torch.manual_seed(0)
     net = TinyModule().net.double()
     optimizer = sgd(net)
@@ -527,9 +534,10 @@ def test_two_processes_learn_what_one_does(tmp_path):
         train(net, optimizer, 1, start=step)
         seen.append(offsets(net))
     assert offsets(net).abs().max() == 2
-    first, second = (torch.load(f"{tmp_path / 'seen'}.{rank}", weights_only=True) for rank in (0, 1))
-    assert torch.equal(first, second)
-    torch.testing.assert_close(first, torch.stack(seen), rtol=0, atol=1e-10)
+    for strategy in ("ddp", "fsdp2"):
+        first, second = (torch.load(tmp_path / f"{strategy}{rank}.pt", weights_only=True) for rank in (0, 1))
+        assert torch.equal(first, second)
+        torch.testing.assert_close(first, torch.stack(seen), rtol=0, atol=1e-10)
 
 
 def test_a_group_that_is_added_later_is_split_too(net):
