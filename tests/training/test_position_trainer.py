@@ -474,14 +474,21 @@ def test_foreach_fused_and_rates_that_are_tensors(net, kind, arguments):
     torch.testing.assert_close(*results, rtol=0, atol=1e-6)  # the rate is a float32
 
 
-def test_a_compiled_model_learns_the_same(net):
-    plain = copy.deepcopy(net)
-    for model in (plain, torch.compile(net, backend="eager")):
+def test_a_compiled_model_and_a_compiled_step_learn_the_same(net):
+    results = []
+    for compiled in ([], ["model"], ["step"]):
+        model = copy.deepcopy(net)
         optimizer = sgd(model)
-        PositionTrainer(optimizer, model, multiplier=2.0, warmup_steps=1, round_at=4)
-        train(model, optimizer, 5)
-    assert torch.equal(offsets(net), offsets(plain))
-    assert torch.equal(net[0].weight, plain[0].weight)
+        wrapped = torch.compile(model, backend="eager") if "model" in compiled else model
+        trainer = PositionTrainer(optimizer, wrapped, multiplier=2.0, warmup_steps=1, round_at=4)
+        if "step" in compiled:
+            optimizer.step = torch.compile(optimizer.step, backend="eager")
+        train(wrapped, optimizer, 5)
+        assert trainer.step == 5
+        results.append((offsets(model), model[0].weight))
+    for result in results[1:]:
+        assert torch.equal(result[0], results[0][0])
+        assert torch.equal(result[1], results[0][1])
 
 
 SCRIPT = """
