@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import pickle
 import re
@@ -102,11 +103,10 @@ def load_any(path: str | os.PathLike[str], class_path: str | None = None, *, tru
         if trust:
             module = load_converted(cls, path, weights_only=False)
         elif cls is ImageClassifier:
-            with BuildLimit(state.values()):
-                module = load_converted(cls, path, **_harmless(path, hparams))
+            module = _load_classifier(path, hparams, state)
         else:
             module = load_converted(cls, path, _instantiator=None)
-    except (TypeError, RuntimeError) as error:  # missing arguments, weights of another network
+    except (TypeError, RuntimeError, AttributeError) as error:  # missing arguments, weights of another network
         hint = "; name the class of your LightningModule (`class_path`, --class_path)" if class_path is None else ""
         if "_instantiator" in hparams and not trust:
             hint += "; its arguments may be objects that only --trust (`trust`=True) makes again"
@@ -141,8 +141,8 @@ def _is_checkpoint(content: Any) -> bool:
     return tensors and isinstance(hparams, Mapping)
 
 
-def _harmless(path: Path, hparams: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of ImageClassifier that replace those hyperparameters which import, download or read something."""
+def _load_classifier(path: Path, hparams: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> ImageClassifier:
+    """An ImageClassifier from those hyperparameters that import, download and read nothing, and its weights."""
     name, model_kwargs = hparams.get("model"), hparams.get("model_kwargs") or {}
     if isinstance(name, str) and ":" in name:
         raise ValueError(
@@ -151,8 +151,14 @@ def _harmless(path: Path, hparams: Mapping[str, Any]) -> dict[str, Any]:
         )
     if not isinstance(model_kwargs, Mapping):
         raise ValueError(f"{path} has `model_kwargs` (={model_kwargs!r}) that are not a mapping")
-    kept = {key: value for key, value in model_kwargs.items() if key not in SOURCES}
-    return {"_instantiator": None, "pretrained": False, "optimizer": None, "lr_scheduler": None, "model_kwargs": kept}
+    known = inspect.signature(ImageClassifier).parameters.keys() - {"optimizer", "lr_scheduler"}
+    arguments = {key: value for key, value in hparams.items() if key in known}
+    arguments["model_kwargs"] = {key: value for key, value in model_kwargs.items() if key not in SOURCES}
+    with torch.device("cpu"), BuildLimit(state.values()):
+        module = ImageClassifier(**arguments | {"pretrained": False})
+    convert_like(module, state)
+    module.load_state_dict(state)
+    return module
 
 
 def _import(class_path: str) -> type[pl.LightningModule]:

@@ -36,9 +36,9 @@ class BuildLimit(TorchDispatchMode):
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__()
-        tensors = list(tensors)
-        # Of their storages: a tensor that repeats one number may have any shape.
-        stored = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+        # Of their storages: a tensor that repeats one number may have any shape, and so may one without values.
+        tensors = [tensor for tensor in tensors if tensor.layout == torch.strided and not tensor.is_meta]
+        stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         self._tensors = _FACTOR * len(tensors) + _MORE_TENSORS
         self._bytes = _FACTOR * sum(stored.values()) + _MORE_BYTES
 

@@ -177,6 +177,9 @@ def test_the_limit_counts_tensors_and_bytes_before_they_are_made():
             make()
     with pytest.raises(TooLargeError), BuildLimit([]):
         list(map(torch.zeros, [1] * 10_000))
+    boundless = [torch.zeros(1).expand(2**40), torch.empty(2**40, device="meta")]
+    with pytest.raises(TooLargeError), BuildLimit(boundless):
+        torch.zeros(2**32)
     with BuildLimit([]):
         torch.stack([torch.zeros(3), torch.ones(3)]).sum().item()
     torch.zeros(1)  # outside of it there is none

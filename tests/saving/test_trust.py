@@ -143,6 +143,8 @@ def test_nothing_is_downloaded_or_read_for_a_checkpoint(checkpoint, monkeypatch)
     [
         (hparams(model_kwargs={"layers": [100000] * 4}), "many more tensors, or larger ones, than the file holds"),
         (hparams(num_classes=10**12), "many more tensors, or larger ones, than the file holds"),
+        (hparams(model=3), "theirs.ckpt does not fit ImageClassifier"),
+        (hparams(convert=3), "theirs.ckpt does not fit ImageClassifier"),
         (hparams(model_kwargs=3), r"`model_kwargs` \(=3\) that are not a mapping"),
         (lambda content: content.update(hyper_parameters=None), "is not a Lightning checkpoint"),
         (lambda content: content.update(state_dict=[1]), "is not a Lightning checkpoint"),
