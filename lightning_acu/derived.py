@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import functools
 import types
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
 from .conv import ACUConv2d
 from .folded import FoldedConv2d
 
-__all__ = ["active_class", "what_differs"]
+__all__ = ["DerivedACUConv2d", "active_class", "what_differs"]
 
 #: Methods and attributes that decide what a convolution computes, or how Python finds them.
 _COMPUTING = frozenset(
@@ -51,8 +51,11 @@ def what_differs(conv: nn.Module) -> str | None:
     return f"has a tensor {own[0]!r} of its own" if own else None
 
 
-class _Derived(ACUConv2d):
-    """The base of all classes made here."""
+class DerivedACUConv2d(ACUConv2d):
+    """The base of all classes made here; subclasses compute what other ``forward`` methods do."""
+
+    #: The one of those that the class is made from.
+    derived_base: ClassVar[type[DerivedACUConv2d]]
 
     def fold(self) -> nn.Conv2d | FoldedConv2d:
         """As in :class:`ACUConv2d`; a single convolution is of the class that the layer was converted from."""
@@ -66,24 +69,36 @@ class _Derived(ACUConv2d):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         usual: Any = super().__reduce_ex__(2)
-        return _new, (self.plain_class,), *usual[2:]
+        return _new, (self.plain_class, self.derived_base), *usual[2:]
 
 
-def _new(plain_class: Any) -> ACUConv2d:
+def _new(plain_class: Any, base: Any) -> ACUConv2d:
     """An empty layer, to be filled by ``__setstate__``."""
-    cls = active_class(plain_class)
+    cls = active_class(plain_class, base)
     return cls.__new__(cls)
 
 
+def active_class(
+    plain_class: type[nn.Conv2d], base: type[DerivedACUConv2d] = DerivedACUConv2d
+) -> type[DerivedACUConv2d]:
+    """The active version of a subclass of ``nn.Conv2d``; always the same class.
+
+    Args:
+        plain_class: the subclass; :func:`what_differs` has nothing to say about it, or ``base`` knows what it computes.
+        base: DerivedACUConv2d, or a subclass of it.
+    """
+    classes: tuple[Any, Any] = (plain_class, base)
+    return _make(*classes)
+
+
 @functools.cache
-def active_class(plain_class: Any) -> type[ACUConv2d]:
-    """The active version of a subclass of ``nn.Conv2d`` that :func:`what_differs` has nothing to say about."""
+def _make(plain_class: Any, base: Any) -> Any:
+    name = f"ACU{plain_class.__name__}"
     names = {
         "plain_class": plain_class,
+        "derived_base": base,
         "__module__": plain_class.__module__,
-        "__qualname__": f"ACU{plain_class.__name__}",
+        "__qualname__": name,
         "__doc__": f"``{plain_class.__name__}``, active.",
     }
-    return types.new_class(
-        f"ACU{plain_class.__name__}", (_Derived, plain_class), exec_body=lambda own: own.update(names)
-    )
+    return types.new_class(name, (base, plain_class), exec_body=lambda own: own.update(names))

@@ -20,6 +20,7 @@ LEVELS = [
     {"folded", "plain"},
     {"conv"},
     {"derived", "timm_convs", "statistics"},
+    {"efficientnet_convs"},
     {"surgery", "metrics", "figures", "training"},
     {"callbacks", "export"},
     {"models", "data"},

@@ -4,6 +4,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+from . import efficientnet_rules as efficientnet_rules
 from .activate import Activation, activate
 from .convert import ConvertConfig, convert_to_acu
 from .convert_like import convert_like

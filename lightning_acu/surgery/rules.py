@@ -29,6 +29,7 @@ __all__ = [
     "find_rule",
     "is_conv2d",
     "named_conv2ds",
+    "register_named_rule",
     "register_rule",
     "why_not_adoptable",
     "why_not_convertible",
@@ -53,6 +54,9 @@ _ADOPT = functools.partial(ACUConv2d.adopt, exact=False)
 
 _RULES: dict[type[nn.Module], Rule] = {}
 
+#: The same for classes that are not imported here, by (module, name).
+_NAMED_RULES: dict[tuple[str, str], Rule] = {}
+
 
 def register_rule(
     cls: type[nn.Module], convert: Callable[..., Any] = _ADOPT
@@ -72,9 +76,15 @@ def register_rule(
     return decorate
 
 
+def register_named_rule(module: str, name: str, rule: Rule) -> None:
+    """A rule for the class ``name`` of ``module``, which need not be installed."""
+    _NAMED_RULES[module, name] = rule
+
+
 def find_rule(module: nn.Module) -> Rule | None:
     """The rule for the exact type of ``module``, or that for subclasses which compute what ``nn.Conv2d`` does."""
-    rule = _RULES.get(type(module))
+    cls = type(module)
+    rule = _RULES.get(cls) or _NAMED_RULES.get((cls.__module__, cls.__qualname__))
     if rule is None and isinstance(module, nn.Conv2d) and what_differs(module) is None:
         return _SAME_COMPUTATION
     return rule
@@ -144,8 +154,7 @@ def _reshaped_conv2d(conv: ReshapedConv2d) -> str | None:
 
 
 def _adopt_subclass(conv: nn.Conv2d, **arguments: Any) -> ACUConv2d:
-    plain_class: Any = type(conv)
-    return active_class(plain_class).adopt(conv, **arguments)
+    return active_class(type(conv)).adopt(conv, **arguments)
 
 
 #: For subclasses of nn.Conv2d that compute what it does.
