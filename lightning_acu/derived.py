@@ -15,6 +15,7 @@ from torch import nn
 
 from .conv import ACUConv2d
 from .folded import FoldedConv2d
+from .geometry import Padding, resolve_padding
 
 __all__ = ["DerivedACUConv2d", "active_class", "what_differs"]
 
@@ -58,14 +59,21 @@ class DerivedACUConv2d(ACUConv2d):
     derived_base: ClassVar[type[DerivedACUConv2d]]
 
     def fold(self) -> nn.Conv2d | FoldedConv2d:
-        """As in :class:`ACUConv2d`; a single convolution is of the class that the layer was converted from."""
+        """As in :class:`ACUConv2d`; of the class that the layer was converted from, if the shape is as it was."""
         folded = super().fold()
-        if type(folded) is nn.Conv2d:
+        if type(folded) is nn.Conv2d and self._has_the_shape_of(folded):
             folded.__class__ = self.plain_class
             vars(folded).update({key: value for key, value in vars(self).items() if key not in vars(folded)})
             for name in ("offsets", *ACUConv2d.__annotations__):
                 vars(folded).pop(name, None)
         return folded
+
+    def _has_the_shape_of(self, conv: nn.Conv2d) -> bool:
+        geometry = self.geometry
+        if (conv.kernel_size, conv.dilation) != (geometry.kernel_size, geometry.dilation):
+            return False
+        padding: Padding = conv.padding if conv.padding_mode == "zeros" else 0
+        return geometry.padding == resolve_padding(padding, geometry.kernel_size, geometry.stride, geometry.dilation)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         usual: Any = super().__reduce_ex__(2)

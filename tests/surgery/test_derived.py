@@ -51,10 +51,15 @@ class Abstract(nn.Conv2d, abc.ABC):
     """With another metaclass."""
 
 
+class Same(nn.Conv2d):
+    """Padded by a word."""
+
+
 MAKE = {
     "depthwise": lambda: DepthwiseConv2d(4, 2),
     "conv3x3": lambda: Conv3x3(4, 6),
     "deeper": lambda: Deeper(4, 6, name="deep"),
+    "same": lambda: Same(4, 6, 3, padding="same"),
     "abstract": lambda: Abstract(4, 6, (3, 5), stride=2, padding=1, padding_mode="reflect"),
 }
 
@@ -116,7 +121,9 @@ def test_what_their_users_call_stays(image):
     alone = model[0].fold()
     assert type(alone) is Conv3x3
     assert (alone.describe(), hasattr(alone, "offsets")) == ("first: (6, 4, 3, 3)", False)
-    assert fold_acu(model)[0].describe() == "first: (6, 4, 3, 3)"
+    assert fold_acu(copy.deepcopy(model))[0].describe() == "first: (6, 4, 3, 3)"
+    folded = moved(model)[0].fold()  # a 5x5 is no Conv3x3
+    assert (type(folded), folded.kernel_size) == (nn.Conv2d, (5, 5))
 
 
 @pytest.mark.parametrize("kind", MAKE)
