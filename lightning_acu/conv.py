@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from .checks import refuse_peft
 from .folded import FoldedConv2d, fold_conv2d, padding_layer
 from .functional import acu_conv2d
-from .geometry import ConvGeometry, Padding, resolve_padding
+from .geometry import ConvGeometry, Padding, pair, resolve_padding
 from .ops import check_backend
 from .plain import CONFIGURATION, check_own_parameters, check_plain
 from .rounding import round_offsets
@@ -218,7 +218,7 @@ class ACUConv2d(nn.Conv2d):
     @property
     def geometry(self) -> ConvGeometry:
         """The geometry that the operator sees (for other padding modes: after the padding)."""
-        kernel_size, stride, dilation = map(_pair, (self.kernel_size, self.stride, self.dilation))
+        kernel_size, stride, dilation = map(pair, (self.kernel_size, self.stride, self.dilation))
         padding: Padding = self.padding if self.padding_mode == "zeros" else 0
         sides = resolve_padding(padding, kernel_size, stride, dilation)
         return ConvGeometry(kernel_size, stride, sides, dilation, self.groups)
@@ -234,7 +234,7 @@ class ACUConv2d(nn.Conv2d):
     @property
     def positions(self) -> Tensor:
         """(P, K, 2), detached: (dy, dx) of each tap in pixels from the centre of the kernel."""
-        (kh, kw), (dh, dw) = _pair(self.kernel_size), _pair(self.dilation)
+        (kh, kw), (dh, dw) = pair(self.kernel_size), pair(self.dilation)
         offsets = self.active_offsets().detach()
         return offsets + self._grid(offsets) - offsets.new_tensor([(kh - 1) / 2 * dh, (kw - 1) / 2 * dw])
 
@@ -259,7 +259,7 @@ class ACUConv2d(nn.Conv2d):
 
     def _grid(self, like: Tensor) -> Tensor:
         """(K, 2): the regular grid from its first tap, in pixels."""
-        (kh, kw), (dh, dw) = _pair(self.kernel_size), _pair(self.dilation)
+        (kh, kw), (dh, dw) = pair(self.kernel_size), pair(self.dilation)
         return like.new_tensor([(i * dh, j * dw) for i in range(kh) for j in range(kw)])
 
     @torch.no_grad()
@@ -423,9 +423,3 @@ def _check_configuration(out_channels: int, position_groups: int, backend: str) 
     if position_groups < 1 or out_channels % position_groups:
         raise ValueError(f"`position_groups` (={position_groups}) must divide `out_channels` (={out_channels})")
     check_backend(backend)
-
-
-def _pair(value: int | Sequence[int]) -> tuple[int, int]:
-    """(rows, columns); also of what others have set on a layer, such as ``conv.stride = [2, 2]``."""
-    rows, columns = (value, value) if isinstance(value, int) else value
-    return rows, columns

@@ -6,7 +6,16 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["LIMIT", "STRIDE_LIMIT", "ConvGeometry", "Padding", "integers", "resolve_padding", "same_padding"]
+__all__ = [
+    "LIMIT",
+    "STRIDE_LIMIT",
+    "ConvGeometry",
+    "Padding",
+    "integers",
+    "pair",
+    "resolve_padding",
+    "same_padding",
+]
 
 #: Paddings, dilations and sides of images are less, in pixels: positions are clamped there.
 LIMIT = 2**20
@@ -72,6 +81,12 @@ def integers(name: str, value: int | Sequence[int], limit: int = LIMIT) -> tuple
     if any(abs(number) >= limit for number in numbers):
         raise ValueError(f"`{name}` (={value!r}) must be less than {limit}")
     return numbers
+
+
+def pair(value: int | Sequence[int]) -> tuple[int, int]:
+    """(rows, columns) of a number of a convolution; others may have set ``conv.stride = 2`` or ``[2, 2]`` on it."""
+    rows, columns = (value, value) if isinstance(value, int) else value
+    return rows, columns
 
 
 def resolve_padding(

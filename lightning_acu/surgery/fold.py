@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 from ..checks import require_module
 from ..conv import ACUConv2d, acu_layers
 from ..folded import GEOMETRY, FoldedConv2d, PadSame2d, ReshapedConv2d
-from ..geometry import resolve_padding
+from ..geometry import pair, resolve_padding
 from ..plain import CONFIGURATION
 from .checks import check_model, check_not_traced
 from .guards import guard_merging
@@ -121,7 +121,7 @@ def _reshapes(folded: nn.Module, layer: ACUConv2d, same_pad: bool) -> bool:
     """Whether ``folded``, one plain convolution, has a kernel or padding that ``layer`` did not have."""
 
     def geometry(conv: Any) -> Any:
-        size, stride, dilation = tuple(conv.kernel_size), tuple(conv.stride), tuple(conv.dilation)
+        size, stride, dilation = map(pair, (conv.kernel_size, conv.stride, conv.dilation))
         # "SAME" pads by the size of the image, whatever ``padding`` says.
         padding = None if same_pad else resolve_padding(conv.padding, size, stride, dilation)
         return size, stride, dilation, padding, conv.groups, conv.padding_mode
