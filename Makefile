@@ -1,18 +1,22 @@
 # make quickstart: set up .venv, then train a timm model whose convolutions learn their shape (about 5 minutes the first time).
 # make test:       the same set-up, then the tests, a process of one thread on each core (4 at most).
+# make test-fast:  without the slow ones.
 # Use another interpreter with `make PYTHON=python3.12 ...`.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint setup clean
+.PHONY: quickstart test test-fast lint setup clean
 
 quickstart: setup
 	$(BIN)/lightning-acu fit --config configs/quickstart.yaml $(ARGS)
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
+
+test-fast:
+	@$(MAKE) test ARGS='-m "not slow" $(ARGS)'
 
 lint: setup
 	$(BIN)/ruff check .
