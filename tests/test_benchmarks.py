@@ -12,6 +12,8 @@ from helpers.fast_oracle import acu_conv2d_closed_form
 from helpers.oracle import assert_close
 from torch import nn
 
+pytestmark = pytest.mark.slow
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SHORT = ["--batch", "1", "--samples", "1", "--budget", "0.01", "--only", "GoogLeNet 16"]
 

@@ -11,6 +11,8 @@ import torch
 
 from lightning_acu.ops.cpu import backend as cpu_backend
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 OPS = "lightning_acu/ops/cpu/"
 KERNELS = {path.stem for path in (ROOT / OPS).glob("*.pyx")}

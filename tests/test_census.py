@@ -9,6 +9,8 @@ from helpers.census_model import MERGING, build, examine
 
 from lightning_acu.surgery.rules import find_rule
 
+pytestmark = pytest.mark.slow
+
 SAMPLE = [
     "resnet18",
     "resnet50d",

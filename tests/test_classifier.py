@@ -58,6 +58,7 @@ def test_conversion_changes_no_output():
     torch.testing.assert_close(active(batch), plain(batch), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["torchvision/inception_v3", "torchvision/googlenet"])
 def test_auxiliary_heads_count_in_training_only(name):
     module = ImageClassifier(name, num_classes=4, model_kwargs={"init_weights": False, "aux_logits": True})
@@ -118,6 +119,7 @@ def test_a_model_that_gives_no_class_scores():
         module.eval()(torch.randn(1, 3, 64, 64))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -149,6 +151,7 @@ def test_channels_last_is_the_layout_of_weights_and_images_and_changes_no_number
     assert seen[0].is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 def test_the_model_is_compiled_once_and_in_place(tmp_path, monkeypatch):
     """With the backend that runs graphs as they are: what a compiler makes of them is not ours."""

@@ -15,6 +15,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_acu import ACUConv2d, acu_layers
 
+pytestmark = pytest.mark.slow
+
 
 def pickled(layer):
     return pickle.loads(pickle.dumps(layer))

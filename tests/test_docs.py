@@ -20,6 +20,7 @@ def run(name, count):
     return namespace
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`isinstance")
 def test_surgery_md(tmp_path, monkeypatch):
     monkeypatch.setattr(rules, "_RULES", dict(rules._RULES))  # it registers one
@@ -29,6 +30,7 @@ def test_surgery_md(tmp_path, monkeypatch):
     assert type(namespace["again"]) is type(namespace["model"])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`isinstance")
 def test_training_md(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

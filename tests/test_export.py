@@ -89,6 +89,7 @@ def test_the_dilated_one_is_a_sum_of_convolutions():
     assert isinstance(fold_acu(network("dilated"))[0], FoldedConv2d)
 
 
+@pytest.mark.slow
 def test_a_whole_network_of_its_default_size(tmp_path, to):
     model = convert_to_acu(create_model("test_efficientnet", num_classes=5, in_chans=2))
     for _, layer in acu_layers(model):

@@ -49,6 +49,7 @@ def layers(draw):
     return layer
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(layers(), st.integers(1, 9), st.integers(1, 9), st.booleans())
 def test_any_layer_folds_into_plain_convolutions_that_compute_the_same(layer, height, width, batched):

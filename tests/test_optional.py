@@ -3,6 +3,10 @@
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 #: Whatever is installed besides torch, NumPy and what torch itself needs.
 OPTIONAL = (
     "jsonargparse",

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 IMPORTED_AND_USED = """
 import logging, os, pkgutil, sys, warnings
 from importlib import import_module
@@ -68,6 +70,7 @@ print(len(names), "modules")
 """
 
 
+@pytest.mark.slow
 def test_nothing_global_changes():
     done = subprocess.run([sys.executable, "-c", IMPORTED_AND_USED], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

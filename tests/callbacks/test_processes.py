@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).with_name("training_run.py")
 
 #: All see the same images in each step: two processes with 2, or 2 x 1, are one with 4.

@@ -335,6 +335,7 @@ def test_the_command_line_has_the_last_word(write, monkeypatch, capsys):
         assert (config["trainer"]["max_steps"], config["trainer"]["min_steps"]) == (2, 0)
 
 
+@pytest.mark.slow
 def test_what_is_printed_and_saved_has_no_base_and_runs_again(write, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     classifier = {**CLASSIFIER, "init_args": {"model": "test_resnet", "in_chans": 1, "num_classes": 10}}

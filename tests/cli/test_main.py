@@ -39,6 +39,7 @@ def quickstart(tmp_path_factory):
         return fit_quickstart(tmp_path_factory.mktemp("quickstart"), monkeypatch)
 
 
+@pytest.mark.slow
 def test_quickstart_writes_what_it_says(quickstart):
     expected = {"shapes.png", "shapes_before_rounding.png", "metrics.csv", "summary.json", "config.yaml"}
     expected |= {"before_rounding.ckpt", "rounded.ckpt", "final.ckpt"}
@@ -51,6 +52,7 @@ def test_quickstart_writes_what_it_says(quickstart):
     assert all(row["off_lattice"] == 0 for row in summary["final"].values())
 
 
+@pytest.mark.slow
 def test_quickstart_stages_differ_as_they_should(quickstart):
     before, rounded, final = (
         torch.load(quickstart / f"{name}.ckpt", weights_only=False)["state_dict"]
@@ -65,12 +67,14 @@ def test_quickstart_stages_differ_as_they_should(quickstart):
     assert not torch.equal(rounded["model.conv1.0.weight"], final["model.conv1.0.weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["test", "validate", "predict"])
 def test_the_other_commands_take_the_saved_config_and_checkpoint(quickstart, tmp_path, monkeypatch, command):
     saved = ["--config", str(quickstart / "config.yaml"), "--ckpt_path", str(quickstart / "final.ckpt")]
     run(tmp_path, monkeypatch, command, *saved, *QUIET)
 
 
+@pytest.mark.slow
 def test_the_command_line_has_the_last_word_about_the_model(quickstart, tmp_path, monkeypatch):
     """Also when a training goes on from a checkpoint, whose hyperparameters say something else."""
     saved = ["--config", str(quickstart / "config.yaml"), "--ckpt_path", str(quickstart / "before_rounding.ckpt")]
@@ -79,6 +83,7 @@ def test_the_command_line_has_the_last_word_about_the_model(quickstart, tmp_path
     assert yaml.safe_load(written.read_text())["model"]["init_args"]["label_smoothing"] == 0.25
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_module_made_in_python(quickstart, tmp_path, monkeypatch):
     config = yaml.safe_load((quickstart / "config.yaml").read_text())["model"]["init_args"]
     kept = {name: config[name] for name in ("model", "num_classes", "in_chans", "convert", "model_kwargs")}
@@ -90,6 +95,7 @@ def test_a_checkpoint_of_a_module_made_in_python(quickstart, tmp_path, monkeypat
     run(tmp_path, monkeypatch, "test", *arguments, *QUIET)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default:The '.*_dataloader' does not have many workers")
 @pytest.mark.parametrize(("in_memory", "advised"), [(True, False), (False, True)])
 def test_advice_on_workers_where_it_is_right(tmp_path, monkeypatch, recwarn, in_memory, advised):
@@ -128,6 +134,7 @@ def test_baseline_differs_from_the_quickstart_only_where_it_says():
     assert quickstart == baseline
 
 
+@pytest.mark.slow
 def test_baseline_runs_and_shows_one_row(tmp_path, monkeypatch, capsys):
     directory = fit_quickstart(tmp_path, monkeypatch, "quickstart_baseline", "--trainer.limit_train_batches=2")
     assert list(json.loads((directory / "summary.json").read_text())["test"]) == ["final"]

@@ -15,6 +15,7 @@ def parts(data):
     return data.train_set, data.val_set, data.test_set
 
 
+@pytest.mark.slow
 def test_batches(digits):
     data = digits(batch_size=32)
     data.setup("fit")

@@ -93,6 +93,7 @@ def test_batches_to_overfit_stay_the_same(arrays, save):
     assert seen[:2] == seen[2:4] == seen[4:]
 
 
+@pytest.mark.slow
 def test_two_processes_share_what_one_sees(arrays, save, tmp_path):
     """The same images in each step, with the same crops: half of them here, half of them there, none twice."""
     path, out = save(arrays), tmp_path / "seen"

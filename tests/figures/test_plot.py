@@ -26,6 +26,7 @@ def legend(figure):
     return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 10, 53])
 def test_one_panel_for_each_layer_and_a_file(stack, count, tmp_path):
     figure = plot_shapes(stack(count), title="iteration 7")
@@ -36,6 +37,7 @@ def test_one_panel_for_each_layer_and_a_file(stack, count, tmp_path):
     assert (tmp_path / "shapes.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 4, 10, 53, 100])
 def test_panels_fit_a_page_and_nothing_overlaps(stack, count):
     figure = plot_shapes(stack(count), "a title that is too long for a figure of one layer " * (count < 3))

@@ -198,6 +198,7 @@ def test_saved_and_loaded_as_any_timm_model(tmp_path):
     assert torch.equal(load_acu(tmp_path / "model.safetensors").eval()(x), model(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("imported", "known"), [("lightning_acu", False), ("lightning_acu.models", True)])
 def test_registered_when_models_is_imported_and_not_before(imported, known):
     """In a process of its own: this one has imported everything."""

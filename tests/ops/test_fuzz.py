@@ -21,6 +21,7 @@ chunks = pytest.mark.parametrize(
 large = pytest.mark.parametrize("fixed", LARGE, ids=lambda fixed: "x".join(map(str, fixed["channels"])))
 
 
+@pytest.mark.slow
 @chunks
 def test_output_and_gradients_equal_the_closed_form(backend, seeds):
     each(seeds, lambda seed, one: one.check(run(one, backend)))
@@ -57,6 +58,7 @@ def test_one_thread_equals_many_threads_bit_for_bit(fixed):
     each(range(3), _check_threads, **fixed)
 
 
+@pytest.mark.slow
 def test_one_thread_equals_many_threads_bit_for_bit_in_small_cases(monkeypatch):
     monkeypatch.setattr(cpu_backend, "_THREAD_WORK", 0)  # below it, one thread does it all
     each(range(60), _check_threads)
@@ -74,6 +76,7 @@ def _check_threads(seed, one):
         assert all(torch.equal(alone, others[name]) for others in results[1:]), name
 
 
+@pytest.mark.slow
 @backends
 def test_non_finite_pixels_reach_the_outputs_that_read_them_and_no_others(backend):
     def body(seed, one):

@@ -22,6 +22,7 @@ def projected(function):
     return sums
 
 
+@pytest.mark.slow
 @backends
 def test_gradcheck_of_all_four_gradients_off_the_lattice(case, backend):
     function = projected(lambda *tensors: acu_conv2d(*tensors, **GEOMETRY, backend=backend))
@@ -96,6 +97,7 @@ def test_each_gradient_alone_equals_the_gradient_among_all(case, needed, backend
             assert tensor.grad is None
 
 
+@pytest.mark.slow
 def test_reference_has_second_derivatives(case):
     function = projected(lambda *tensors: acu_conv2d(*tensors, **GEOMETRY, backend="reference"))
     assert torch.autograd.gradgradcheck(function, case)

@@ -20,6 +20,7 @@ def arguments(dtype=torch.float32):
     return {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()} | {"offsets": torch.rand(9, 2)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["auto", "cython", "dense", "reference"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)

@@ -15,6 +15,7 @@ from lightning_acu.ops import acu_conv2d_op
 backends = pytest.mark.parametrize("backend", ["reference", "dense", "cython"])
 
 
+@pytest.mark.slow
 @backends
 def test_compiles_without_graph_breaks_forward_and_backward(case, backend):
     def function(*tensors):
@@ -132,6 +133,7 @@ def test_flop_counter_counts_a_convolution_of_k_taps():
     assert active.get_total_flops() == plain.get_total_flops() > 0
 
 
+@pytest.mark.slow
 def test_the_operator_needs_neither_lightning_nor_timm():
     code = "import sys, lightning_acu, lightning_acu.ops, lightning_acu.functional; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()

@@ -16,7 +16,10 @@ from lightning_acu.ops.triton.tiles import set_interpolation
 
 pytest.importorskip("triton")
 # Triton 3.6's interpreter does what NumPy 1.25 deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
+]
 triton_gemm = pytest.importorskip("lightning_acu.ops.triton.gemm")
 triton_product = pytest.importorskip("lightning_acu.ops.triton.product")
 SEEDS = [range(first, first + 5) for first in range(5_000_000, 5_000_200, 5)]

@@ -9,7 +9,10 @@ from helpers.triton_cases import DEVICE
 from lightning_acu import ACUConv2d, acu_conv2d
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
+]
 gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 
 

@@ -21,7 +21,10 @@ from lightning_acu.ops.triton.tiles import Tile, shape_class, tile_for
 
 pytest.importorskip("triton")
 split_pixels = pytest.importorskip("lightning_acu.ops.triton.blocks").split_pixels
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
+]
 
 
 def test_positions_are_read_anew_at_every_call():

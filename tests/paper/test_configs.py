@@ -68,6 +68,7 @@ def fit(monkeypatch, tmp_path, *arguments):
 
 
 # fast_dev_run sets limit_val_batches, which is 0 in the files: there are no validation images.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Total length of `DeviceLoader` across ranks is zero")
 @pytest.mark.parametrize("name", NAMES)
 def test_every_config_trains_two_steps_on_data_of_its_shape(name, datasets, tmp_path, monkeypatch):
@@ -137,6 +138,7 @@ def test_a_copied_config_brings_its_bases(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "here" / "cifar10_residual.yaml").exists()
 
 
+@pytest.mark.slow
 def test_wrong_class_count_is_named(datasets, tmp_path, monkeypatch):
     config = ["--config", str(PAPER / "cifar100_plain.yaml"), f"--data.init_args.root={datasets}"]
     with pytest.raises(ValueError, match=r"`num_classes` \(=10\) is too small: the data have 100"):
@@ -149,6 +151,7 @@ def test_missing_data_are_named(tmp_path, monkeypatch):
         fit(monkeypatch, tmp_path, *config, "--data.init_args.download=false")
 
 
+@pytest.mark.slow
 def test_the_saved_configuration_stands_alone(datasets, tmp_path, monkeypatch):
     """What a run writes down has no base any more, so that it can be moved and used again."""
     root = tmp_path / "data"

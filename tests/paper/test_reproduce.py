@@ -318,6 +318,7 @@ def whole(images, shared_folder):
     return out, (out / "printed").read_text()
 
 
+@pytest.mark.slow
 def test_rows_beside_each_other(whole):
     out, printed = whole
     found = results(out)
@@ -387,6 +388,7 @@ def test_fewer_records_of_the_same_way():
         assert np.cumsum(lengths * [record["step_speed"] for record in after]) == pytest.approx(walked)
 
 
+@pytest.mark.slow
 def test_displacement_is_recorded_from_the_grid_on(whole):
     found = [record for record in records(whole[0], "acu-all") if "acu/mean_displacement" in record]
     warm, later = (
@@ -397,6 +399,7 @@ def test_displacement_is_recorded_from_the_grid_on(whole):
     assert int(found[-1]["step"]) == 41
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(whole, images, tmp_path, monkeypatch, capsys):
     from paper.reproduce import main
 
@@ -460,6 +463,7 @@ def test_progress_while_a_line_is_being_written(tmp_path, last):
     assert _progress(path, (0, 20), 60.0) == "step 10 of 20, loss 1.500, 1 min left"
 
 
+@pytest.mark.slow
 def test_a_training_ends_with_the_process_that_began_it():
     code = (
         "import threading, time, paper.train\n"
@@ -481,6 +485,7 @@ def _wait_for(path, process, text=""):
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 def test_other_settings_do_not_mix_with_what_is_there(whole, images):
     from paper.reproduce import main
 
@@ -490,6 +495,7 @@ def test_other_settings_do_not_mix_with_what_is_there(whole, images):
         main([*arguments(images, whole[0], "base"), "--lr", "0.05"])
 
 
+@pytest.mark.slow
 def test_a_training_that_fails_says_why(tmp_path, monkeypatch):
     from paper.reproduce import main
 

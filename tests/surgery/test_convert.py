@@ -238,6 +238,7 @@ def test_a_layer_called_fuse_goes_on_working(kernel_sizes):
     assert_close(fold_acu(model)(x), expected, 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch 2.9, in its compiler
 def test_a_model_compiled_in_place_is_traced_anew(net, image, move):
     torch._dynamo.reset()

@@ -177,6 +177,7 @@ def test_a_parameter_that_a_hook_recomputes_has_to_be_made_permanent_first(name,
     assert_close(fold_acu(model)(x), expected, 1e-6)
 
 
+@pytest.mark.slow
 def test_a_model_compiled_in_place_is_traced_anew(model, image):
     torch._dynamo.reset()
     with warnings.catch_warnings():

@@ -80,6 +80,7 @@ def close(got, expected):
     return bool((got - expected).abs().max() <= 1e-9 * expected.abs().max())
 
 
+@pytest.mark.slow
 @families
 def test_merging_active_convolutions_names_a_layer_and_says_to_fold(name):
     model = perturbed(name)
@@ -97,6 +98,7 @@ def test_merging_active_convolutions_names_a_layer_and_says_to_fold(name):
     assert close(output(model), before)
 
 
+@pytest.mark.slow
 @families
 def test_merging_a_fold_with_larger_kernels_is_right_or_refused(name):
     model = perturbed(name)
@@ -125,6 +127,7 @@ def test_merging_is_right_once_the_taps_are_back_on_the_grid(name):
     assert len(merged.state_dict()) < len(model.state_dict())
 
 
+@pytest.mark.slow
 def test_guards_are_copied_and_pickled_with_the_model():
     for clone in (copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))):
         active = clone(perturbed("repvgg_a0"))

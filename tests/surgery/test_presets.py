@@ -49,6 +49,7 @@ def left_plain(model):
     return [row.name for row in report_acu(model).skipped if row.reason == REASON]
 
 
+@pytest.mark.slow
 @models
 def test_all_converts_every_3x3_and_5x5(name, active):
     model = create_model(name, num_classes=3)
@@ -58,6 +59,7 @@ def test_all_converts_every_3x3_and_5x5(name, active):
     assert left_plain(model) == []
 
 
+@pytest.mark.slow
 @models
 def test_c23_leaves_the_stage_of_the_highest_resolution(name, active):
     count, first = MODELS[name]

@@ -17,6 +17,8 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from lightning_acu import acu_layers, convert_to_acu, create_model, fold_acu, round_acu
 from lightning_acu.folded import ReshapedConv2d
 
+pytestmark = pytest.mark.slow
+
 # Name, image size (the deepest features are at least as large as the kernels there), dtype, kernel sizes.
 MODELS = {
     "resnet18": (96, torch.float64, [3, 7]),

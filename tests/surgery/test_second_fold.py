@@ -11,6 +11,7 @@ from torch import nn
 from lightning_acu import ACUConv2d, acu_layers, convert_to_acu, create_model, fold_acu, round_acu
 
 
+@pytest.mark.slow
 def test_a_second_fold_remembers_that_the_first_one_changed_the_kernel():
     torch.manual_seed(0)
     model = create_model("repvgg_a0", num_classes=3).eval()

@@ -274,6 +274,7 @@ def test_a_gain_that_is_recomputed_is_refused_by_conversion_and_fold():
         fold_acu(active)
 
 
+@pytest.mark.slow
 def test_same_padding_is_exported_for_any_height_and_width():
     model = convert_to_acu(nn.Sequential(Conv2dSame(3, 4, 3, stride=2), Conv2dSame(4, 4, 5, stride=2))).eval()
     for layer in model:

@@ -24,6 +24,7 @@ from lightning_acu.training import (
 BLOCKED = ("lightning", "timm", "torchmetrics", "matplotlib")
 
 
+@pytest.mark.slow
 def test_importing_it_leaves_lightning_and_all_that_alone():
     code = f"import sys, lightning_acu.training; print([name for name in {BLOCKED!r} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
