@@ -8,6 +8,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -16,6 +17,7 @@ from rich.console import Console
 from torch import nn
 
 from ..export import FORMATS, export_model
+from ..files import write_whole
 from ..models import create_model
 from ..saving.checkpoint import load_any
 from ..surgery import ACUReport, ConvertConfig, NoEffectWarning, report_acu
@@ -65,7 +67,7 @@ def _configs(arguments: Sequence[str]) -> None:
             parser.error(f"{copy} already exists and differs from a base of {name}; choose another directory with --to")
     options.to.mkdir(parents=True, exist_ok=True)
     for source in sources:
-        shutil.copyfile(source, options.to / source.name)
+        write_whole(options.to / source.name, partial(shutil.copyfile, source))
     print(f"copied to {target}; run: lightning-acu fit --config {target}")
 
 
