@@ -40,7 +40,10 @@ def test_training_md(tmp_path, monkeypatch):
     assert all((offsets == offsets.round()).all() for offsets in namespace["offsets"])
 
 
-@pytest.mark.parametrize("folder", ["paper", "benchmarks"])
+@pytest.mark.parametrize(
+    "folder",
+    ["paper", "benchmarks", *(f"lightning_acu/{room}" for room in ("surgery", "callbacks", "training", "data"))],
+)
 def test_a_readme_names_every_file_and_no_other(folder):
     folder = DOCS.parent / folder
     files = {path.name for path in folder.glob("*.py")} - {"__init__.py"}

@@ -80,7 +80,7 @@ class PositionGroups:
         held: set[int] = set()
         for optimizer in self.optimizers(trainer):
             if isinstance(optimizer, LBFGS):
-                raise RuntimeError("PositionLRSchedule: LBFGS has no parameter groups; choose another optimizer")
+                raise RuntimeError("PositionLRSchedule: LBFGS takes one parameter group only; choose another optimizer")
             own = [scheduler for scheduler in schedulers if scheduler.optimizer is optimizer]
             positions = split_off_positions(optimizer, own, offsets, self.multiplier, self.weight_decay, keep_last)
             held |= {id(parameter) for parameter in positions}

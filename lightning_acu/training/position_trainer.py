@@ -63,7 +63,7 @@ class PositionTrainer:
             need nothing.
 
     Raises:
-        TypeError: an argument of the wrong type, or LBFGS, which has no parameter groups.
+        TypeError: an argument of the wrong type, or LBFGS, which takes one parameter group only.
         ValueError: a number out of range, an unknown schedule, a model without active convolutions, an optimizer that
             holds none of them, rounding before the warm-up ends, or ``total_steps`` missing where it is needed.
         RuntimeError: the optimizer has a PositionTrainer or a scheduler already, or does not run torch's hooks.

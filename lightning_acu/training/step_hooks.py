@@ -97,7 +97,7 @@ def check_optimizer(optimizer: Any) -> None:
         raise TypeError(f"`optimizer` must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     name = type(optimizer).__name__
     if isinstance(optimizer, LBFGS):
-        raise TypeError(f"`optimizer` (={name}) has no parameter groups; choose another")
+        raise TypeError(f"`optimizer` (={name}) takes one parameter group only; choose another")
     # Set by torch on the step methods that run hooks; wrappers (timm's Lookahead) have one that does not.
     if not getattr(type(optimizer).step, "hooked", False):
         raise RuntimeError(

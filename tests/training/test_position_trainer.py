@@ -628,7 +628,7 @@ def test_errors_name_the_argument_and_its_value(net):
         assert [len(group["params"]) for group in getattr(optimizer, "param_groups", [])] == groups
 
     fails(TypeError, "`optimizer` must be a torch.optim.Optimizer, got Sequential", net)
-    fails(TypeError, r"`optimizer` \(=LBFGS\) has no parameter groups", torch.optim.LBFGS(net.parameters()))
+    fails(TypeError, r"`optimizer` \(=LBFGS\) takes one parameter group only", torch.optim.LBFGS(net.parameters()))
     fails(ValueError, "`optimizer` .SGD. holds neither positions", SGD(nn.Linear(2, 2).parameters(), lr=0.1))
     fails(TypeError, "`model` must be an nn.Module", model=net.parameters())
     fails(ValueError, r"`model` \(Linear\) has no active convolutions; call", model=nn.Linear(2, 2))
