@@ -15,6 +15,7 @@ alone would not do: Lightning computes the gradients in a closure, inside the st
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -58,9 +59,10 @@ class GradientGate:
         self._transformed = 0  # how often that was done
         self._running: list[tuple[bool, int]] = []  # for each optimizer in a step: with a closure?, `_transformed`
         self._warned = False
+        self._trainer: weakref.ref[Any] | None = _trainer_of(module)
         self._handles = [
-            register_optimizer_step_pre_hook(self._before_step),
-            register_optimizer_step_post_hook(self._after_step),
+            register_optimizer_step_pre_hook(_weak(self._before_step)),
+            register_optimizer_step_post_hook(_weak(self._after_step)),
         ]
         self._replaced = {name: getattr(module, name) for name in _HOOKS}
         self._own = {name: vars(module)[name] for name in _HOOKS if name in vars(module)}
@@ -76,7 +78,13 @@ class GradientGate:
     @classmethod
     def add(cls, module: pl.LightningModule, transform: Transform) -> GradientGate:
         """Apply ``transform`` from now on (adding it twice does no harm), and return the gate of ``module``."""
-        gate = cls.of(module) or cls(module)
+        gate = cls.of(module)
+        if gate is not None and (not gate._handles or gate._trainer != _trainer_of(module)):
+            # Of a copied module, or left by a training that ended where the callbacks were not told: LearningRateFinder
+            # takes them off the trainer, so that an exception in its steps never reaches them.
+            gate._restore()
+            gate = None
+        gate = gate or cls(module)
         if transform not in gate.transforms:
             gate.transforms.append(transform)
         return gate
@@ -88,11 +96,14 @@ class GradientGate:
         if gate is not None and transform in gate.transforms:
             gate.transforms.remove(transform)
             if not gate.transforms:
-                for handle in gate._handles:
-                    handle.remove()
-                for name in _HOOKS:
-                    delattr(module, name)
-                vars(module).update(gate._own)
+                gate._restore()
+
+    def _restore(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for name in _HOOKS:
+            delattr(self.module, name)
+        vars(self.module).update(self._own)
 
     @property
     def layers(self) -> list[ACUConv2d]:
@@ -192,4 +203,21 @@ class GradientGate:
     def __getstate__(self) -> dict[str, Any]:
         """Copies of the module (weight averaging makes one) and pickles of it get a gate that does nothing."""
         empty = {"transforms": [], "clock": PositionClock(), "guard": NonFiniteGuard(), "_layers": None, "_handles": []}
-        return vars(self) | empty
+        return vars(self) | empty | {"_trainer": None}
+
+
+def _trainer_of(module: pl.LightningModule) -> weakref.ref[Any] | None:
+    trainer = getattr(module, "_trainer", None)  # (the property raises an error where there is none)
+    return None if trainer is None else weakref.ref(trainer)
+
+
+def _weak(method: Callable[..., None]) -> Callable[..., None]:
+    """``method`` as a hook that does not keep its object alive: torch's hooks on all optimizers stay for good."""
+    reference = weakref.WeakMethod(method)
+
+    def hook(*arguments: Any) -> None:
+        bound = reference()
+        if bound is not None:
+            bound(*arguments)
+
+    return hook

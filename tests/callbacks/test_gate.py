@@ -2,15 +2,21 @@
 
 import copy
 import functools
+import gc
 import pickle
+import weakref
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from helpers.tiny import TinyModule, fit, loader
+from lightning.pytorch.callbacks import LearningRateFinder
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from lightning_acu.callbacks import PositionLRSchedule, RoundThenFinetune
 from lightning_acu.callbacks._gate import GradientGate
+
+_GLOBAL_HOOKS = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
 
 
 def run(tmp_path, module, *, schedule=True, transform=None, **arguments):
@@ -119,6 +125,41 @@ def test_a_training_that_failed_leaves_nothing_behind(tmp_path):
     assert GradientGate.of(module) is None
     fit(module, [PositionLRSchedule(1.0, warmup_steps=0)], tmp_path)
     assert module.offsets.abs().max() > 0.1
+
+
+def test_a_search_for_a_learning_rate_that_failed_leaves_nothing_to_the_next_training(tmp_path):
+    """It takes all callbacks off the trainer: they hear of no exception in its steps."""
+
+    class Fails(TinyModule):
+        def on_train_batch_start(self, batch, batch_idx):
+            if self.failing and batch_idx == 2:
+                raise ArithmeticError
+
+    module = Fails(optimizer=functools.partial(torch.optim.SGD, lr=0.1))
+    module.lr, module.failing = 0.1, True
+    hooks = [dict(before) for before in _GLOBAL_HOOKS]
+    finder = LearningRateFinder(num_training_steps=5)
+    with pytest.raises(ArithmeticError):
+        fit(module, [PositionLRSchedule(1.0, warmup_steps=0), finder], tmp_path)
+    start = module.offsets.detach().clone()
+    module.failing = False
+    fit(module, [PositionLRSchedule(1.0, warmup_steps=0)], tmp_path)
+    assert (module.offsets - start).abs().max() > 0.1
+    assert GradientGate.of(module) is None
+    assert [dict(now) for now in _GLOBAL_HOOKS] == hooks
+
+
+def test_hooks_on_all_optimizers_do_not_keep_a_module_alive():
+    module = TinyModule()
+    GradientGate.add(module, lambda *arguments: None)
+    reference = weakref.ref(module)
+    del module
+    gc.collect()
+    assert reference() is None
+    parameter = torch.nn.Parameter(torch.ones(1))
+    parameter.grad = torch.ones(1)
+    torch.optim.SGD([parameter], lr=0.5).step()
+    assert parameter.item() == 0.5
 
 
 @pytest.mark.parametrize("duplicate", [lambda m: pickle.loads(pickle.dumps(m)), copy.copy, copy.deepcopy])
