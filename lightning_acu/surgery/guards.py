@@ -99,9 +99,12 @@ class MergingGuard:
                     self._check_positions(module, call, few(self._names(active)))
                 merges = bool(reshaped) and self._is_right(module, call, few(self._names(reshaped)))
             if merges:
-                vars(module).pop(self.method, None)
                 with _own_geometry(module):
-                    return call(module)
+                    result = call(module)
+                # Where the method made something new of them, the layers here stay as they are for the next call.
+                if not any(isinstance(layer, ReshapedConv2d) for layer in module.modules()):
+                    vars(module).pop(self.method, None)
+                return result
             watch = WatchParameters([*active.values(), *reshaped.values()], stop=True)
             result = None
             with suppress(ParameterRead), watch:

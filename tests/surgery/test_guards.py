@@ -254,3 +254,15 @@ def test_a_block_folded_by_itself_merges_without_the_model_being_told():
     expected = model(x)
     fold_acu(model[0].conv)
     assert close(model[0].fuse()(x), expected)
+
+
+@pytest.mark.parametrize("moved", [0.4, 1.4])
+def test_a_method_that_returns_a_merged_copy_is_right_each_time(moved):
+    model = convert_to_acu(nn.Sequential(Merges()), fixed_centre=False)
+    nn.init.constant_(model[0].conv.offsets, moved)
+    x = torch.randn(2, 4, 9, 11)
+    expected = model(x)
+    fold_acu(model)
+    for _ in range(2):
+        assert close(model[0].fuse()(x), expected)
+        assert close(model(x), expected)
