@@ -30,8 +30,8 @@ from ..checks import few, qualified_name
 from ..conv import ACUConv2d
 from ..folded import ReshapedConv2d
 from .marks import RESHAPED
-from .outputs import Arguments, difference, map_tensors, run, tensors_in, tolerance
-from .watch import ParameterRead, WatchParameters, in_forward
+from .outputs import Arguments, difference, map_tensors, random_devices, run, tensors_in, tolerance
+from .watch import ParameterRead, WatchParameters, in_forward, modules_in_call
 
 __all__ = ["MergingGuard", "guard_merging"]
 
@@ -77,7 +77,7 @@ class MergingGuard:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the method, if that keeps positions and output."""
-        module = self._module()
+        module = self._owner()
         if module is None:
             raise ReferenceError(
                 f"the module of this guarded {self.method}() does not exist any more; keep it in a variable until the "
@@ -116,6 +116,17 @@ class MergingGuard:
             self._not_tried(module, few(self._names(reshaped)), why)
         return result
 
+    def _owner(self) -> nn.Module | None:
+        """The module whose method is called: of those in a forward pass the one that has this guard, if any has.
+
+        A shallow copy (copy.copy, a replica of nn.DataParallel) has the guard of the module it was copied from.
+        """
+        if not torch.compiler.is_compiling():
+            for module in modules_in_call():
+                if vars(module).get(self.method) is self:
+                    return module
+        return self._module()
+
     def _check_positions(self, module: nn.Module, call: Callable[[nn.Module], Any], layers: str) -> None:
         """Check on a copy that the method reads no parameter of an active layer, and does not fail because of one."""
         try:
@@ -125,7 +136,7 @@ class MergingGuard:
         watch = WatchParameters(_layers_to_guard(trial)[0].values(), stop=True)
         error = None
         try:
-            with _own_geometry(trial), watch:
+            with torch.random.fork_rng(random_devices(trial)), _own_geometry(trial), watch:
                 call(trial)
         except Exception as failure:
             error = failure
@@ -152,7 +163,12 @@ class MergingGuard:
         in_double = bool(expected) and expected[0].dtype == torch.float64
         message = error = None
         try:
-            with _NewInFloat64() if in_double else nullcontext(), _own_geometry(trial), watch:
+            with (
+                torch.random.fork_rng(random_devices(trial)),
+                _NewInFloat64() if in_double else nullcontext(),
+                _own_geometry(trial),
+                watch,
+            ):
                 merged = call(trial)
             if expected and watch.seen:
                 worst = difference(run(merged if isinstance(merged, nn.Module) else trial, *inputs), expected)

@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Arguments", "difference", "map_tensors", "recorded_arguments", "run", "tensors_in", "tolerance"]
+__all__ = [
+    "Arguments",
+    "difference",
+    "map_tensors",
+    "random_devices",
+    "recorded_arguments",
+    "run",
+    "tensors_in",
+    "tolerance",
+]
 
 #: The arguments and keyword arguments of a call, with tensors on the meta device in place of real ones.
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -59,8 +68,7 @@ def _difference(got: Tensor, expected: Tensor) -> float:
 def run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> list[Tensor]:
     """The tensors that ``model`` gives in eval mode for these arguments; always with the same random numbers."""
     training = {module: module.training for module in model.modules()}
-    tensors = [*model.parameters(), *model.buffers()]
-    devices = sorted({tensor.device.index or 0 for tensor in tensors if tensor.device.type == "cuda"})
+    devices = random_devices(model)
     try:
         for module in training:  # not model.eval(), which some models override to merge their weights
             module.training = False
@@ -72,6 +80,12 @@ def run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | Non
     finally:
         for module, flag in training.items():
             module.training = flag
+
+
+def random_devices(model: nn.Module) -> list[int]:
+    """The GPUs of ``model``, whose random states ``torch.random.fork_rng`` should keep."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sorted({tensor.device.index or 0 for tensor in tensors if tensor.device.type == "cuda"})
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from .outputs import tensors_in
 
-__all__ = ["ParameterRead", "WatchParameters", "in_forward"]
+__all__ = ["ParameterRead", "WatchParameters", "in_forward", "modules_in_call"]
 
 #: What may be asked of a parameter without reading its numbers.
 _HARMLESS = frozenset(
@@ -71,11 +71,15 @@ def _is_harmless(func: Callable[..., Any]) -> bool:
     return name in _HARMLESS
 
 
-def in_forward(layer: nn.Module | None = None) -> bool:
-    """Whether ``layer``, by default any module, is being called right now, in this thread."""
+def modules_in_call() -> Iterator[nn.Module]:
+    """The modules that are being called right now, in this thread, the innermost first."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code is _CALL and (layer is None or frame.f_locals.get("self") is layer):
-            return True
+        if frame.f_code is _CALL:
+            yield frame.f_locals["self"]
         frame = frame.f_back
-    return False
+
+
+def in_forward(layer: nn.Module | None = None) -> bool:
+    """Whether ``layer``, by default any module, is being called right now, in this thread."""
+    return any(layer is None or module is layer for module in modules_in_call())

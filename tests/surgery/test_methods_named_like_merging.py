@@ -296,3 +296,42 @@ def test_a_model_that_cannot_be_copied_is_stopped_at_the_first_read():
     with pytest.raises(RuntimeError, match="could not be tried on a copy, because there is none"):
         model[0].switch_to_deploy()
     assert_close(outputs(model, x), expected, 1e-5)
+
+
+class Steps(nn.Module):
+    """Keeps what its forward pass has come to, as a method without arguments needs it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+    def reparameterize(self):
+        return 2 * self.mean
+
+    def forward(self, x):
+        self.mean = self.conv(x)
+        return self.reparameterize()
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, Steps._replicate_for_data_parallel], ids=["copy", "replica"])
+def test_in_a_shallow_copy_the_method_is_that_of_the_copy(duplicate):
+    model = moved(Steps())
+    x = torch.randn(2, 3, 6, 6)
+    expected = model(x)
+    model(torch.zeros(2, 3, 6, 6))
+    other = duplicate(model)
+    other._modules = dict(model._modules)  # a replica's are filled in by nn.DataParallel
+    assert torch.equal(other(x), expected)
+
+
+@pytest.mark.parametrize("stage", ["active", "folded"])
+def test_a_trial_takes_no_random_numbers(stage):
+    class Random(Steps):
+        def reparameterize(self):
+            return torch.randn(3)
+
+    model = STAGES[stage](Random())
+    torch.manual_seed(1)
+    found = model.reparameterize()
+    torch.manual_seed(1)
+    assert torch.equal(found, torch.randn(3))
