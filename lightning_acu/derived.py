@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 from torch import nn
 
 from .conv import ACUConv2d
-from .folded import FoldedConv2d
+from .folded import FoldedConv2d, ReshapedConv2d
 from .geometry import Padding, resolve_padding
 
-__all__ = ["DerivedACUConv2d", "active_class", "what_differs"]
+__all__ = ["DerivedACUConv2d", "DerivedReshapedConv2d", "active_class", "reshaped_class", "what_differs"]
 
 #: Methods and attributes that decide what a convolution computes, or how Python finds them.
 _COMPUTING = frozenset(
@@ -84,6 +84,41 @@ def _new(plain_class: Any, base: Any) -> ACUConv2d:
     """An empty layer, to be filled by ``__setstate__``."""
     cls = active_class(plain_class, base)
     return cls.__new__(cls)
+
+
+class DerivedReshapedConv2d(ReshapedConv2d):
+    """The base of the classes that such layers have after a fold into a kernel of another shape."""
+
+    #: The one that the class is made from.
+    converted_from: ClassVar[type[nn.Conv2d]]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        usual: Any = super().__reduce_ex__(2)
+        return _new_reshaped, (self.converted_from,), *usual[2:]
+
+
+def _new_reshaped(converted_from: Any) -> DerivedReshapedConv2d:
+    """An empty layer, to be filled by ``__setstate__``."""
+    cls = reshaped_class(converted_from)
+    return cls.__new__(cls)  # type: ignore[no-any-return]
+
+
+def reshaped_class(converted_from: type[nn.Conv2d]) -> type[DerivedReshapedConv2d]:
+    """The version of a subclass of ``nn.Conv2d`` after a fold into another shape; always the same class."""
+    key: Any = converted_from
+    return _make_reshaped(key)  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _make_reshaped(converted_from: Any) -> Any:
+    name = f"Reshaped{converted_from.__name__}"
+    names = {
+        "converted_from": converted_from,
+        "__module__": converted_from.__module__,
+        "__qualname__": name,
+        "__doc__": f"``{converted_from.__name__}``, folded into a kernel of another shape.",
+    }
+    return types.new_class(name, (DerivedReshapedConv2d, converted_from), exec_body=lambda own: own.update(names))
 
 
 def active_class(

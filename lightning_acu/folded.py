@@ -138,7 +138,8 @@ class ReshapedConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C_in, H, W) or (C_in, H, W) to the convolution's output."""
-        return self._conv_forward(input if self.pad is None else self.pad(input), self.weight, self.bias)
+        pad = self._modules["pad"]  # an attribute `pad` may be the user's own
+        return self._conv_forward(input if pad is None else pad(input), self.weight, self.bias)
 
     def plain(self) -> nn.Conv2d:
         """The same convolution with attributes of its own; it shares ``weight`` and ``bias``."""
@@ -151,17 +152,17 @@ class ReshapedConv2d(nn.Conv2d):
 
     def show_own_geometry(self) -> None:
         """Become ``plain_class``, in place, until :meth:`show_former_geometry`, for code that merges weights."""
-        vars(self)["former"] = {name: vars(self)[name] for name in GEOMETRY}
+        vars(self)["former"] = type(self), {name: vars(self)[name] for name in GEOMETRY}
         vars(self).update(self.own)
         self.__class__ = self.plain_class  # type: ignore[assignment]
 
     @staticmethod
     def show_former_geometry(conv: Any) -> None:
         """Undo :meth:`show_own_geometry`; attributes that were changed meanwhile stay as they are then."""
-        former = vars(conv).pop("former")
+        cls, former = vars(conv).pop("former")
         if type(conv) is conv.plain_class and all(vars(conv)[name] == value for name, value in conv.own.items()):
             vars(conv).update(former)
-            conv.__class__ = ReshapedConv2d
+            conv.__class__ = cls
 
     def become_sum(self) -> FoldedConv2d:
         """Turn into a sum of one convolution, in place, so that this one can be converted by itself."""

@@ -9,6 +9,7 @@ from torch.nn.utils import parametrize
 
 from ..checks import require_module
 from ..conv import ACUConv2d, acu_layers
+from ..derived import DerivedACUConv2d, reshaped_class
 from ..folded import GEOMETRY, FoldedConv2d, PadSame2d, ReshapedConv2d
 from ..geometry import pair, resolve_padding
 from ..plain import CONFIGURATION
@@ -106,6 +107,8 @@ def _replace(folds: list[tuple[ACUConv2d, nn.Conv2d | FoldedConv2d]]) -> None:
                 state |= {"own": {name: vars(folded)[name] for name in GEOMETRY}, "plain_class": cls}
                 state["_modules"] = state["_modules"] | {"pad": pad}
                 cls = ReshapedConv2d
+                if isinstance(layer, DerivedACUConv2d):
+                    cls = reshaped_class(layer.plain_class)
         _keep_the_rest(layer, state)
         reshaped = reshaped or getattr(layer, RESHAPED, False)  # by an earlier fold
         layer.__class__ = cls  # type: ignore[assignment]

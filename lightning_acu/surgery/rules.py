@@ -83,7 +83,7 @@ def register_named_rule(module: str, name: str, rule: Rule) -> None:
 
 def find_rule(module: nn.Module) -> Rule | None:
     """The rule for the exact type of ``module``, or that for subclasses which compute what ``nn.Conv2d`` does."""
-    cls = type(module)
+    cls = ReshapedConv2d if isinstance(module, ReshapedConv2d) else type(module)
     rule = _RULES.get(cls) or _NAMED_RULES.get((cls.__module__, cls.__qualname__))
     if rule is None and isinstance(module, nn.Conv2d) and what_differs(module) is None:
         return _SAME_COMPUTATION

@@ -146,6 +146,53 @@ def test_they_are_copied_and_pickled(kind, how, image):
     assert torch.equal(again(image), model(image))
 
 
+@pytest.mark.parametrize("kind", sorted(MAKE.keys() - {"abstract"}))  # which is padded first: a FoldedConv2d
+@pytest.mark.parametrize("how", ["pickle", "deepcopy", "copy"])
+def test_a_fold_of_another_shape_is_still_of_their_class(kind, how, image):
+    model = moved(convert_to_acu(nn.Sequential(MAKE[kind]()), kernel_sizes=[3, (3, 5)]))
+    expected = model(image)
+    fold_acu(model)
+    conv = model[0]
+    assert isinstance(conv, type(MAKE[kind]()))
+    assert conv.weight.shape[2:] != conv.kernel_size
+    again = pickle.loads(pickle.dumps(conv)) if how == "pickle" else getattr(copy, how)(conv)
+    assert type(again) is type(conv)
+    for layer in (conv, again):
+        assert_close(layer(image), expected, 1e-5)
+    convert_to_acu(model, kernel_sizes=[5, (5, 7)])
+    assert any(acu_layers(model))
+    assert_close(model(image), expected, 1e-5)
+
+
+def test_what_a_model_calls_stays_after_a_fold_of_another_shape(image):
+    class Doubled(nn.Conv2d):
+        FACTOR = 2
+
+        def doubled(self, image):
+            return self.FACTOR * self(image)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = Doubled(4, 6, 3, padding=1)
+            self.conv.pad = 1  # a name that the fold uses, too
+
+        def forward(self, image):
+            return self.conv.doubled(image) + self.conv.pad
+
+        def fuse(self):
+            self.conv.weight.data.mul_(1)
+
+    model = moved(convert_to_acu(Model()))
+    expected = model(image)
+    fold_acu(model, image)
+    assert_close(model(image), expected, 1e-5)
+    model.fuse()  # which the guard tries, with the geometry of the fold
+    assert_close(model(image), expected, 1e-5)
+    assert_close(torch.compile(model, backend="eager", fullgraph=True)(image), expected, 1e-5)
+    assert_close(torch.export.export(model, (image,)).module()(image), expected, 1e-5)
+
+
 def test_one_class_has_one_active_version():
     assert active_class(Conv3x3) is active_class(Conv3x3)
     assert type(convert_to_acu(Conv3x3(2, 4))) is active_class(Conv3x3)
