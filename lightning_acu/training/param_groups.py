@@ -71,7 +71,8 @@ def split_off_positions(
         The offsets that ``optimizer`` holds.
 
     Raises:
-        RuntimeError: the optimizer has no learning rate (Adafactor with lr=None).
+        RuntimeError: the optimizer has no learning rate (Adafactor with lr=None), or is torch's
+            ZeroRedundancyOptimizer.
     """
     ids = {id(parameter) for parameter in offsets}
     held: list[nn.Parameter] = []
@@ -83,6 +84,12 @@ def split_off_positions(
         held += positions
         if not positions or is_position_group(group):
             continue
+        # It gives its groups to an optimizer of its own on each process, whose groups cannot be split any more.
+        if any(cls.__name__ == "ZeroRedundancyOptimizer" for cls in type(optimizer).__mro__):
+            raise RuntimeError(
+                f"{type(optimizer).__name__} cannot have a parameter group of positions added: it has shared out its "
+                "parameters over the processes already; choose another optimizer, or shard the model by fully_shard"
+            )
         if group["lr"] is None:
             raise RuntimeError(
                 f"{type(optimizer).__name__} has no learning rate (lr=None) to set that of positions from; give it one "

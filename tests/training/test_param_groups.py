@@ -137,3 +137,14 @@ def test_an_optimizer_without_a_learning_rate():
     optimizer.param_groups[0]["lr"] = None
     with pytest.raises(RuntimeError, match=r"Adafactor has no learning rate \(lr=None\) to set that of positions from"):
         split_off_positions(optimizer, [], [offsets], 0.1, 0.0)
+
+
+def test_an_optimizer_that_has_shared_out_its_parameters_is_refused_before_anything_changes():
+    class ZeroRedundancyOptimizer(torch.optim.SGD):
+        """Stands in for torch's, which needs a process group."""
+
+    weight, offsets = parameters()
+    optimizer = ZeroRedundancyOptimizer([weight, offsets], lr=0.1)
+    with pytest.raises(RuntimeError, match="ZeroRedundancyOptimizer cannot have a parameter group of positions"):
+        split_off_positions(optimizer, [], [offsets], 0.01, 0.0)
+    assert [group["params"] for group in optimizer.param_groups] == [[weight, offsets]]
