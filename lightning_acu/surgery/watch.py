@@ -24,6 +24,7 @@ _HARMLESS = frozenset(
 )  # fmt: skip
 
 _CALL = nn.Module._call_impl.__code__
+_APPLY = nn.Module._apply.__code__
 
 
 class ParameterRead(RuntimeError):  # noqa: N818 (an event rather than an error)
@@ -57,7 +58,7 @@ class WatchParameters(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if not _is_harmless(func):
             owners = {owner for tensor in tensors_in([args, kwargs]) if (owner := self._owner.get(id(tensor)))}
-            read = [owner for owner in owners if not in_forward(owner)]
+            read = [owner for owner in owners if not in_forward(owner) and not _in_apply()]
             self.seen += [owner for owner in read if owner not in self.seen]
             if read and self._stop:
                 raise ParameterRead
@@ -69,6 +70,14 @@ def _is_harmless(func: Callable[..., Any]) -> bool:
     if name in ("__get__", "__set__", "__delete__"):  # of a property such as Tensor.shape
         name = getattr(getattr(func, "__self__", None), "__name__", "")
     return name in _HARMLESS
+
+
+def _in_apply() -> bool:
+    """Whether ``module.to``, ``half`` or the like is running, which change every parameter by itself, in place."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not _APPLY:
+        frame = frame.f_back
+    return frame is not None
 
 
 def modules_in_call() -> Iterator[nn.Module]:

@@ -335,3 +335,19 @@ def test_a_trial_takes_no_random_numbers(stage):
     found = model.reparameterize()
     torch.manual_seed(1)
     assert torch.equal(found, torch.randn(3))
+
+
+def test_to_another_precision_is_no_merging():
+    class Half(Steps):
+        def fuse(self):
+            return self.bfloat16()
+
+        def merge_weights(self):
+            return self.to(torch.bfloat16).conv.weight + 1
+
+    model = moved(Half())
+    with pytest.raises(RuntimeError, match="would lose their positions"):
+        model.merge_weights()
+    assert model.conv.weight.dtype == torch.float32
+    assert model.fuse().conv.weight.dtype == torch.bfloat16
+    assert model.conv.offsets.dtype == torch.float32
