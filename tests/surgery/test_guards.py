@@ -191,6 +191,44 @@ def test_what_a_block_makes_of_the_fold_is_tried_and_not_guessed(offset, right):
         assert close(model(x), expected)
 
 
+class Branches(nn.Module):
+    """As YOLOv10: fuse() merges, and drops a branch that is not the main one; it merges badly if ``wrong``."""
+
+    def __init__(self, wrong):
+        super().__init__()
+        self.conv, self.side, self.wrong = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1), wrong
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x):
+        y = self.conv(x) * self.scale
+        outputs = {"side": self.side(y) if self.side else None, "last": y.relu()}
+        return y, {name: value for name, value in outputs.items() if value is not None}
+
+    def fuse(self):
+        with torch.no_grad():
+            self.conv.weight.mul_(3 if self.wrong else self.scale)
+            self.conv.bias.mul_(self.scale)
+            self.scale.fill_(1)
+        self.side = None
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_merge_may_drop_outputs_but_not_change_those_that_stay(wrong):
+    model = convert_to_acu(Branches(wrong))
+    nn.init.uniform_(model.conv.offsets, -0.7, 0.7)
+    fold_acu(model)
+    x = torch.randn(2, 4, 9, 11)
+    y, others = model(x)
+    if wrong:
+        with pytest.raises(RuntimeError, match=r"Branches.fuse\(\) expects kernels of the original shape"):
+            model.fuse()
+    else:
+        model.fuse()
+        assert model.side is None
+        assert close(model(x)[1]["last"], others["last"])
+    assert close(model(x)[0], y)
+
+
 @pytest.mark.parametrize("folded", [False, True])
 def test_torchs_own_fusion_of_convolution_and_norm_is_right(folded):
     conv, norm = ACUConv2d(3, 6, 3, stride=2, padding=1, position_groups=2), nn.BatchNorm2d(6)
