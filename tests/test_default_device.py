@@ -33,6 +33,8 @@ from lightning_acu.figures import animate_shapes, shapes_of
 from lightning_acu.metrics import position_metrics
 from lightning_acu.saving import acu_state_dict, load_acu_state_dict
 
+pytestmark = pytest.mark.slow
+
 PACKAGE = Path(lightning_acu.__file__).parent
 
 #: torch's functions whose result is where the default device says, and in the default dtype.

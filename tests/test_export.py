@@ -19,6 +19,8 @@ from lightning_acu import FoldedConv2d, acu_layers, convert_to_acu, fold_acu
 from lightning_acu import export as export_module
 from lightning_acu.export import export_model
 
+pytestmark = pytest.mark.slow
+
 SIZE = (2, 15, 18)
 TOLERANCE = 1e-4  # float32, as export_model itself
 

@@ -15,6 +15,8 @@ from lightning_acu import acu_layers
 from lightning_acu.callbacks import OffsetLogger, PositionLRSchedule, RoundThenFinetune, evaluate_stages
 from lightning_acu.training import trained_layers
 
+pytestmark = pytest.mark.slow
+
 WeightAveraging = getattr(pl.callbacks, "WeightAveraging", None)
 needs_weight_averaging = pytest.mark.skipif(WeightAveraging is None, reason="new in Lightning 2.6")
 AT = 9
@@ -58,7 +60,6 @@ KINDS = {
 }
 
 
-@pytest.mark.slow
 @needs_weight_averaging
 @pytest.mark.parametrize("first", [True, False], ids=["rounding first", "averaging first"])
 @pytest.mark.parametrize("kind", KINDS)
@@ -181,7 +182,6 @@ def test_an_average_kept_by_the_module_is_no_layer_of_its_own(tmp_path, name):
     assert [name for name, _ in trained_layers(model)] == ["net.0", "net.2"]
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Found 4 module.s. in eval mode")
 @needs_weight_averaging
 def test_an_average_of_a_module_with_an_average(tmp_path):
@@ -204,7 +204,6 @@ def test_a_teacher_of_a_callback_stays_as_it_is(tmp_path):
     assert torch.equal(positions(teaches.teacher), before)
 
 
-@pytest.mark.slow
 @needs_weight_averaging
 @pytest.mark.filterwarnings("ignore:RoundThenFinetune. training ended at step")
 @pytest.mark.parametrize("stop", [1, 2, 3])

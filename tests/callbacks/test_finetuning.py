@@ -8,6 +8,8 @@ from helpers.tiny import TinyModule, fit, loader
 
 from lightning_acu.callbacks import PositionLRSchedule, RoundThenFinetune
 
+pytestmark = pytest.mark.slow
+
 
 def schedule():
     return PositionLRSchedule(3.0, warmup_steps=1)

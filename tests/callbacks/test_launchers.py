@@ -13,6 +13,8 @@ from lightning.fabric import Fabric
 from lightning_acu import convert_to_acu
 from lightning_acu.callbacks import ConvertToACU, OffsetLogger, PositionLRSchedule, RoundThenFinetune
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = """
 import functools
 import json

@@ -24,6 +24,8 @@ from torch import nn
 from lightning_acu import ConvertConfig
 from lightning_acu.callbacks import PositionLRSchedule
 
+pytestmark = pytest.mark.slow
+
 SGD = lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9)  # noqa: E731
 
 

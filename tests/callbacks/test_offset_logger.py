@@ -11,6 +11,8 @@ from PIL import Image
 
 from lightning_acu.callbacks import OffsetLogger, PositionLRSchedule
 
+pytestmark = pytest.mark.slow
+
 
 class Recorder(CSVLogger):
     """Notes what it is given; stands for W&B, which takes images by path."""

@@ -215,6 +215,7 @@ def test_a_collision_that_is_an_error_leaves_the_positions(tmp_path):
     assert rounding.rounded_at is None
 
 
+@pytest.mark.slow
 def test_a_compiled_part_does_not_stop_rounding(tmp_path):
     model = TinyModule()
     model.compiled = torch.compile(model.net, backend="eager")

@@ -14,7 +14,7 @@ from lightning_acu.cli import main
 from lightning_acu.saving import save_acu
 
 # ImageClassifier could validate; here it only has to be saved.
-pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")]
 
 
 class Theirs(TinyModule):
@@ -185,7 +185,6 @@ def exported(path, images):
         return torch.export.load(path).module()(images)
 
 
-@pytest.mark.slow
 def test_export_of_an_image_classifiers_checkpoint(capsys, classifier):
     module, path = classifier
     text = output(capsys, "export", "--ckpt", path, "--to", "pt2", "--input_size", 2, 33, 40)
@@ -197,7 +196,6 @@ def test_export_of_an_image_classifiers_checkpoint(capsys, classifier):
         assert_close(exported(file, images), module(images), 1e-4)
 
 
-@pytest.mark.slow
 def test_export_to_onnx(capsys, classifier, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -229,7 +227,6 @@ def test_export_of_a_module_that_a_callback_converted(capsys, theirs, tmp_path):
         assert offsets is bool(extra)
 
 
-@pytest.mark.slow
 def test_export_of_a_file_of_save_acu(capsys, classifier, tmp_path):
     model = classifier[0].model
     save_acu(model, tmp_path / "net.pt")

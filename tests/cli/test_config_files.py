@@ -18,6 +18,8 @@ from lightning_acu.cli import main
 from lightning_acu.cli.commands import configs_directory
 from lightning_acu.cli.config_files import ConfigFile, with_bases
 
+pytestmark = pytest.mark.slow
+
 CLASSIFIER = {"class_path": "lightning_acu.ImageClassifier", "init_args": {"model": "acu_plain", "num_classes": 3}}
 DIGITS = {"class_path": "lightning_acu.data.DigitsDataModule", "init_args": {"batch_size": 50}}
 LOGGER, SCHEDULE, ROUND = (
@@ -335,7 +337,6 @@ def test_the_command_line_has_the_last_word(write, monkeypatch, capsys):
         assert (config["trainer"]["max_steps"], config["trainer"]["min_steps"]) == (2, 0)
 
 
-@pytest.mark.slow
 def test_what_is_printed_and_saved_has_no_base_and_runs_again(write, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     classifier = {**CLASSIFIER, "init_args": {"model": "test_resnet", "in_chans": 1, "num_classes": 10}}

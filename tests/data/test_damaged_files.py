@@ -27,6 +27,8 @@ from lightning_acu.data.npz import read_npz
 from lightning_acu.data.whitening_cache import cached_whitening
 from lightning_acu.ops.triton.tiles import read_tables
 
+pytestmark = pytest.mark.slow
+
 few = settings(
     max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

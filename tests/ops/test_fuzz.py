@@ -10,6 +10,8 @@ from torchvision.ops import deform_conv2d
 from lightning_acu.ops.cpu import _vectors
 from lightning_acu.ops.cpu import backend as cpu_backend
 
+pytestmark = pytest.mark.slow
+
 BACKENDS = ["cython", "dense"]
 SEEDS = {"cython": [range(first, first + 500) for first in range(0, 10_000, 500)], "dense": [range(300)]}
 OTHER_SEEDS = range(1_000_000, 1_000_100)
@@ -21,7 +23,6 @@ chunks = pytest.mark.parametrize(
 large = pytest.mark.parametrize("fixed", LARGE, ids=lambda fixed: "x".join(map(str, fixed["channels"])))
 
 
-@pytest.mark.slow
 @chunks
 def test_output_and_gradients_equal_the_closed_form(backend, seeds):
     each(seeds, lambda seed, one: one.check(run(one, backend)))
@@ -58,7 +59,6 @@ def test_one_thread_equals_many_threads_bit_for_bit(fixed):
     each(range(3), _check_threads, **fixed)
 
 
-@pytest.mark.slow
 def test_one_thread_equals_many_threads_bit_for_bit_in_small_cases(monkeypatch):
     monkeypatch.setattr(cpu_backend, "_THREAD_WORK", 0)  # below it, one thread does it all
     each(range(60), _check_threads)
@@ -76,7 +76,6 @@ def _check_threads(seed, one):
         assert all(torch.equal(alone, others[name]) for others in results[1:]), name
 
 
-@pytest.mark.slow
 @backends
 def test_non_finite_pixels_reach_the_outputs_that_read_them_and_no_others(backend):
     def body(seed, one):

@@ -13,6 +13,8 @@ from torch import nn
 from lightning_acu import ACUConv2d, acu_layers, convert_to_acu, create_model, fold_acu
 from lightning_acu.saving import load_acu, save_acu
 
+pytestmark = pytest.mark.slow
+
 SUFFIXES = [".safetensors", ".pt"]
 
 
@@ -74,7 +76,6 @@ def test_layers_converted_in_two_ways_come_back_in_both(suffix, build, tmp_path)
     assert settings(load_acu(tmp_path / f"model{suffix}")) == settings(model)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("name", ["nf_resnet26", "tf_efficientnet_b0"])
 def test_classes_of_timm_come_back_by_their_rules(name, suffix, build, tmp_path):
@@ -252,7 +253,6 @@ def test_a_name_that_is_wrong_is_noticed(name, message, build, tmp_path):
         save_acu(build(), tmp_path / "model.pt", name=name)
 
 
-@pytest.mark.slow
 def test_what_cannot_be_saved_says_why(build, tmp_path):
     path = tmp_path / "model.pt"
     model = build()

@@ -19,6 +19,8 @@ from lightning_acu import acu_layers, convert_to_acu, create_model
 from lightning_acu.saving import acu_state_dict, load_acu, load_acu_state_dict, save_acu
 from lightning_acu.saving.limits import BuildLimit, TooLargeError
 
+pytestmark = pytest.mark.slow
+
 
 def network():
     torch.manual_seed(0)

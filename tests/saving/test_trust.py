@@ -13,6 +13,8 @@ from lightning_acu import ImageClassifier
 from lightning_acu.cli import main
 from lightning_acu.saving.checkpoint import load_any, load_converted
 
+pytestmark = pytest.mark.slow
+
 
 class Runs:
     """Pickled as a call that leaves a folder."""

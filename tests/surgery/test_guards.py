@@ -115,6 +115,7 @@ def test_merging_a_fold_with_larger_kernels_is_right_or_refused(name):
     assert close(output(model), expected)
 
 
+@pytest.mark.slow
 @families
 def test_merging_is_right_once_the_taps_are_back_on_the_grid(name):
     model = perturbed(name)

@@ -13,6 +13,8 @@ from torch import nn
 from lightning_acu import acu_layers, convert_to_acu, create_model, fold_acu
 from lightning_acu.surgery import MergingGuard
 
+pytestmark = pytest.mark.slow
+
 
 def perturbed(name):
     model = convert_to_acu(create_model(name, num_classes=2))

@@ -15,6 +15,8 @@ from lightning_acu import ConvertConfig, convert_to_acu, create_model, fold_acu,
 from lightning_acu.classifier import ImageClassifier
 from lightning_acu.surgery import NoEffectWarning
 
+pytestmark = pytest.mark.slow
+
 REASON = "in the first stage, which preset='C23' leaves plain"
 
 #: Convolutions of 3x3 and 5x5 in each model, and those of them whose output has the highest resolution.
@@ -49,7 +51,6 @@ def left_plain(model):
     return [row.name for row in report_acu(model).skipped if row.reason == REASON]
 
 
-@pytest.mark.slow
 @models
 def test_all_converts_every_3x3_and_5x5(name, active):
     model = create_model(name, num_classes=3)
@@ -59,7 +60,6 @@ def test_all_converts_every_3x3_and_5x5(name, active):
     assert left_plain(model) == []
 
 
-@pytest.mark.slow
 @models
 def test_c23_leaves_the_stage_of_the_highest_resolution(name, active):
     count, first = MODELS[name]

@@ -474,6 +474,7 @@ def test_foreach_fused_and_rates_that_are_tensors(net, kind, arguments):
     torch.testing.assert_close(*results, rtol=0, atol=1e-6)  # the rate is a float32
 
 
+@pytest.mark.slow
 def test_a_compiled_model_and_a_compiled_step_learn_the_same(net):
     results = []
     for compiled in ([], ["model"], ["step"]):
@@ -527,6 +528,7 @@ def half_of_each_batch(rank, strategy, path):
     torch.save(torch.stack(seen), path)
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does(tmp_path):
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("MASTER_", "LOCAL_"))}
     paths = os.pathsep.join([str(TESTS), str(TESTS.parent), environment.get("PYTHONPATH", "")])
