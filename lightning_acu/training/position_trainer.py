@@ -60,7 +60,7 @@ class PositionTrainer:
         copies: averages and teachers (modules, dicts of tensors) that get the rounded positions too, see
             :meth:`hold_copies`. Averages inside ``model`` are found.
         schedulers: learning rate schedulers of ``optimizer`` that exist already, of torch or of timm. Those made later
-            need nothing.
+            are not given here; one that takes a value for each group, as LambdaLR a list, counts the positions' too.
 
     Raises:
         TypeError: an argument of the wrong type, or LBFGS, which takes one parameter group only.
