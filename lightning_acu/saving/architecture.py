@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import types
 from collections.abc import Iterator, Mapping
@@ -11,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..conv import ACUConv2d, acu_layers
-from ..surgery import Activation, activate
-from ..surgery.rules import find_rule
+from ..surgery.recorded import layer_records, restore_layers
+from .builders import Builder, builder_name, call_builder, find_builder, own_builder
 from .limits import BuildLimit
 from .record import Record
 
@@ -23,89 +23,91 @@ __all__ = ["SOURCES", "difference", "rebuild", "record_of", "tied_tensors"]
 SOURCES = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "weights", "weights_backbone")
 
 #: Attributes that may differ from those of a new model: how it is run, and num_classes after a change of the head.
-_FREE = ("training", "grad_checkpointing", "num_classes")
+_FREE = ("training", "grad_checkpointing", "gradient_checkpointing", "num_classes")
 
 #: Prefixes of attributes that are private to a module, or set by surgery.
 _NOTES = ("_", "acu_")
 
 
-def record_of(model: nn.Module, name: str | None, kwargs: dict[str, Any]) -> Record:
-    """What :func:`rebuild` needs; ``name`` and ``kwargs`` are those of :func:`create_model`, as far as they are given.
+def record_of(
+    model: nn.Module, name: str | None, builder: Builder | str | None, kwargs: dict[str, Any]
+) -> tuple[Record, Builder | None]:
+    """What :func:`rebuild` needs: a record, and the function that builds the architecture if a name does not.
+
+    ``name`` and ``kwargs`` are those of :func:`create_model`, as far as they are given, or ``kwargs`` are those of
+    ``builder``.
 
     Raises:
-        TypeError: an argument cannot be stored as JSON.
-        ValueError: no name is given, and the model does not state one.
+        TypeError: an argument cannot be stored as JSON, or ``builder`` is something other than a function.
+        ValueError: neither a name nor a builder is given, and the model does not state one; or the builder cannot be
+            imported.
     """
-    guessed_name, guessed = _guess_architecture(model)
-    name = guessed_name if name is None else name
-    if name is None:
-        raise ValueError(
-            f"`model` (={type(model).__name__}) does not state its architecture; pass the name and arguments for "
-            'create_model, such as save_acu(model, path, name="torchvision/resnet18", num_classes=10)'
-        )
+    architecture: dict[str, Any]
+    if name is None and builder is None and (own := own_builder(model)) is not None:
+        builder, kwargs = own[0], own[1] | kwargs
+    if builder is not None:
+        architecture = {"builder": builder_name(builder), "kwargs": _as_json(kwargs)}
+        builder = find_builder(builder) if isinstance(builder, str) else builder
+    else:
+        guessed_name, guessed = _guess_architecture(model)
+        name = guessed_name if name is None else name
+        if name is None:
+            raise ValueError(
+                f"`model` (={type(model).__name__}) does not state its architecture; pass the name and arguments for "
+                'create_model, such as save_acu(model, path, name="torchvision/resnet18", num_classes=10), or for '
+                "any other model the function or class that builds it, save_acu(model, path, "
+                'builder="package.module:function", kwargs={...})'
+            )
+        kwargs = {key: value for key, value in kwargs.items() if key not in SOURCES}
+        architecture = {"name": name, "kwargs": guessed | _as_json(kwargs)}
     state: dict[str, Tensor] = model.state_dict(keep_vars=True)
     record = {
-        "architecture": {"name": name, "kwargs": guessed | _as_json(kwargs)},
-        "layers": [
-            {
-                "name": layer_name,
-                "class": type(layer).__name__,
-                "position_groups": layer.position_groups,
-                "fixed_tap": layer.fixed_tap,
-                "start": layer.start,
-                "backend": layer.backend,
-            }
-            for layer_name, layer in acu_layers(model)
-        ],
+        "architecture": architecture,
+        "layers": layer_records(model),
         "aliases": tied_tensors(state),
         "buffer_dtypes": {key: str(b.dtype) for key, b in _floating_buffers(model) if key not in state},
     }
     as_read: Record = json.loads(json.dumps(record))  # JSON has lists for tuples
-    return as_read
+    return as_read, builder
 
 
-def rebuild(record: Record, state: Mapping[str, Tensor]) -> nn.Module:
+def rebuild(record: Record, state: Mapping[str, Tensor], builder: Builder | None = None) -> nn.Module:
     """The architecture of ``record``, converted; a ValueError says what cannot be built.
 
     ``record`` has passed :func:`~lightning_acu.saving.record.check_record`. ``state`` holds the tensors of the file,
-    which bound what is built.
+    which bound what is built. ``builder`` takes the place of the one that ``record`` names, or of its name.
     """
-    from ..models import create_model  # loads torchvision, and timm where it is installed
-
-    name, kwargs = record["architecture"]["name"], record["architecture"]["kwargs"]
-    if ":" in name:
-        raise ValueError(f"`name` (={name!r}) must be that of an architecture, not where weights come from")
+    architecture = record["architecture"]
+    if builder is None and "builder" in architecture:
+        builder = find_builder(architecture["builder"])
+    if builder is None:
+        builder = functools.partial(_create_model, architecture["name"])
     try:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"), BuildLimit(state.values()):
-            model = create_model(name, **{key: value for key, value in kwargs.items() if key not in SOURCES})
+            model = call_builder(builder, architecture["kwargs"])
     except Exception as error:  # models raise many kinds for wrong arguments
         raise ValueError(f"{_call(record)} fails: {error}") from error
-    modules = dict(model.named_modules())
-    layers: dict[nn.Module, Activation] = {}
-    for layer in record["layers"]:
-        conv = modules.get(layer["name"])
-        if conv is None or find_rule(conv) is None:
-            found = "does not exist" if conv is None else f"is a {type(conv).__name__}, for which there is no rule"
-            raise ValueError(f"{layer['name']} should be a convolution to convert, but {found}")
-        layers[conv] = Activation(layer["position_groups"], layer["fixed_tap"] is not None, layer["backend"])
-    activate(model, layers)
-    for layer in record["layers"]:
-        conv = modules[layer["name"]]
-        assert isinstance(conv, ACUConv2d)
-        if type(conv).__name__ != layer["class"]:
-            raise ValueError(f"{layer['name']} becomes a {type(conv).__name__}, not a {layer['class']}")
-        conv.fixed_tap = layer["fixed_tap"]
-        conv.start = None if layer["start"] is None else tuple((float(y), float(x)) for y, x in layer["start"])
+    restore_layers(model, record["layers"])
     for key, buffer in _floating_buffers(model):
         if key in record["buffer_dtypes"]:
             buffer.data = buffer.data.to(getattr(torch, record["buffer_dtypes"][key].removeprefix("torch.")))
     return model
 
 
-def difference(model: nn.Module, record: Record) -> str | None:
+def _create_model(name: str, **kwargs: Any) -> nn.Module:
+    """A model of timm or torchvision, without weights from elsewhere."""
+    from ..models import create_model  # loads torchvision, and timm where it is installed
+
+    if ":" in name:
+        raise ValueError(f"`name` (={name!r}) must be that of an architecture, not where weights come from")
+    return create_model(name, **{key: value for key, value in kwargs.items() if key not in SOURCES})
+
+
+def difference(model: nn.Module, record: Record, builder: Builder | None) -> str | None:
     """The first difference between ``model`` and what ``record`` builds, except values in the state_dict; or None."""
-    try:
-        found = _difference(model, rebuild(record, model.state_dict()))
+    layers = [{key: value for key, value in layer.items() if key != "convolution"} for layer in record["layers"]]
+    try:  # without what is compared below, together with all other modules
+        found = _difference(model, rebuild(record | {"layers": layers}, model.state_dict(), builder))
     except ValueError as error:
         found = str(error)
     return found and f"`model` (={type(model).__name__}) is not what {_call(record)} builds: {found}"
@@ -171,8 +173,7 @@ def _guess_architecture(model: nn.Module) -> tuple[str | None, dict[str, Any]]:
 
 
 def _as_json(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """``kwargs`` without those that say where weights come from; a TypeError for what cannot be stored as JSON."""
-    kwargs = {key: value for key, value in kwargs.items() if key not in SOURCES}
+    """``kwargs``; a TypeError for what cannot be stored as JSON."""
     for key, value in kwargs.items():
         try:
             json.dumps(value, allow_nan=False)
@@ -198,4 +199,6 @@ def _floating_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _call(record: dict[str, Any]) -> str:
     architecture = record["architecture"]
     arguments = [f"{key}={value!r}" for key, value in architecture["kwargs"].items()]
+    if "builder" in architecture:
+        return f"{architecture['builder']}({', '.join(arguments)})"
     return f"create_model({', '.join([repr(architecture['name']), *arguments])})"

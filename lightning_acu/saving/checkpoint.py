@@ -86,7 +86,7 @@ def load_any(path: str | os.PathLike[str], class_path: str | None = None, *, tru
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist or is not a file")
     if path.suffix != ".ckpt":
-        return load_acu(path)
+        return load_acu(path, trust_builder=trust)
     checkpoint = _read(path, "cpu", not trust, "--trust (`trust`=True)")
     if not _is_checkpoint(checkpoint):
         raise ValueError(f"{path} is not a Lightning checkpoint; files of save_acu end in .pt or .safetensors")

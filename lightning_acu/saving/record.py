@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .builders import is_builder_name
+
 __all__ = ["Record", "check_record", "check_state"]
 
-#: The name and arguments that build the architecture, and how each active layer was converted; as JSON.
+#: The name or builder and the arguments that build the architecture, and how each active layer was converted; as JSON.
 Record = dict[str, Any]
 
 
@@ -22,7 +24,14 @@ def check_record(record: Any) -> None:
         ValueError: one is missing or of another kind; the message has its name and value.
     """
     architecture = _field(record, "", "architecture", dict)
-    _field(architecture, "architecture.", "name", str)
+    if "builder" in architecture:
+        if not is_builder_name(_field(architecture, "architecture.", "builder", str)):
+            raise ValueError(
+                f"`architecture.builder` (={_short(architecture['builder'])}) must have the form "
+                '"package.module:function"'
+            )
+    else:
+        _field(architecture, "architecture.", "name", str)
     _field(architecture, "architecture.", "kwargs", dict)
     for number, layer in enumerate(_field(record, "", "layers", list)):
         where = f"layers[{number}]."
@@ -38,6 +47,8 @@ def check_record(record: Any) -> None:
         start = _field(layer, where, "start", list | None)
         if start is not None and not all(map(_is_position, start)):
             raise ValueError(f"`{where}start` (={_short(start)}) must be pairs of finite numbers")
+        if "convolution" in layer:  # files of version 0.1 do not have it
+            _field(layer, where, "convolution", dict)
     for key, first in _field(record, "", "aliases", dict).items():
         _field({key: first}, "aliases.", key, str)
     for key, dtype in _field(record, "", "buffer_dtypes", dict).items():

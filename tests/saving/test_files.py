@@ -313,7 +313,7 @@ def edit(path, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda record, state: record.update(format_version=2), "has format 2, .* reads formats up to 1; update it"),
+        (lambda record, state: record.update(format_version=3), "has format 3, .* reads formats up to 2; update it"),
         (
             lambda record, state: record["architecture"].update(name="resnet81"),
             "'resnet81'.*did you mean.*written with",
