@@ -14,7 +14,15 @@ if TYPE_CHECKING:
     from .folded import FoldedConv2d
     from .functional import acu_conv2d
     from .models import create_model
-    from .saving import acu_state_dict, load_acu, load_acu_state_dict, save_acu
+    from .saving import (
+        acu_state_dict,
+        from_pretrained,
+        load_acu,
+        load_acu_state_dict,
+        push_to_hub,
+        save_acu,
+        save_pretrained,
+    )
     from .statistics import model_statistics
     from .surgery import (
         ConvertConfig,
@@ -44,15 +52,18 @@ __all__ = [
     "export_model",
     "figures",
     "fold_acu",
+    "from_pretrained",
     "functional",
     "load_acu",
     "load_acu_state_dict",
     "metrics",
     "model_statistics",
     "plot_shapes",
+    "push_to_hub",
     "report_acu",
     "round_acu",
     "save_acu",
+    "save_pretrained",
     "surgery",
     "timm_convs",
     "training",
@@ -70,11 +81,14 @@ _HOME = {
     "convert_to_acu": "surgery",
     "export_model": "export",
     "fold_acu": "surgery",
+    "from_pretrained": "saving",
     "load_acu": "saving",
     "load_acu_state_dict": "saving",
+    "push_to_hub": "saving",
     "report_acu": "surgery",
     "round_acu": "surgery",
     "save_acu": "saving",
+    "save_pretrained": "saving",
     "ImageClassifier": "classifier",
     "create_model": "models",
 }

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files, and folders of files, that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["require_writable", "write_whole"]
+__all__ = ["require_writable", "write_whole", "write_whole_folder"]
 
 
 def write_whole(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
@@ -33,6 +33,37 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> N
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+
+
+def write_whole_folder(folder: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
+    """Make the folder ``folder`` by ``write``, or put new files into one that exists; all of them or none.
+
+    ``write`` gets a temporary folder beside ``folder`` and writes files there, none in folders of their own. When all
+    are written and synced to disk, the temporary folder becomes ``folder``; or, if that exists, each file takes the
+    place of the one of its name there, in one step, and others stay. If ``write`` raises, nothing is changed.
+
+    Args:
+        folder: the folder to make or to fill; missing directories above it are created.
+        write: writes files into the folder that it is given.
+
+    Raises:
+        OSError: the disk is full, a file cannot be written, ``folder`` is a file, and so on.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as outer:
+        temporary = Path(outer, folder.name)  # not `outer` itself, which only its owner can read
+        temporary.mkdir()
+        write(temporary)
+        files = sorted(temporary.iterdir())
+        for path in files:
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+        if not folder.exists():
+            os.replace(temporary, folder)
+            return
+        for path in files:
+            os.replace(path, folder / path.name)
 
 
 def require_writable(folder: str | os.PathLike[str]) -> None:

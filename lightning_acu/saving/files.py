@@ -30,7 +30,7 @@ from .builders import Builder
 from .given_model import check_layers, load_into, require_unwrapped
 from .record import Record, check_record, check_state
 
-__all__ = ["load_acu", "save_acu"]
+__all__ = ["load_acu", "save_acu", "write_file"]
 
 #: The newest format that is read. What version 0.1 can read is still written as format 1; a builder needs 2.
 _FORMAT_VERSION = 2
@@ -76,9 +76,17 @@ def save_acu(
             as a lambda; positions that are not finite.
         OSError: the file cannot be written; an earlier file of that name is as it was.
     """
+    write_file(model, path, name, builder, (kwargs or {}) | more_kwargs)
+
+
+def write_file(
+    model: nn.Module, path: str | os.PathLike[str], name: str | None, builder: Builder | str | None,
+    kwargs: dict[str, Any],
+) -> Record:  # fmt: skip
+    """:func:`save_acu`; returns the record that it wrote."""
     path = Path(path)
     write = _format(path)[0]
-    record, tensors = content_of(model, name, builder, (kwargs or {}) | more_kwargs)
+    record, tensors = _content(model, name, builder, kwargs)
 
     def write_for_all(temporary: Path) -> None:
         temporary.touch()
@@ -88,12 +96,13 @@ def save_acu(
 
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, write_for_all)
+    return record
 
 
-def content_of(
+def _content(
     model: nn.Module, name: str | None, builder: Builder | str | None, kwargs: dict[str, Any]
 ) -> tuple[Record, dict[str, Tensor]]:
-    """The record and the tensors of a file for ``model``; arguments and errors as in :func:`save_acu`."""
+    """The record and the tensors of a file for ``model``."""
     _check_savable(model)
     if name is not None and builder is not None:
         raise TypeError(f"`name` (={name!r}) and `builder` (={builder!r}) both say how to build the model; pass one")
