@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..surgery.recorded import layer_records, restore_layers
+from ..surgery.recorded import layer_records
 from .builders import Builder, builder_name, call_builder, find_builder, own_builder
 from .limits import BuildLimit
 from .record import Record
+from .restore import restore_layers
 
 __all__ = ["SOURCES", "difference", "rebuild", "record_of", "tied_tensors"]
 

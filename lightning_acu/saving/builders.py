@@ -10,7 +10,16 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["Builder", "builder_name", "call_builder", "find_builder", "is_builder_name", "own_builder"]
+__all__ = [
+    "Builder",
+    "builder_name",
+    "call_builder",
+    "find_builder",
+    "is_builder_name",
+    "is_transformers",
+    "own_builder",
+    "safe_config",
+]
 
 #: Returns a model; or the class of a model.
 Builder = Callable[..., nn.Module]
@@ -21,7 +30,7 @@ _NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 #: changes what is built: the weights are in the file, and attention has the same parameters however it is computed.
 _FETCHING = re.compile(
     "_?(attn|experts)_implementation.*|auto_map|fusion_config|kernel_config|quantization_config|use_kernels"
-    "|use_pretrained_backbone|backbone_checkpoint|trust_remote_code|_?name_or_path"
+    "|use_pretrained_backbone|backbone_checkpoint|transformers_weights|trust_remote_code|_?name_or_path"
 )
 
 
@@ -44,7 +53,7 @@ def builder_name(builder: Builder | str) -> str:
     module, qualname = (getattr(builder, key, None) for key in ("__module__", "__qualname__"))
     if not callable(builder) or not isinstance(module, str) or not isinstance(qualname, str):
         raise TypeError(
-            f"`builder` (={builder!r}) must be a function, the class of a model or \"package.module:function\"; give "
+            f'`builder` (={builder!r}) must be a function, the class of a model or "package.module:function"; give '
             "arguments as `kwargs`, not in a functools.partial"
         )
     name = f"{module}:{qualname}"
@@ -84,14 +93,7 @@ def call_builder(builder: Builder, kwargs: dict[str, Any]) -> nn.Module:
     Raises:
         TypeError: it returns something other than a module; and whatever it raises.
     """
-    if _is_transformers(builder):
-        cls: Any = builder
-        config = cls.config_class.from_dict(_without_fetching(kwargs))
-        if getattr(config, "use_pretrained_backbone", False):  # the default of some
-            config.use_pretrained_backbone = False
-        model = cls(config)
-    else:
-        model = builder(**kwargs)
+    model = builder(safe_config(builder, kwargs)) if is_transformers(builder) else builder(**kwargs)
     if not isinstance(model, nn.Module):
         raise TypeError(f"it returned a {type(model).__name__}, not an nn.Module")
     return model
@@ -100,13 +102,21 @@ def call_builder(builder: Builder, kwargs: dict[str, Any]) -> nn.Module:
 def own_builder(model: nn.Module) -> tuple[Builder, dict[str, Any]] | None:
     """The class and the configuration of a model of Hugging Face's transformers; None for other models."""
     cls: Any = type(model)
-    if not _is_transformers(cls):
+    if not is_transformers(cls):
         return None
     config: Any = model.config
     return cls, _without_fetching(config.to_diff_dict())
 
 
-def _is_transformers(builder: Any) -> bool:
+def safe_config(cls: Any, content: dict[str, Any]) -> Any:
+    """The configuration of a class of transformers, without what would fetch weights or code."""
+    config = cls.config_class.from_dict(_without_fetching(content))
+    if getattr(config, "use_pretrained_backbone", False):  # the default of some
+        config.use_pretrained_backbone = False
+    return config
+
+
+def is_transformers(builder: Any) -> bool:
     """Whether ``builder`` is a class of models of transformers, which is imported already if it is."""
     module = sys.modules.get("transformers.modeling_utils")
     base = getattr(module, "PreTrainedModel", None)

@@ -30,7 +30,7 @@ from .builders import Builder
 from .given_model import check_layers, load_into, require_unwrapped
 from .record import Record, check_record, check_state
 
-__all__ = ["load_acu", "save_acu", "write_file"]
+__all__ = ["load_acu", "one_way", "save_acu", "write_file"]
 
 #: The newest format that is read. What version 0.1 can read is still written as format 1; a builder needs 2.
 _FORMAT_VERSION = 2
@@ -153,13 +153,7 @@ def load_acu(
             names the field); it names a builder that you have not allowed; or it does not fit ``model`` or what is
             built, or asks for many more tensors than the file has.
     """
-    if (model is not None) + (builder is not None) + bool(trust_builder) > 1:
-        raise TypeError("`model`, `builder` and `trust_builder` exclude each other; pass one of them")
-    if builder is not None and not callable(builder):
-        raise TypeError(f"`builder` (={builder!r}) must be the function itself; trust_builder=True imports it by name")
-    if model is not None:
-        require_module(model)
-        require_unwrapped(model, "load into")
+    one_way(model, builder, trust_builder)
     path = Path(path)
     read = _format(path)[1]
     if not path.is_file():
@@ -187,9 +181,9 @@ def load_acu(
     named = record["architecture"].get("builder")
     if named is not None and model is None and builder is None and not trust_builder:
         raise ValueError(
-            f"`path` (={str(path)!r}) is of a model that {named!r} builds, which is code that would have to be imported. "
-            "Nothing was. Pass that function (`builder`) or a model that you have built (`model`); or, if you trust "
-            "the file as you trust a program, trust_builder=True (on the command line --trust)"
+            f"`path` (={str(path)!r}) is of a model that {named!r} builds, which is code that would have to be "
+            "imported. Nothing was. Pass that function (`builder`) or a model that you have built (`model`); or, if "
+            "you trust the file as you trust a program, trust_builder=True (on the command line --trust)"
         )
     with torch.inference_mode(False):  # the parameters have to be able to learn afterwards
         if model is None:
@@ -198,9 +192,21 @@ def load_acu(
             load_into(model, record, state)
         except ValueError as error:
             raise ValueError(
-                f"`path` (={str(path)!r}) does not fit `model` (={type(model).__name__}), which was not changed: {error}"
+                f"`path` (={str(path)!r}) does not fit `model` (={type(model).__name__}), which was not changed: "
+                f"{error}"
             ) from error
         return model if map_location is None else model.to(map_location)
+
+
+def one_way(model: nn.Module | None, builder: Builder | None, trust_builder: bool) -> None:
+    """Check the arguments of :func:`load_acu` that say what to load into; raises its TypeErrors."""
+    if (model is not None) + (builder is not None) + bool(trust_builder) > 1:
+        raise TypeError("`model`, `builder` and `trust_builder` exclude each other; pass one of them")
+    if builder is not None and not callable(builder):
+        raise TypeError(f"`builder` (={builder!r}) must be the function itself; trust_builder=True imports it by name")
+    if model is not None:
+        require_module(model)
+        require_unwrapped(model, "load into")
 
 
 def _load(path: Path, record: Record, state: dict[str, Tensor], builder: Builder | None) -> nn.Module:

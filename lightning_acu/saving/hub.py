@@ -15,7 +15,8 @@ from ..checks import require_package
 from ..files import write_whole_folder
 from .builders import Builder
 from .card import write_card
-from .files import load_acu, write_file
+from .files import load_acu, one_way, write_file
+from .transformers_folder import load_transformers, transformers_record
 
 __all__ = ["from_pretrained", "push_to_hub", "save_pretrained"]
 
@@ -39,8 +40,8 @@ def save_pretrained(
 
     ``model.safetensors`` is the file of :func:`lightning_acu.save_acu`, with everything that is needed to load it;
     ``config.json`` repeats its record for people and tools; ``README.md`` is a model card with a picture of the shapes
-    (``shapes.png``, if Matplotlib is installed) and the report (if rich is). All files are written, or none. In a folder
-    that exists, a ``README.md`` is kept, since it may have been edited, and so are other files.
+    (``shapes.png``, if Matplotlib is installed) and the report (if rich is). All files are written, or none. In a
+    folder that exists, a ``README.md`` is kept, since it may have been edited, and so are other files.
 
     Args:
         model, name, builder, kwargs, **more_kwargs: as in :func:`lightning_acu.save_acu`.
@@ -114,7 +115,9 @@ def from_pretrained(
 ) -> nn.Module:
     """The model of a folder of :func:`save_pretrained`, or of a repository on the Hugging Face Hub.
 
-    It is as safe as :func:`lightning_acu.load_acu`, which reads the file ``model.safetensors``; nothing else is read.
+    It is as safe as :func:`lightning_acu.load_acu`, which reads the file ``model.safetensors``; nothing else is used.
+    A folder that ``save_pretrained`` of a converted model of transformers wrote (a checkpoint of its Trainer) is read
+    too: pass the class as ``builder``, which gets tensors and plain values.
 
     Args:
         repo_id_or_folder: a folder, if there is one of that name; otherwise "user/name" of a repository.
@@ -132,16 +135,23 @@ def from_pretrained(
         huggingface_hub.errors.HfHubHTTPError, OSError: it cannot be downloaded.
     """
     folder = Path(repo_id_or_folder)
-    if folder.is_dir() or not isinstance(repo_id_or_folder, str):
-        path = folder / WEIGHTS
-        if not path.is_file():
-            raise FileNotFoundError(f"`repo_id_or_folder` (={str(folder)!r}) is not a folder with a file {WEIGHTS}")
-    else:
+    if not folder.is_dir() and isinstance(repo_id_or_folder, str):
         api = _api("loading from a hub", token, endpoint)
-        path = Path(
-            api.hf_hub_download(
-                repo_id_or_folder, WEIGHTS, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
+        folder = Path(
+            api.snapshot_download(
+                repo_id_or_folder, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only,
+                allow_patterns=[CONFIG, WEIGHTS, "model-*-of-*.safetensors"],
             )
+        )  # fmt: skip
+    if (config := transformers_record(folder)) is not None:
+        one_way(model, builder, trust_builder)
+        require_package("safetensors", "loading from a folder")
+        loaded = load_transformers(folder, config, model, builder, trust_builder)
+        return loaded if map_location is None else loaded.to(map_location)  # type: ignore[arg-type]
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"`repo_id_or_folder` (={str(repo_id_or_folder)!r}) is not a folder or repository with a file {WEIGHTS}"
         )
     return load_acu(path, model=model, builder=builder, trust_builder=trust_builder, map_location=map_location)
 

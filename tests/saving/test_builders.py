@@ -110,7 +110,7 @@ def test_a_builder_that_a_file_names_is_not_imported(hostile, model):
     assert same(model, load_acu(hostile, model=Net(12, 4).eval()))
     assert "their_hostile_module" not in sys.modules
     assert not imported.exists()
-    with pytest.raises(ValueError, match="it returned a NoneType, not an nn.Module"):
+    with pytest.raises(ValueError, match=r"it returned a NoneType, not an nn.Module"):
         load_acu(hostile, trust_builder=True)
     assert imported.exists()
     assert called.exists()
@@ -137,14 +137,14 @@ def test_builders_that_no_file_can_name(model, tmp_path):
             save_acu(model, path, builder=builder, kwargs=kwargs)
     with pytest.raises(TypeError, match=r"give arguments as `kwargs`, not in a functools\.partial"):
         save_acu(model, path, builder=functools.partial(Net, width=12))
-    with pytest.raises(ValueError, match='must have the form "package.module:function"'):
+    with pytest.raises(ValueError, match=r'must have the form "package.module:function"'):
         save_acu(model, path, builder="helpers.own_models.build", kwargs=kwargs)
     for name in ("no_such_package:build", "helpers.own_models:no_such"):
         with pytest.raises(ValueError, match=f"the builder '{name}' cannot be imported"):
             save_acu(model, path, builder=name, kwargs=kwargs)
-    with pytest.raises(ValueError, match="it returned a list, not an nn.Module"):
+    with pytest.raises(ValueError, match=r"it returned a list, not an nn.Module"):
         save_acu(model, path, builder=build_list)
-    with pytest.raises(TypeError, match="both say how to build the model"):
+    with pytest.raises(TypeError, match=r"both say how to build the model"):
         save_acu(model, path, builder=build, name="resnet18")
     with pytest.raises(TypeError, match=r"`width` \(=<.*>\) cannot be saved as JSON"):
         save_acu(model, path, builder=build, kwargs={"width": object()})
@@ -166,11 +166,11 @@ def test_what_the_builder_builds_is_compared(model, tmp_path):
 
 def test_one_way_to_a_model(path):
     for arguments in ({"builder": build, "trust_builder": True}, {"model": Net(), "builder": build}):
-        with pytest.raises(TypeError, match="exclude each other"):
+        with pytest.raises(TypeError, match=r"exclude each other"):
             load_acu(path, **arguments)
     with pytest.raises(TypeError, match=r"`builder` \(='helpers.own_models:build'\) must be the function itself"):
         load_acu(path, builder="helpers.own_models:build")
-    with pytest.raises(TypeError, match="must be an nn.Module, got type"):
+    with pytest.raises(TypeError, match=r"must be an nn.Module, got type"):
         load_acu(path, model=Net)
 
 
@@ -231,7 +231,7 @@ def test_a_model_that_does_not_fit_is_not_changed(change, message, path):
     change(model)
     kinds, values = [type(m) for m in model.modules()], {k: v.clone() for k, v in model.state_dict().items()}
     attributes = [set(vars(module)) for module in model.modules()]
-    with pytest.raises(ValueError, match=rf"(?s)`path` \(='.*model.pt'\) does not fit `model` \(=Net\), .*: .*{message}"):
+    with pytest.raises(ValueError, match=rf"(?s)`path` .* does not fit `model` \(=Net\), which was not.*{message}"):
         load_acu(path, model=model)
     assert [type(m) for m in model.modules()] == kinds
     assert [set(vars(module)) for module in model.modules()] == attributes
@@ -274,9 +274,7 @@ def places(value, path=()):
 
 
 @pytest.mark.slow
-@settings(
-    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_changed_records_load_or_change_nothing(data, path, tmp_path):
     content = torch.load(path)
@@ -290,11 +288,13 @@ def test_changed_records_load_or_change_nothing(data, path, tmp_path):
     torch.save(content, tmp_path / "changed.pt")
     given = Net(12, 4).eval()
     before = copy.deepcopy(given)
+    why = ""
     try:
         load_acu(tmp_path / "changed.pt", model=given)
     except ValueError as error:
-        assert "`path`" in str(error)
+        why = str(error)
+    assert given(IMAGE).isfinite().all()
+    if why:
+        assert "`path`" in why
         assert how(given) == how(before)
         assert same(before, given)
-    else:
-        assert given(IMAGE).isfinite().all()
