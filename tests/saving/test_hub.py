@@ -158,11 +158,14 @@ class HubRequest(BaseHTTPRequestHandler):
 
     def do_GET(self):
         if self.path.startswith("/api/models/"):
-            repository = self.path.removeprefix("/api/models/").partition("/revision/")[0]
-            files = [{"rfilename": name} for name in self.server.files.get(repository, ())]
-            found = repository in self.server.files
-            content = {"id": repository, "sha": "a" * 40, "siblings": files}
-            return self.answer(content) if found else self.answer(b"", 404, X_Error_Code="RepoNotFound")
+            owner, name, kind, *_ = self.path.removeprefix("/api/models/").split("/")
+            files = self.server.files.get(f"{owner}/{name}")
+            if files is None:
+                return self.answer(b"", 404, X_Error_Code="RepoNotFound")
+            if kind == "tree":
+                oid = "b" * 40
+                return self.answer([{"type": "file", "path": k, "size": len(v), "oid": oid} for k, v in files.items()])
+            return self.answer({"id": f"{owner}/{name}", "sha": "a" * 40})
         repository, _, rest = self.path.lstrip("/").partition("/resolve/")
         name = rest.partition("/")[2]
         files = self.server.files.get(repository)
