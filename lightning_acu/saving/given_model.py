@@ -12,7 +12,7 @@ from ..checks import WRAPPERS, few, find_wrapper, qualified_name
 from ..conv import acu_layers
 from ..sharded import is_sharded
 from ..surgery.guards import guard_merging
-from ..surgery.saving_guard import guard_saving
+from ..surgery.transformers_guards import guard_transformers
 from .record import Record
 from .restore import restore_layers
 
@@ -102,5 +102,5 @@ def _unchanged_on_failure(model: nn.Module) -> Iterator[None]:
         for tensor, value in zip(tensors, values, strict=True):
             tensor.data.copy_(value)
         guard_merging(model)
-        guard_saving(model)
+        guard_transformers(model)
         raise

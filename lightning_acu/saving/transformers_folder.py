@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..surgery.saving_guard import CONFIG_KEY
+from ..surgery.transformers_guards import CONFIG_KEY
 from .builders import Builder, find_builder, is_transformers, safe_config
 from .given_model import check_layers, load_into
 from .limits import BuildLimit

@@ -12,7 +12,7 @@ from .checks import check_model
 from .guards import guard_merging
 from .marks import SKIP_REASON
 from .rules import find_rule, named_conv2ds, why_not_convertible
-from .saving_guard import guard_saving
+from .transformers_guards import guard_transformers
 
 __all__ = ["Activation", "activate"]
 
@@ -70,5 +70,5 @@ def activate(model: nn.Module, layers: Mapping[nn.Module, Activation]) -> nn.Mod
             conv, position_groups=how.position_groups, fixed_centre=how.fixed_centre, backend=how.backend
         )
     guard_merging(model)
-    guard_saving(model)
+    guard_transformers(model)
     return model

@@ -17,7 +17,7 @@ from .checks import check_model, check_not_traced
 from .guards import guard_merging
 from .marks import FOLDED, RESHAPED, SKIP_REASON
 from .outputs import difference, recorded_arguments, run, tolerance
-from .saving_guard import guard_saving
+from .transformers_guards import guard_transformers
 
 __all__ = ["fold_acu", "round_acu"]
 
@@ -68,7 +68,7 @@ def fold_acu(model: nn.Module, example_input: Any = None) -> nn.Module:
     if example_input is None:
         _replace(folds)
         guard_merging(model)
-        guard_saving(model)
+        guard_transformers(model)
         return model
     args = example_input if isinstance(example_input, tuple) else (example_input,)
     expected = run(model, args)
@@ -93,7 +93,7 @@ def fold_acu(model: nn.Module, example_input: Any = None) -> nn.Module:
             vars(layer).update(state)
         raise
     guard_merging(model, arguments)
-    guard_saving(model)
+    guard_transformers(model)
     return model
 
 

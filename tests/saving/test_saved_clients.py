@@ -120,19 +120,41 @@ def test_half_precision(hf, tmp_path):
         acu_layers(loaded), acu_layers(model), strict=True))  # fmt: skip
 
 
-def test_a_class_that_converts_itself_goes_on_by_itself(hf, tmp_path):
-    cls, model, image = hf
+def converting(cls):
+    """A subclass that converts itself; of the same name, by which transformers knows how weights are called."""
 
     def init(self, config):
         cls.__init__(self, config)
         convert_to_acu(self, position_groups=2)
 
-    own = type(cls.__name__, (cls,), {"__init__": init})
-    converting = own(model.config).eval()
-    converting.load_state_dict(model.state_dict())
-    converting.save_pretrained(tmp_path)
+    return type(cls.__name__, (cls,), {"__init__": init})
+
+
+def test_a_class_that_converts_itself_goes_on_by_itself(hf, tmp_path):
+    cls, model, image = hf
+    own = converting(cls)
+    itself = own(model.config).eval()
+    itself.load_state_dict(model.state_dict())
+    itself.save_pretrained(tmp_path)
     assert "lightning_acu" not in (tmp_path / "config.json").read_text()
-    assert torch.equal(output(own.from_pretrained(tmp_path), image), output(model, image))
+    loaded = own.from_pretrained(tmp_path)
+    assert torch.equal(output(loaded, image), output(model, image))
+    loaded.init_weights()  # what has been loaded stays
+    assert torch.equal(output(loaded, image), output(model, image))
+
+
+def test_taps_of_a_class_that_converts_itself_start_on_the_grid(hf, tmp_path):
+    cls, model, image = hf
+    plain = cls(model.config).eval()
+    plain.save_pretrained(tmp_path)
+    garbage = [torch.full((size,), 7.0) for size in (144, 288, 576) for _ in range(50)]
+    del garbage  # what is allocated next has this memory
+    loaded = converting(cls).from_pretrained(tmp_path)
+    assert len(how(loaded)) == 7
+    assert not any(layer.displacement.any() for _, layer in acu_layers(loaded))
+    # Not the logits: transformers does not find the weights of the decoder under the names that it wrote itself.
+    states = [m.double().segformer(image.double()).last_hidden_state for m in (loaded, plain)]
+    torch.testing.assert_close(*states, rtol=1e-10, atol=1e-10)
 
 
 def changed(**values):
