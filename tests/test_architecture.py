@@ -43,6 +43,7 @@ ALLOWED = {
     "rich": {"surgery", "cli"},
     "onnxruntime": {"export"},
     "safetensors": {"saving", "data"},
+    "huggingface_hub": {"saving"},
 }
 
 

@@ -25,8 +25,10 @@ def run(name, count):
 def test_surgery_md(tmp_path, monkeypatch):
     monkeypatch.setattr(rules, "_RULES", dict(rules._RULES))  # it registers one
     monkeypatch.chdir(tmp_path)
-    namespace = run("surgery.md", 11)
-    assert {"model.safetensors", "model.pt2"} == {path.name for path in tmp_path.iterdir()}
+    namespace = run("surgery.md", 13)
+    assert {"model.safetensors", "squeezenet.pt", "squeezenet", "model.pt2"} == {
+        path.name for path in tmp_path.iterdir()
+    }
     assert type(namespace["again"]) is type(namespace["model"])
 
 
@@ -42,7 +44,11 @@ def test_training_md(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "folder",
-    ["paper", "benchmarks", *(f"lightning_acu/{room}" for room in ("surgery", "callbacks", "training", "data"))],
+    [
+        "paper",
+        "benchmarks",
+        *(f"lightning_acu/{room}" for room in ("surgery", "callbacks", "training", "saving", "data")),
+    ],
 )
 def test_a_readme_names_every_file_and_no_other(folder):
     folder = DOCS.parent / folder

@@ -9,6 +9,7 @@ pytestmark = pytest.mark.slow
 
 #: Whatever is installed besides torch, NumPy and what torch itself needs.
 OPTIONAL = (
+    "huggingface_hub",
     "jsonargparse",
     "lightning",
     "matplotlib",
@@ -128,6 +129,9 @@ ERRORS = {
     "save_acu(meeting, 'a.safetensors')": "ModuleNotFoundError: `path` (='a.safetensors') needs safetensors, which is "
     "not installed: pip install safetensors",
     "load_acu('a.safetensors')": "ModuleNotFoundError: `path` (='a.safetensors') needs safetensors, which is not",
+    "push_to_hub(meeting, 'a/b')": "ModuleNotFoundError: push_to_hub needs huggingface_hub, which is not installed: "
+    "pip install huggingface_hub",
+    "from_pretrained('a/b')": "ModuleNotFoundError: loading from a hub needs huggingface_hub, which is not installed",
     "timm_convs": "ModuleNotFoundError: lightning_acu.timm_convs needs timm, which is not installed: pip install timm",
     "callbacks": "ModuleNotFoundError: lightning_acu.callbacks needs lightning, which is not installed: pip install",
     "ImageClassifier": "ModuleNotFoundError: lightning_acu.ImageClassifier needs lightning, which is not installed",

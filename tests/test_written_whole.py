@@ -1,4 +1,4 @@
-"""Every file is written whole or not at all: what writes one is called from within ``write_whole``."""
+"""Every file is written whole or not at all: from within ``write_whole`` or ``write_whole_folder``."""
 
 import ast
 from pathlib import Path
@@ -15,19 +15,23 @@ WRITERS = {
     "to_csv", "writelines", "imsave", "savetxt", "savez",
 }  # fmt: skip
 
+#: Functions that write whole what others write for them.
+SAFE = {"write_whole", "write_whole_folder"}
+
 #: Modules that are not looked into, and why files are whole there.
 THEMSELVES = {
     "files.py": "it has write_whole",
-    "saving/files.py": "save_acu gives its writers, one for each format, to write_whole",
+    "saving/formats.py": "save_acu gives these writers, one for each format, to write_whole",
+    "saving/card.py": "save_pretrained calls it from within write_whole_folder",
     "export.py": "exporters write several files, to a temporary folder; each takes its place in one step",
 }
 
 
 def writing_calls(tree):
-    """(line, name) of each call that writes a file and is not inside an argument of write_whole."""
+    """(line, name) of each call that writes a file and is not inside an argument of those."""
     safe, names = set(), set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "write_whole":
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) in SAFE:
             safe |= {id(inside) for argument in node.args for inside in ast.walk(argument)}
             names |= {argument.id for argument in node.args if isinstance(argument, ast.Name)}
     for node in ast.walk(tree):
@@ -65,6 +69,7 @@ def test_the_package_writes_files_by_write_whole():
         ("write_whole(path, lambda draft: draft.write_text('a'))", 0),
         ("def write(draft):\n    torch.save(state, draft)\nwrite_whole(path, write)", 0),
         ("def write(draft):\n    torch.save(state, draft)\nother(path, write)", 1),
+        ("def write(folder):\n    torch.save(state, folder / 'a')\nwrite_whole_folder(path, write)", 0),
     ],
 )
 def test_the_check_sees_what_it_should(code, found):

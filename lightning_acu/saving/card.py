@@ -29,14 +29,13 @@ tags:
 
 ```python
 from lightning_acu import from_pretrained
-
+{imports}
 model = from_pretrained({where!r}{how})
 ```
 {note}{picture}{report}"""
 
 _NOTE = """
-`{builder}` builds the model; the file does not contain that code, and it is imported by this name only with
-`trust_builder=True`.
+`{builder}` builds the model. The files do not contain that code.
 """
 
 
@@ -50,7 +49,7 @@ def write_card(folder: Path, model: nn.Module, record: Record, title: str, where
         title: the heading.
         where: what :func:`lightning_acu.from_pretrained` takes: a repository or a folder.
     """
-    picture = table = how = note = ""
+    picture = table = imports = how = note = ""
     if find_spec("matplotlib"):
         from ..figures import plot_shapes
 
@@ -58,12 +57,14 @@ def write_card(folder: Path, model: nn.Module, record: Record, title: str, where
         picture = f"\n![Where the taps of each active layer are]({PICTURE})\n"
     report = report_acu(model)
     if find_spec("rich"):
-        table = f"\n```text\n{report}\n```\n"
+        table = "\n```text\n" + "\n".join(line.rstrip() for line in str(report).splitlines()) + "\n```\n"
     if (builder := record["architecture"].get("builder")) is not None:
-        how = f", builder={builder.rpartition(':')[2].rpartition('.')[2]}"
+        module, _, qualname = builder.partition(":")
+        imports = f"from {module} import {qualname.partition('.')[0]}\n"
+        how = f", builder={qualname}"
         note = _NOTE.format(builder=builder)
     card = _CARD.format(
         title=title, kind=type(model).__name__, active=len(report.converted), convolutions=len(report.rows),
-        where=where, how=how, note=note, picture=picture, report=table,
+        imports=imports, where=where, how=how, note=note, picture=picture, report=table,
     )  # fmt: skip
     (folder / "README.md").write_text(card, encoding="utf-8")

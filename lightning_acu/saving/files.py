@@ -9,9 +9,7 @@ a builder is imported only where the caller allows it.
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,12 +19,13 @@ from torch import Tensor, nn
 
 from lightning_acu import __version__
 
-from ..checks import few, require_module, require_package
+from ..checks import few, require_module
 from ..conv import acu_layers
 from ..files import write_whole
 from ..surgery import was_folded
 from .architecture import difference, rebuild, record_of
 from .builders import Builder
+from .formats import KEY, find_format
 from .given_model import check_layers, load_into, require_unwrapped
 from .record import Record, check_record, check_state
 
@@ -34,9 +33,6 @@ __all__ = ["load_acu", "one_way", "save_acu", "write_file"]
 
 #: The newest format that is read. What version 0.1 can read is still written as format 1; a builder needs 2.
 _FORMAT_VERSION = 2
-
-#: The record's key: in the header of a .safetensors file, or in the dict of a .pt file.
-_KEY = "lightning_acu"
 
 
 def save_acu(
@@ -85,7 +81,7 @@ def write_file(
 ) -> Record:  # fmt: skip
     """:func:`save_acu`; returns the record that it wrote."""
     path = Path(path)
-    write = _format(path)[0]
+    write = find_format(path)[0]
     record, tensors = _content(model, name, builder, kwargs)
 
     def write_for_all(temporary: Path) -> None:
@@ -155,7 +151,7 @@ def load_acu(
     """
     one_way(model, builder, trust_builder)
     path = Path(path)
-    read = _format(path)[1]
+    read = find_format(path)[1]
     if not path.is_file():
         raise FileNotFoundError(f"`path` (={str(path)!r}) does not exist or is not a file")
     try:
@@ -255,44 +251,4 @@ def _copy(tensor: Tensor) -> Tensor:
 
 def _versions() -> dict[str, str]:
     installed = [package for package in ("timm", "torchvision") if find_spec(package)]
-    return {_KEY: __version__} | {package: importlib.metadata.version(package) for package in installed}
-
-
-def _write_safetensors(path: Path, record: dict[str, Any], state: dict[str, Tensor]) -> None:
-    from safetensors.torch import save_file
-
-    save_file(state, path, metadata={"format": "pt", _KEY: json.dumps(record)})
-
-
-def _read_safetensors(path: Path) -> tuple[Any, dict[str, Tensor]]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        record = json.loads((file.metadata() or {}).get(_KEY, "null"))
-        return record, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-
-
-def _write_torch(path: Path, record: dict[str, Any], state: dict[str, Tensor]) -> None:
-    torch.save({_KEY: record, "state_dict": state}, path)
-
-
-def _read_torch(path: Path) -> tuple[Any, dict[str, Tensor]]:
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(content, dict) or _KEY not in content:
-        return None, {}
-    return content[_KEY], content["state_dict"]
-
-
-_FORMATS = {
-    ".safetensors": (_write_safetensors, _read_safetensors),
-    ".pt": (_write_torch, _read_torch),
-    ".pth": (_write_torch, _read_torch),
-}
-
-
-def _format(path: Path) -> tuple[Callable[..., None], Callable[[Path], tuple[Any, dict[str, Tensor]]]]:
-    if path.suffix not in _FORMATS:
-        raise ValueError(f"`path` (={str(path)!r}) must end in {', '.join(_FORMATS)}, which chooses the format")
-    if path.suffix == ".safetensors":
-        require_package("safetensors", f"`path` (={str(path)!r})")
-    return _FORMATS[path.suffix]
+    return {KEY: __version__} | {package: importlib.metadata.version(package) for package in installed}

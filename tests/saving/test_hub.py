@@ -49,7 +49,7 @@ def test_a_folder_has_a_card_a_record_and_the_weights(model, tmp_path):
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: lightning_acu\n")
     assert "\n# my-net\n\nNet with 2 of 3 convolutions active" in card  # one of 3x5 is plain
-    assert "model = from_pretrained('my-net', builder=build)" in card
+    assert "from helpers.own_models import build\n\nmodel = from_pretrained('my-net', builder=build)" in card
     assert "![Where the taps of each active layer are](shapes.png)" in card
     assert "cross" in card.partition("```text")[2]
     assert (folder / "shapes.png").read_bytes().startswith(b"\x89PNG")
@@ -66,7 +66,7 @@ def test_a_named_architecture_needs_no_arguments(tmp_path):
     save_pretrained(model, tmp_path / "net")
     card = (tmp_path / "net" / "README.md").read_text()
     assert "from_pretrained('net')" in card
-    assert "trust_builder" not in card
+    assert "builder" not in card
     assert same(model, from_pretrained(tmp_path / "net"))
 
 
