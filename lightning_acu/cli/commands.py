@@ -29,7 +29,7 @@ __all__ = ["COMMANDS", "configs_directory"]
 _CLASS_PATH = "the LightningModule's class (default: ImageClassifier; with --trust what the checkpoint names)"
 
 _TRUST = (
-    "let the Lightning checkpoint run the code in it and import what it names; only for files whose source you trust "
+    "let the file run the code in it and import what it names; only for files whose source you trust "
     "as you trust a program"
 )
 

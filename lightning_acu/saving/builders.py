@@ -123,10 +123,11 @@ def is_transformers(builder: Any) -> bool:
     return base is not None and isinstance(builder, type) and issubclass(builder, base)
 
 
-def _without_fetching(config: dict[str, Any]) -> dict[str, Any]:
-    """``config`` without the fields that fetch something, in its own configurations too."""
-    return {
-        key: _without_fetching(value) if isinstance(value, dict) else value
-        for key, value in config.items()
-        if not (isinstance(key, str) and _FETCHING.fullmatch(key))
-    }
+def _without_fetching(content: Any) -> Any:
+    """``content`` without the fields that fetch something, at every depth."""
+    if isinstance(content, list | tuple):
+        return [_without_fetching(part) for part in content]
+    if not isinstance(content, dict):
+        return content
+    kept = {key: value for key, value in content.items() if not (isinstance(key, str) and _FETCHING.fullmatch(key))}
+    return {key: _without_fetching(value) for key, value in kept.items()}

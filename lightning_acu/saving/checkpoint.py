@@ -71,7 +71,7 @@ def load_any(path: str | os.PathLike[str], class_path: str | None = None, *, tru
         path: the file.
         class_path: "package.Class" of the LightningModule; None: ImageClassifier, and with ``trust`` the class that
             the checkpoint names.
-        trust: let the checkpoint execute code and import what it names, as Lightning does. Only for files whose source
+        trust: let the file execute code and import what it names, as Lightning does. Only for files whose source
             you trust as you trust a program.
 
     Returns:

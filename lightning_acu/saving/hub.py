@@ -146,7 +146,8 @@ def from_pretrained(
     if (config := transformers_record(folder)) is not None:
         one_way(model, builder, trust_builder)
         require_package("safetensors", "loading from a folder")
-        loaded = load_transformers(folder, config, model, builder, trust_builder)
+        with torch.inference_mode(False):  # the parameters have to be able to learn afterwards
+            loaded = load_transformers(folder, config, model, builder, trust_builder)
         return loaded if map_location is None else loaded.to(map_location)  # type: ignore[arg-type]
     path = folder / WEIGHTS
     if not path.is_file():
