@@ -87,7 +87,7 @@ class PositionTrainer:
         normalize: bool = True,
         schedule: str | Schedule = "constant",
         total_steps: int | None = None,
-        round_at: float | None = None,
+        round_at: int | float | None = None,
         max_displacement: float | None = None,
         weight_decay: float = 0.0,
         collision: Collision = "report",

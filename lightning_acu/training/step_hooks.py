@@ -100,8 +100,9 @@ def check_optimizer(optimizer: Any) -> None:
         raise TypeError(f"`optimizer` (={name}) takes one parameter group only; choose another")
     # Set by torch on the step methods that run hooks; wrappers (timm's Lookahead) have one that does not.
     if not getattr(type(optimizer).step, "hooked", False):
+        inner = " (optimizer.optimizer)" if isinstance(getattr(optimizer, "optimizer", None), Optimizer) else ""
         raise RuntimeError(
-            f"`optimizer` (={name}) does not run torch's hooks in its steps; give the optimizer that it wraps"
+            f"`optimizer` (={name}) does not run torch's hooks in its steps; give the optimizer that it wraps{inner}"
         )
     hooks = optimizer._optimizer_step_pre_hooks.values()
     if any(isinstance(getattr(hook, "__self__", None), StepHooks) for hook in hooks):

@@ -662,6 +662,18 @@ def test_errors_name_the_argument_and_its_value(net):
     fails(ValueError, "the positions of all layers of `model` have requires_grad=False", SGD(net.parameters(), lr=0.1))
 
 
+@pytest.mark.parametrize("library", ["accelerate", "lightning.fabric.wrappers"])
+def test_the_error_for_a_wrapped_optimizer_names_the_one_that_works(net, library):
+    module, inner = pytest.importorskip(library), sgd(net)
+    if library == "accelerate":
+        wrapped = module.Accelerator(cpu=True).prepare(inner)
+    else:
+        wrapped = module._FabricOptimizer(inner, strategy=None)
+    with pytest.raises(RuntimeError, match=r"give the optimizer that it wraps \(optimizer\.optimizer\)"):
+        PositionTrainer(wrapped, net)
+    PositionTrainer(wrapped.optimizer, net)
+
+
 def test_an_optimizer_that_does_not_run_torchs_hooks_is_an_error(net):
     lookahead = pytest.importorskip("timm.optim").Lookahead(sgd(net))
     with pytest.raises(RuntimeError, match=r"`optimizer` \(=Lookahead\) does not run torch's hooks"):
