@@ -79,15 +79,18 @@ class PositionCallback(pl.Callback):
                 rank_zero_warn("After this training:\n" + "\n".join(f"* {promise}" for promise in promises))
 
     def on_after_setup(self, *arguments: Any, **keywords: Any) -> NoReturn:
-        """Raise an error: Fabric calls this hook where it sets up a module, and of our others none by itself.
+        """Raise an error: Fabric calls this hook where it sets up a module and its optimizers, and none of ours.
 
         Raises:
             TypeError: always.
         """
         raise TypeError(
-            f"{type(self).__name__} is a callback of lightning.pytorch.Trainer, whose hooks Fabric does not call; in "
-            "a loop of your own call the functions of lightning_acu.training (see docs/training.md, Without Lightning)"
+            f"{type(self).__name__} is a callback of lightning.pytorch.Trainer, whose hooks Fabric does not call; "
+            "use lightning_acu.training.PositionTrainer there (see docs/recipes/fabric.md)"
         )
+
+    #: Fabric calls this one in each step, also of an optimizer that was set up by itself.
+    on_after_optimizer_step = on_after_setup
 
 
 class RoundedPositions:

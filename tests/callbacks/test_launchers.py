@@ -95,5 +95,14 @@ def test_fabric_is_told_that_it_calls_no_hook_of_ours(callback, kind):
     fabric = Fabric(accelerator="cpu", devices=1, callbacks=[callback])
     net = TinyModule() if kind == "LightningModule" else convert_to_acu(torch.nn.Conv2d(2, 3, 3))
     optimizers = [] if "without" in kind else [torch.optim.SGD(net.parameters(), lr=0.1)]
-    with pytest.raises(TypeError, match=rf"{type(callback).__name__} is a callback of .* lightning_acu.training"):
+    with pytest.raises(TypeError, match=rf"{type(callback).__name__} is a callback of .*\.PositionTrainer"):
         fabric.setup(net, *optimizers)
+
+
+def test_fabric_is_told_in_the_first_step_where_module_and_optimizer_are_set_up_one_by_one():
+    fabric = Fabric(accelerator="cpu", devices=1, callbacks=[PositionLRSchedule()])
+    net = convert_to_acu(torch.nn.Conv2d(2, 3, 3))
+    optimizer = fabric.setup_optimizers(torch.optim.SGD(net.parameters(), lr=0.1))
+    fabric.setup_module(net)
+    with pytest.raises(TypeError, match=r"PositionLRSchedule is a callback of .*\.PositionTrainer"):
+        optimizer.step()
