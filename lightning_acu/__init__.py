@@ -54,6 +54,7 @@ __all__ = [
     "fold_acu",
     "from_pretrained",
     "functional",
+    "integrations",
     "load_acu",
     "load_acu_state_dict",
     "metrics",
@@ -96,8 +97,8 @@ _HOME = {
 
 #: Modules that `lightning_acu.NAME` finds too.
 _ROOMS = {
-    "callbacks", "checkpoint", "data", "export", "figures", "functional", "metrics", "surgery", "timm_convs",
-    "training",
+    "callbacks", "checkpoint", "data", "export", "figures", "functional", "integrations", "metrics", "surgery",
+    "timm_convs", "training",
 }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ LEVELS = [
     {"derived", "timm_convs", "statistics"},
     {"efficientnet_convs"},
     {"surgery", "metrics", "figures", "training"},
-    {"callbacks", "export"},
+    {"callbacks", "export", "integrations"},
     {"models", "data"},
     {"classifier"},
     {"saving"},
@@ -34,6 +34,7 @@ LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 #: Third-party packages that only some rooms may use.
 ALLOWED = {
     "lightning": {"callbacks", "models", "data", "classifier", "saving", "cli"},
+    "transformers": {"integrations"},
     "timm": {"timm_convs", "surgery", "models", "data", "saving", "cli"},
     "torchvision": {"models", "data", "cli"},
     "torchmetrics": {"classifier", "metrics", "callbacks"},

@@ -57,6 +57,11 @@ torch.testing.assert_close(net(x), expected)
 # Taps that do not meet are rounded without SciPy, and names of modules are found.
 lightning_acu.round_acu(lightning_acu.convert_to_acu(nn.Sequential(nn.Conv2d(1, 1, 3))), separate=True)
 lightning_acu.surgery, lightning_acu.functional
+
+# The runner of scripts can be imported, and watches what there is.
+import lightning_acu.integrations.run
+with lightning_acu.integrations.run.ScriptWatch():
+    pass
 """
 
 TORCHVISION = """
@@ -155,6 +160,24 @@ for call in {list(ERRORS)}:
     assert len(lines) == len(ERRORS), lines
     for line, message in zip(lines, ERRORS.values(), strict=True):
         assert line.startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("package", "code"),
+    [
+        ("transformers", "import lightning_acu.integrations.huggingface"),
+        ("jsonargparse", "from lightning_acu.integrations.run import main; main(['train.py'])"),
+    ],
+)
+def test_an_integration_says_which_package_is_missing(package, code):
+    guarded = f"""
+try:
+    {code}
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    message = run(guarded, (package,)).splitlines()[-1]
+    assert message.endswith(f" needs {package}, which is not installed: pip install {package}")
 
 
 def test_the_operator_and_the_layers_import_torch_and_numpy_alone():
