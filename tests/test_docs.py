@@ -42,14 +42,14 @@ def test_training_md(tmp_path, monkeypatch):
     assert all((offsets == offsets.round()).all() for offsets in namespace["offsets"])
 
 
-@pytest.mark.parametrize(
-    "folder",
-    [
-        "paper",
-        "benchmarks",
-        *(f"lightning_acu/{room}" for room in ("surgery", "callbacks", "training", "saving", "data")),
-    ],
-)
+def test_recipes_pytorch_md():
+    assert run("recipes/pytorch.md", 1)["positions"].step == 4
+
+
+ROOMS = ("surgery", "callbacks", "training", "saving", "integrations", "data")
+
+
+@pytest.mark.parametrize("folder", ["paper", "benchmarks", *(f"lightning_acu/{room}" for room in ROOMS)])
 def test_a_readme_names_every_file_and_no_other(folder):
     folder = DOCS.parent / folder
     files = {path.name for path in folder.glob("*.py")} - {"__init__.py"}
