@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .active_shift import ActiveShift2d
     from .classifier import ImageClassifier
     from .conv import ACUConv2d, acu_layers
     from .export import export_model
@@ -36,6 +37,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ACUConv2d",
+    "ActiveShift2d",
     "ConvertConfig",
     "FoldedConv2d",
     "ImageClassifier",
@@ -73,6 +75,7 @@ __all__ = [
 _HOME = {
     "ACUConv2d": "conv",
     "acu_layers": "conv",
+    "ActiveShift2d": "active_shift",
     "FoldedConv2d": "folded",
     "acu_conv2d": "functional",
     "plot_shapes": "figures",

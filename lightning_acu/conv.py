@@ -16,7 +16,13 @@ from .folded import FoldedConv2d, fold_conv2d, padding_layer
 from .functional import acu_conv2d
 from .geometry import ConvGeometry, Padding, pair, resolve_padding
 from .ops import check_backend
-from .plain import CONFIGURATION, check_own_parameters, check_plain
+from .plain import (
+    CONFIGURATION,
+    PositionGroups,
+    check_own_parameters,
+    check_plain,
+    number_of_position_groups,
+)
 from .rounding import round_offsets
 from .sharded import copy_whole_, like_sharded, whole
 
@@ -53,7 +59,8 @@ class ACUConv2d(nn.Conv2d):
             as in ``nn.Conv2d``. With a ``padding_mode`` other than "zeros" the image is padded by ``padding`` in that
             mode; beyond that there are zeros.
         position_groups: P sets of positions; output channel co uses set ``co * P // out_channels``. Divides
-            ``out_channels``; independent of ``groups``.
+            ``out_channels``; independent of ``groups``. "channels": one set for each input channel of a depthwise
+            layer (``groups == in_channels``); the attribute is then that number.
         fixed_centre: the centre tap of an odd kernel stays where it is, as in the paper: 8 taps move in a 3x3.
             Its two numbers in ``offsets`` are stored, ignored, and get zero gradients.
         backend: "auto" or the name of one, as in :func:`lightning_acu.functional.acu_conv2d`.
@@ -89,7 +96,7 @@ class ACUConv2d(nn.Conv2d):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
-        position_groups: int = 1,
+        position_groups: PositionGroups = 1,
         fixed_centre: bool = True,
         backend: str = "auto",
     ) -> None:
@@ -101,7 +108,7 @@ class ACUConv2d(nn.Conv2d):
 
     @classmethod
     def from_conv2d(
-        cls, conv: nn.Conv2d, *, position_groups: int = 1, fixed_centre: bool = True, backend: str = "auto"
+        cls, conv: nn.Conv2d, *, position_groups: PositionGroups = 1, fixed_centre: bool = True, backend: str = "auto"
     ) -> Self:
         """An active convolution that computes what ``conv`` does and shares its ``weight`` and ``bias``.
 
@@ -125,7 +132,7 @@ class ACUConv2d(nn.Conv2d):
         cls,
         conv: nn.Conv2d,
         *,
-        position_groups: int = 1,
+        position_groups: PositionGroups = 1,
         fixed_centre: bool = True,
         backend: str = "auto",
         exact: bool = True,
@@ -147,7 +154,8 @@ class ACUConv2d(nn.Conv2d):
         if exact:
             check_plain(conv, cls.plain_class)
         check_own_parameters(conv)
-        _check_configuration(conv.out_channels, position_groups, backend)
+        number_of_position_groups(position_groups, conv)
+        check_backend(backend)
         conv.__class__ = cls
         assert isinstance(conv, cls)
         conv._add_offsets(position_groups, fixed_centre, backend)
@@ -165,7 +173,7 @@ class ACUConv2d(nn.Conv2d):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
-        position_groups: int = 1,
+        position_groups: PositionGroups = 1,
         fixed_centre: bool = True,
         backend: str = "auto",
     ) -> Self:
@@ -187,7 +195,6 @@ class ACUConv2d(nn.Conv2d):
             raise ValueError(f"`positions` must be (K, 2) with K >= 1 taps, got shape {tuple(taps.shape)}")
         if not taps.isfinite().all():
             raise ValueError(f"`positions` (={taps.tolist()}) must be finite")
-        _check_configuration(out_channels, position_groups, backend)
         self = cls.__new__(cls)
         # Dilation 0 puts the whole 1 x K grid on the output pixel: the offsets are the positions.
         nn.Conv2d.__init__(
@@ -198,18 +205,17 @@ class ACUConv2d(nn.Conv2d):
         centre = (taps == 0).all(-1).nonzero().flatten().tolist()
         self.fixed_tap = centre[0] if fixed_centre and centre else None
         with torch.no_grad():
-            self.offsets.copy_(taps.expand(position_groups, -1, -1).flatten())
+            self.offsets.copy_(taps.expand(self.position_groups, -1, -1).flatten())
         return self
 
-    def _add_offsets(self, position_groups: int, fixed_centre: bool, backend: str) -> None:
-        _check_configuration(self.out_channels, position_groups, backend)
-        self.position_groups = position_groups
-        self.backend = backend
+    def _add_offsets(self, position_groups: PositionGroups, fixed_centre: bool, backend: str) -> None:
+        self.position_groups = number_of_position_groups(position_groups, self)
+        self.backend = check_backend(backend)
         self.start = None
         odd = all(k % 2 for k in self.kernel_size)
         self.fixed_tap = self.geometry.taps // 2 if fixed_centre and odd else None
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        size = position_groups * self.geometry.taps * 2
+        size = self.position_groups * self.geometry.taps * 2
         with torch.inference_mode(False):  # they have to be able to learn afterwards
             offsets = torch.zeros(size, dtype=dtype, device=self.weight.device)
             # A frozen convolution stays frozen.
@@ -349,7 +355,8 @@ class ACUConv2d(nn.Conv2d):
             ValueError: ``offsets`` are not finite or on the meta device, or a hook recomputes the weight (old weight
                 norm, pruning).
         """
-        if not parametrize.is_parametrized(self):  # then self.weight is computed when it is read
+        # (a parametrized weight is computed when it is read, and one in a buffer is its own)
+        if not parametrize.is_parametrized(self) and "weight" not in self._buffers:
             check_own_parameters(self)
         if self.offsets.is_meta or self.weight.is_meta:
             raise ValueError(
@@ -417,9 +424,3 @@ class ACUConv2d(nn.Conv2d):
 def acu_layers(model: nn.Module) -> Iterator[tuple[str, ACUConv2d]]:
     """(qualified name, layer) of every active convolution in ``model``, a shared one once."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, ACUConv2d))
-
-
-def _check_configuration(out_channels: int, position_groups: int, backend: str) -> None:
-    if position_groups < 1 or out_channels % position_groups:
-        raise ValueError(f"`position_groups` (={position_groups}) must divide `out_channels` (={out_channels})")
-    check_backend(backend)

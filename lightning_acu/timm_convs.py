@@ -17,6 +17,7 @@ from .checks import refuse_peft
 from .conv import ACUConv2d
 from .folded import FoldedConv2d, PadSame2d
 from .geometry import Padding, same_padding
+from .plain import PositionGroups
 
 __all__ = [
     "ACUConv2dSame",
@@ -42,7 +43,7 @@ class TimmACUConv2d(ACUConv2d):
     same_pad: bool = False
 
     def __init__(
-        self, *args: Any, position_groups: int = 1, fixed_centre: bool = True, backend: str = "auto", **kwargs: Any
+        self, *args: Any, position_groups: PositionGroups = 1, fixed_centre: bool = True, backend: str = "auto", **kwargs: Any
     ) -> None:
         refuse_peft(type(self), "leave active convolutions out of target_modules, or fold the model first")
         super(ACUConv2d, self).__init__(*args, **kwargs)  # that of timm's class

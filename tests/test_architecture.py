@@ -19,7 +19,7 @@ LEVELS = [
     {"functional"},
     {"folded", "plain"},
     {"conv"},
-    {"derived", "timm_convs", "statistics"},
+    {"active_shift", "derived", "timm_convs", "statistics"},
     {"efficientnet_convs"},
     {"surgery", "metrics", "figures", "training"},
     {"callbacks", "export", "integrations"},

@@ -78,6 +78,10 @@ def _differs(copy: Path, source: Path) -> bool:
 
 def _report(arguments: Sequence[str]) -> None:
     """``lightning-acu report --model NAME`` or ``--ckpt FILE``."""
+
+    def position_groups(text: str) -> int | str:  # argparse's message has its name
+        return text if text == "channels" else int(text)
+
     parser = argparse.ArgumentParser(
         "lightning-acu report",
         description="which convolutions a conversion makes active, why not the others, and the arithmetic of its fold",
@@ -95,7 +99,7 @@ def _report(arguments: Sequence[str]) -> None:
     conversion.add_argument("--kernel_sizes", type=int, nargs="+", metavar="K")
     conversion.add_argument("--target_modules", metavar="REGEX")
     conversion.add_argument("--exclude_modules", metavar="REGEX")
-    conversion.add_argument("--position_groups", type=int, metavar="P")
+    conversion.add_argument("--position_groups", type=position_groups, metavar="P", help="a number, or channels")
     conversion.add_argument("--preset", help="all, or C23: all but the first stage")
     parser.add_argument("--every", action="store_true", help="one row for each skipped layer")
     options = parser.parse_args(arguments)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..ops import check_backend
+from ..plain import PositionGroups, number_of_position_groups
 from .checks import check_model
 from .guards import guard_merging
 from .marks import SKIP_REASON
@@ -25,7 +26,7 @@ class Activation:
         position_groups, fixed_centre, backend: as in :class:`lightning_acu.ACUConv2d`.
     """
 
-    position_groups: int = 1
+    position_groups: PositionGroups = 1
     fixed_centre: bool = True
     backend: str = "auto"
 
@@ -44,8 +45,8 @@ def activate(model: nn.Module, layers: Mapping[nn.Module, Activation]) -> nn.Mod
 
     Raises:
         TypeError: ``model`` is not a module, or a compiled, DDP- or FSDP-wrapped one.
-        ValueError: a layer that is not in ``model`` or cannot be converted, ``position_groups`` that do not divide its
-            output channels, or an unknown backend. Nothing has been converted then.
+        ValueError: a layer that is not in ``model`` or cannot be converted, ``position_groups`` that do not fit it
+            (see :class:`lightning_acu.ACUConv2d`), or an unknown backend. Nothing has been converted then.
     """
     check_model(model)
     names = named_conv2ds(model)
@@ -57,11 +58,10 @@ def activate(model: nn.Module, layers: Mapping[nn.Module, Activation]) -> nn.Mod
         rule, why = find_rule(conv), why_not_convertible(conv)
         if rule is None or why is not None:
             raise ValueError(f"{name} cannot be converted: {why}")
-        if how.position_groups < 1 or conv.out_channels % how.position_groups:  # type: ignore[operator]
-            raise ValueError(
-                f"`position_groups` (={how.position_groups}) must divide the output channels of {name} "
-                f"(={conv.out_channels}); exclude it or choose another number"
-            )
+        try:
+            number_of_position_groups(how.position_groups, conv, name)
+        except ValueError as error:
+            raise ValueError(f"{error}; or exclude it") from error
         check_backend(how.backend)
         rules[conv] = rule
     for conv, how in layers.items():

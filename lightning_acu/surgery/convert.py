@@ -14,6 +14,7 @@ from ..checks import find_wrapper
 from ..conv import ACUConv2d
 from ..folded import kernel_size_of
 from ..ops import check_backend
+from ..plain import PositionGroups
 from .activate import Activation, activate
 from .checks import check_model
 from .marks import SKIP_REASON
@@ -34,7 +35,7 @@ class ConvertConfig:
         exclude_modules: not those modules, given in the same way.
         depthwise: whether to convert depthwise convolutions.
         grouped: whether to convert other grouped convolutions.
-        position_groups: sets of positions for each layer.
+        position_groups: sets of positions for each layer, or "channels": one for each channel of depthwise layers.
         fixed_centre: keep the centre tap of odd kernels in place.
         backend: which backend runs the layers.
         preset: "all", or "C23": all but the first stage.
@@ -46,7 +47,7 @@ class ConvertConfig:
     exclude_modules: str | list[str] | None = None
     depthwise: bool = True
     grouped: bool = True
-    position_groups: int = 1
+    position_groups: PositionGroups = 1
     fixed_centre: bool = True
     backend: str = "auto"
     preset: str = "all"
@@ -74,7 +75,7 @@ def convert_to_acu(
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     depthwise: bool = True,
     grouped: bool = True,
-    position_groups: int = 1,
+    position_groups: PositionGroups = 1,
     fixed_centre: bool = True,
     backend: str = "auto",
     preset: str = "all",
@@ -97,14 +98,17 @@ def convert_to_acu(
         filter_fn: only modules for which ``filter_fn(module, qualified_name)`` is true.
         depthwise: convert depthwise convolutions (one input channel for each group).
         grouped: convert other convolutions with more than one group.
-        position_groups: sets of positions for each layer.
+        position_groups: sets of positions for each layer, which divide its output channels; or "channels": one set for
+            each channel of a depthwise layer. Convolutions that are not depthwise are then unsupported and stay plain;
+            a second call with a number converts these too.
         fixed_centre: keep the centre tap of odd kernels in place, as in the paper.
         backend: the backend of the new layers.
         preset: "all", or "C23" (the paper's ACU-C23): all but the first stage, which consists of those 3x3 and 5x5
             (and ``kernel_sizes``) convolutions whose output has the highest resolution. "C23" runs one forward pass in
             eval mode to find the resolutions.
-        on_unsupported: what to do with a convolution that is selected but that no rule can convert (of an unknown
-            class, pruned, parametrized): "skip" it, with its reason in the report, or raise an "error".
+        on_unsupported: what to do with a convolution that is selected but cannot be converted (of an unknown class,
+            pruned, parametrized; not depthwise, with ``position_groups="channels"``): "skip" it, with its reason in
+            the report, or raise an "error".
 
     Returns:
         ``model``.
@@ -156,6 +160,10 @@ def _convert(model: nn.Module, config: ConvertConfig, filter_fn: Callable[[nn.Mo
         if reasons.get(module, "already active") is None:
             reasons[module] = f"in the first stage, which preset={config.preset!r} leaves plain"
     unsupported = {m: why_not_convertible(m) for m, reason in reasons.items() if reason is None}
+    not_depthwise = set()
+    if config.position_groups == "channels":
+        not_depthwise = {m for m, why in unsupported.items() if why is None and m.groups != m.in_channels}
+        unsupported |= dict.fromkeys(not_depthwise, "position_groups='channels' needs a depthwise convolution")
     reasons |= unsupported
     if config.on_unsupported == "error" and any(unsupported.values()):
         listed = "; ".join(f"{names[m][0] or 'the model'}: {why}" for m, why in unsupported.items() if why)
@@ -166,7 +174,8 @@ def _convert(model: nn.Module, config: ConvertConfig, filter_fn: Callable[[nn.Mo
     activate(model, {module: how for module, reason in reasons.items() if reason is None})
     for module, reason in reasons.items():
         vars(module).pop(SKIP_REASON, None)  # from an earlier conversion
-        if reason is not None and module not in unsupported:  # a rule's own reason is asked for when it is needed
+        # (a rule's own reason is asked for when it is needed)
+        if reason is not None and (module not in unsupported or module in not_depthwise):
             setattr(module, SKIP_REASON, reason)
     if any(isinstance(module, ACUConv2d) for module in model.modules()):
         patterns = {"target_modules": config.target_modules, "exclude_modules": config.exclude_modules}

@@ -144,7 +144,7 @@ def _keep_the_rest(layer: ACUConv2d, state: dict[str, Any]) -> None:
         others["_parameters"][name] = nn.Parameter(value, any(p.requires_grad for p in parametrized[name].parameters()))
     for kind, own in others.items():
         state[kind] = {name: value for name, value in own.items() if name not in _OWN_PARAMETERS} | state[kind]
-    state["_non_persistent_buffers_set"] = state["_non_persistent_buffers_set"] | layer._non_persistent_buffers_set
+    state["_non_persistent_buffers_set"] |= layer._non_persistent_buffers_set - _OWN_PARAMETERS
     for name, value in vars(layer).items():
         if name not in CONFIGURATION and name not in _OWN_ATTRIBUTES:
             state.setdefault(name, value)
