@@ -26,6 +26,7 @@ __all__ = [
     "FAR",
     "Plan",
     "Window",
+    "distinct",
     "expand_kernel",
     "expand_kernel_backward",
     "pad_or_crop",
@@ -35,15 +36,16 @@ __all__ = [
     "split_offsets",
 ]
 
-#: The 4 integer neighbours of a position, as (row, column) steps from the cell that floor() picks.
-_NEIGHBOURS = ((0, 0), (0, 1), (1, 0), (1, 1))
-
 #: Offsets are clamped to this many pixels: far outside any image, and still exact as an integer.
 FAR = float(LIMIT)
 
 #: One kernel over all cells is used until it holds this many times the cells of one small kernel per tap.
 #: Such a kernel does more arithmetic, but one large convolution runs nearer to the peak than many small ones.
 _SPARSE_FACTOR = 4
+
+#: Position groups of at most so many weights a tap (a channel of a depthwise layer) are expanded weight by weight: the
+#: matrix from taps to cells, which a matrix product needs, would be larger than the kernel itself.
+_FEW = 4
 
 
 @dataclass(frozen=True)
@@ -147,39 +149,48 @@ def plan_windows(
         gradient: keep all 4 neighbours of a tap on the lattice. Their weight is 0 there, their derivative is not.
     """
     whole, fraction = split_offsets(offsets.detach().cpu())
-    grid, steps = _constants(geometry)
-    corner = whole + grid  # (P, K, 2)
-    neighbours = corner[:, :, None, :] + steps  # (P, K, 4, 2)
-    used = torch.ones(neighbours.shape[:-1], dtype=torch.bool, device="cpu")
+    # Of the two neighbours of a tap along each axis, (2, P, K).
+    rows, columns = (torch.stack((first, first + 1)) for first in (whole + _grid(geometry)).unbind(-1))
+    used = torch.ones(2, *rows.shape, dtype=torch.bool, device="cpu")  # [row, column, position group, tap]
     if not gradient:
-        used = ((fraction != 0)[:, :, None, :] | (steps == 0)).all(-1)
-    span = _span(neighbours[used], geometry)
+        used[1] &= fraction[..., 0] != 0
+        used[:, 1] &= fraction[..., 1] != 0
+    span = _span(_where(used.any(1), rows), _where(used.any(0), columns), geometry)
     if input_size is not None and span.area > geometry.taps:  # (the kernel as it was is best left as it was)
-        size = _integers(input_size)
-        reach = (_integers(geometry.output_size(input_size)) - 1) * _integers(geometry.stride)
-        used &= ((neighbours < size) & (neighbours + reach >= 0)).all(-1)
+        meets = [
+            (cells < size) & (cells + (outputs - 1) * stride >= 0)
+            for cells, size, outputs, stride in zip(
+                (rows, columns), input_size, geometry.output_size(input_size), geometry.stride, strict=True
+            )
+        ]
+        used &= meets[0][:, None] & meets[1]
         if not used.any():
-            return Plan((), torch.zeros(used.shape, dtype=torch.long, device="cpu"))
-        span = _span(neighbours[used], geometry)
+            return Plan((), torch.zeros(*whole.shape[:2], 4, dtype=torch.long, device="cpu"))
+        span = _span(_where(used.any(1), rows), _where(used.any(0), columns), geometry)
 
-    taps = used.any(-1)
-    # One number for each cell, so that a set can count them: columns lie in a range of less than 2^32.
-    cells = (corner[taps] * _integers((1 << 32, 1))).sum(-1).tolist()
-    origins = {cell: place for place, cell in enumerate(dict.fromkeys(cells))}
-    box_height, box_width = (1 + bool((used & (steps[:, axis] == 1)).any()) for axis in (0, 1))
+    taps = used.any(0).any(0)
+    tap_rows, tap_columns = _where(taps, rows[0]), _where(taps, columns[0])
+    codes = tap_rows * (1 << 32) + tap_columns  # one number for each cell: columns lie in a range of less than 2^32
+    box_height, box_width = 1 + bool(used[1].any()), 1 + bool(used[:, 1].any())
     area = box_height * box_width
-    if span.area <= _SPARSE_FACTOR * len(origins) * area:
-        first_cell = _integers((span.top, span.left))
-        place = (neighbours - first_cell).div(_integers(span.dilation), rounding_mode="floor")
+    # (the first taps usually have enough cells already)
+    if any(span.area <= _SPARSE_FACTOR * area * len(set(some.tolist())) for some in (codes[:1024], codes)):
         windows: tuple[Window, ...] = (span,)
-        index = (place * _integers((span.width, 1))).sum(-1)
+        row, column = (
+            (cells - first).div(step, rounding_mode="floor")
+            for cells, first, step in zip((rows, columns), (span.top, span.left), span.dilation, strict=True)
+        )
+        index = row[:, None] * span.width + column
     else:
-        first = dict(zip(cells, corner[taps].tolist(), strict=True))
-        windows = tuple(Window(first[cell][0], first[cell][1], box_height, box_width) for cell in origins)
+        first = dict(zip(codes.tolist(), zip(tap_rows.tolist(), tap_columns.tolist(), strict=True), strict=True))
+        windows = tuple(Window(row, column, box_height, box_width) for row, column in first.values())
+        number = {code: place for place, code in enumerate(first)}
         window = torch.zeros(taps.shape, dtype=torch.long, device="cpu")
-        window[taps] = _integers([origins[cell] for cell in cells])
-        index = window[..., None] * area + (steps * _integers((box_width, 1))).sum(-1)
-    return Plan(windows, index.masked_fill(~used, sum(window.area for window in windows)))
+        window[taps] = _integers([number[code] for code in codes.tolist()])
+        in_window = _integers([0, 1, box_width, box_width + 1]).view(2, 2, 1, 1)
+        index = in_window + window * area
+    index = index.masked_fill(~used, sum(window.area for window in windows))
+    return Plan(windows, index.flatten(0, 1).permute(1, 2, 0).contiguous())
 
 
 def regular_window(geometry: ConvGeometry) -> Window:
@@ -189,21 +200,39 @@ def regular_window(geometry: ConvGeometry) -> Window:
 
 
 @functools.lru_cache
-def _constants(geometry: ConvGeometry) -> tuple[Tensor, Tensor]:
-    """The regular grid (K, 2) and the steps to the neighbours (4, 2)."""
-    with torch.inference_mode(False):  # the tensors are kept, and an inference tensor would not serve in training
-        return _integers(geometry.grid()), _integers(_NEIGHBOURS)
+def _grid(geometry: ConvGeometry) -> Tensor:
+    """The regular grid (K, 2)."""
+    with torch.inference_mode(False):  # the tensor is kept, and an inference tensor would not serve in training
+        return _integers(geometry.grid())
+
+
+def _where(mask: Tensor, values: Tensor) -> Tensor:
+    """1-D: the ``values`` where ``mask`` is true."""
+    return values.flatten() if mask.all() else values[mask]
 
 
 def _integers(values: Sequence[int] | Sequence[tuple[int, int]]) -> Tensor:
     return torch.tensor(values, dtype=torch.long, device="cpu")
 
 
-def _span(cells: Tensor, geometry: ConvGeometry) -> Window:
-    """The smallest plain kernel that holds ``cells`` (M, 2)."""
-    rows, columns = (sorted(set(values)) for values in cells.T.tolist())
-    (top, height, row_step), (left, width, column_step) = map(_fit, (rows, columns), geometry.shrinkage)
+def _span(rows: Tensor, columns: Tensor, geometry: ConvGeometry) -> Window:
+    """The smallest plain kernel that holds cells in these ``rows`` and ``columns``."""
+    found = distinct(rows), distinct(columns)
+    (top, height, row_step), (left, width, column_step) = map(_fit, found, geometry.shrinkage)
     return Window(top, left, height, width, (row_step, column_step))
+
+
+def distinct(values: Tensor) -> list[int]:
+    """The different numbers in ``values`` (int64), in order."""
+    values = values.flatten()
+    if len(values) < 512:
+        return sorted(set(values.tolist()))
+    lowest, highest = (int(value) for value in values.aminmax())
+    if highest - lowest > 4 * len(values):
+        return sorted(set(values.tolist()))
+    found = torch.zeros(highest - lowest + 1, dtype=torch.bool, device="cpu")  # layers of many position groups
+    found[values - lowest] = True
+    return (found.nonzero().flatten() + lowest).tolist()  # type: ignore[no-any-return]
 
 
 def _fit(values: list[int], lost: int) -> tuple[int, int, int]:
@@ -223,9 +252,16 @@ def expand_kernel(weight: Tensor, offsets: Tensor, plan: Plan) -> Tensor:
     Computed and returned in at least float32, whatever the weight's precision (a matrix product: TF32 where the user
     lets torch use that for them).
     """
-    matrix = _bilinear_matrix(split_offsets(offsets)[1], plan)
     grouped = _by_position_group(weight, len(offsets)).to(_precision(weight, offsets))
-    return (grouped @ matrix.to(grouped.dtype)).reshape(*weight.shape[:2], plan.cells)
+    shares = _bilinear_shares(split_offsets(offsets)[1])
+    if grouped.shape[1] > _FEW:
+        return (grouped @ _bilinear_matrix(shares, plan).to(grouped.dtype)).reshape(*weight.shape[:2], plan.cells)
+    index = plan.index.to(weight.device)
+    expanded = grouped.new_zeros(*grouped.shape[:2], plan.cells + 1)  # one for dropped cells
+    for tap in range(offsets.shape[1]):  # one at a time: the 4 cells of a tap are different ones
+        values = grouped[:, :, tap, None] * shares[:, None, tap].to(grouped.dtype)
+        expanded.scatter_add_(-1, index[:, None, tap].expand_as(values), values)
+    return expanded[..., :-1].reshape(*weight.shape[:2], plan.cells)
 
 
 def expand_kernel_backward(weight: Tensor, offsets: Tensor, plan: Plan, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,26 +274,36 @@ def expand_kernel_backward(weight: Tensor, offsets: Tensor, plan: Plan, grad: Te
         d/d column = (1 - fy) (g_01 - g_00) + fy (g_11 - g_10)
     """
     fraction = split_offsets(offsets)[1]
-    matrix = _bilinear_matrix(fraction, plan)
+    shares, index = _bilinear_shares(fraction), plan.index.to(grad.device)
     dtype = _precision(weight, offsets)
     grouped = _by_position_group(weight, len(offsets)).to(dtype)
     grad_grouped = grad.to(dtype).reshape(*grouped.shape[:2], plan.cells)
-    grad_weight = (grad_grouped @ matrix.to(dtype).transpose(-1, -2)).reshape(weight.shape)
-
-    grad_matrix = F.pad(grouped.transpose(-1, -2) @ grad_grouped, (0, 1))  # a 0 for dropped cells
-    g00, g01, g10, g11 = grad_matrix.gather(-1, plan.index.to(grad.device)).unbind(-1)
+    if grouped.shape[1] > _FEW:
+        grad_weight = grad_grouped @ _bilinear_matrix(shares, plan).to(dtype).transpose(-1, -2)
+        grad_matrix = F.pad(grouped.transpose(-1, -2) @ grad_grouped, (0, 1))  # a 0 for dropped cells
+        grad_shares = grad_matrix.gather(-1, index)
+    else:
+        at_cells = index.flatten(1)[:, None].expand(-1, grouped.shape[1], -1)
+        seen = F.pad(grad_grouped, (0, 1)).gather(-1, at_cells).unflatten(-1, (-1, 4))
+        grad_weight = (seen * shares[:, None].to(dtype)).sum(-1)
+        grad_shares = (seen * grouped[..., None]).sum(1)
+    g00, g01, g10, g11 = grad_shares.unbind(-1)
     fy, fx = fraction.to(dtype).unbind(-1)
     grad_rows = (1 - fx) * (g10 - g00) + fx * (g11 - g01)
     grad_columns = (1 - fy) * (g01 - g00) + fy * (g11 - g10)
-    return grad_weight.to(weight.dtype), torch.stack((grad_rows, grad_columns), -1).to(offsets.dtype)
+    return grad_weight.reshape(weight.shape).to(weight.dtype), torch.stack((grad_rows, grad_columns), -1).to(offsets.dtype)
 
 
-def _bilinear_matrix(fraction: Tensor, plan: Plan) -> Tensor:
-    """(P, K, cells): the share of tap k that falls on each cell."""
+def _bilinear_shares(fraction: Tensor) -> Tensor:
+    """(P, K, 4): the bilinear weights of each tap's neighbours."""
     fy, fx = fraction.unbind(-1)
-    shares = torch.stack(((1 - fy) * (1 - fx), (1 - fy) * fx, fy * (1 - fx), fy * fx), -1)
-    matrix = fraction.new_zeros(*fraction.shape[:2], plan.cells + 1)
-    return matrix.scatter_add(-1, plan.index.to(fraction.device), shares)[..., :-1]
+    return torch.stack(((1 - fy) * (1 - fx), (1 - fy) * fx, fy * (1 - fx), fy * fx), -1)
+
+
+def _bilinear_matrix(shares: Tensor, plan: Plan) -> Tensor:
+    """(P, K, cells): the share of tap k that falls on each cell."""
+    matrix = shares.new_zeros(*shares.shape[:2], plan.cells + 1)
+    return matrix.scatter_add(-1, plan.index.to(shares.device), shares)[..., :-1]
 
 
 def _by_position_group(weight: Tensor, groups: int) -> Tensor:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...expansion import FAR, plan_windows, propagate_nan_offsets
+from ...expansion import FAR, distinct, plan_windows, propagate_nan_offsets, split_offsets
 from ...geometry import ConvGeometry
 from ..memory_format import images_per_block, is_native, memory_format, preserved_format
 
@@ -87,6 +87,9 @@ def _is_plain(offsets: Tensor, geometry: ConvGeometry) -> bool:
         return False
     if min(geometry.dilation) > 0 and not _positions.any_shift(positions):
         return True
+    rows, columns = (split_offsets(offsets)[0] + torch.tensor(geometry.grid(), device="cpu")).unbind(-1)
+    if len(distinct(rows)) * len(distinct(columns)) > geometry.taps:  # quick: a plan looks at all position groups
+        return False
     plan = plan_windows(offsets, geometry)
     return len(plan.windows) == 1 and plan.cells <= geometry.taps
 
