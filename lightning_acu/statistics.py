@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -41,7 +42,9 @@ def layer_statistics(layer: ACUConv2d) -> LayerStatistics:
     movable = layer.movable.cpu()
     distance = layer.displacement.cpu().norm(dim=-1)[:, movable]
     off_lattice = (offsets - offsets.round() != 0).any(-1)[:, movable]  # inf - inf is nan, and differs from 0
-    collisions = sum(len(taps) - len(taps.unique(dim=0)) for taps in positions)
+    # As complex numbers, which sort. (nan differs from itself, and so do two taps that are nan.)
+    places = np.sort(torch.view_as_complex(positions.double().contiguous()).numpy())
+    collisions = int((places[:, 1:] == places[:, :-1]).sum())
     taps = distance.numel()  # 0 for a 1x1 kernel, whose only tap is fixed
     return LayerStatistics(
         mean_displacement=distance.mean().item() if taps else 0.0,

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.fast_oracle import NEAR, each, run
+from helpers.oracle import assert_close
 from helpers.triton_cases import DEVICE, SMALL, exact  # noqa: F401
 
 from lightning_acu import acu_conv2d
@@ -39,6 +40,22 @@ def test_output_and_gradients_equal_the_closed_form(seeds):
 @pytest.mark.parametrize("fixed", LARGE, ids=lambda fixed: "x".join(map(str, fixed["channels"])))
 def test_layers_larger_than_any_block_equal_the_closed_form(fixed):
     each(range(1), lambda seed, one: one.check(run(one, "triton", DEVICE)), dtype=torch.float32, small=True, **fixed)
+
+
+@pytest.mark.parametrize(("channels", "kernel", "stride"), [(70, (1, 1), (2, 1)), (34, (3, 2), (1, 1))])
+def test_channels_with_positions_of_their_own_equal_the_formula(channels, kernel, stride):
+    """As position_groups="channels" has them; with one tap, an ActiveShift2d. More channels than one program has."""
+    image, weight = torch.randn(1, channels, 5, 6), torch.randn(channels, 1, *kernel)
+    tensors, direction = [image, weight, torch.randn(channels, weight[0].numel(), 2) * 1.5], None
+    results = []
+    for backend, device, dtype in (("reference", "cpu", torch.float64), ("triton", DEVICE, torch.float32)):
+        leaves = [tensor.to(device, dtype).requires_grad_() for tensor in tensors]
+        output = acu_conv2d(*leaves, None, stride, (kernel[0] // 2, 0), groups=channels, backend=backend)
+        direction = torch.randn(output.shape) if direction is None else direction
+        grads = torch.autograd.grad(output, leaves, direction.to(device, dtype))
+        results.append([tensor.detach().cpu().double() for tensor in (output, *grads)])
+    for ours, expected in zip(*results, strict=True):
+        assert_close(ours, expected, 1e-5)
 
 
 def test_half_precision_is_as_close_as_its_rounding():

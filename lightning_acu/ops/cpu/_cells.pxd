@@ -6,7 +6,7 @@ from ._vectors cimport real, spread_taps
 
 cdef enum:
     MOST_LANES = 64  # no instruction set has more
-    TABLE = 1024  # cells of the largest bounding box that is looked up in a table; larger ones are searched
+    TABLE = 4096  # cells of the largest bounding box that is looked up in a table; larger ones are searched
 
 
 cdef struct Layer:
