@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .checks import at_least
 from .conv import ACUConv2d

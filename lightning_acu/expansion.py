@@ -291,7 +291,8 @@ def expand_kernel_backward(weight: Tensor, offsets: Tensor, plan: Plan, grad: Te
     fy, fx = fraction.to(dtype).unbind(-1)
     grad_rows = (1 - fx) * (g10 - g00) + fx * (g11 - g01)
     grad_columns = (1 - fy) * (g01 - g00) + fy * (g11 - g10)
-    return grad_weight.reshape(weight.shape).to(weight.dtype), torch.stack((grad_rows, grad_columns), -1).to(offsets.dtype)
+    grad_offsets = torch.stack((grad_rows, grad_columns), -1)
+    return grad_weight.reshape(weight.shape).to(weight.dtype), grad_offsets.to(offsets.dtype)
 
 
 def _bilinear_shares(fraction: Tensor) -> Tensor:

@@ -43,7 +43,12 @@ class TimmACUConv2d(ACUConv2d):
     same_pad: bool = False
 
     def __init__(
-        self, *args: Any, position_groups: PositionGroups = 1, fixed_centre: bool = True, backend: str = "auto", **kwargs: Any
+        self,
+        *args: Any,
+        position_groups: PositionGroups = 1,
+        fixed_centre: bool = True,
+        backend: str = "auto",
+        **kwargs: Any,
     ) -> None:
         refuse_peft(type(self), "leave active convolutions out of target_modules, or fold the model first")
         super(ACUConv2d, self).__init__(*args, **kwargs)  # that of timm's class

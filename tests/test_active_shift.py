@@ -1,4 +1,4 @@
-"""ActiveShift2d: what it computes, that only its shifts are trained, and that everything for active layers serves it."""
+"""ActiveShift2d: what it computes, that only its shifts are trained, and that all made for active layers serves it."""
 
 import copy
 import math
@@ -12,8 +12,8 @@ from helpers.tiny import TinyModule, fit
 from torch import nn
 
 from lightning_acu import (
-    ACUConv2d,
     ActiveShift2d,
+    ACUConv2d,
     acu_conv2d,
     acu_state_dict,
     convert_to_acu,
@@ -67,7 +67,8 @@ def test_each_channel_is_read_at_its_own_distance(backend, stride, channels_last
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_are_those_of_the_formula(backend):
     """By finite differences of the loops: exact between pixels, where the output is linear in each coordinate."""
-    layer, image = shift_of(3, (2, 1), backend=backend), torch.randn(1, 3, 4, 3, dtype=torch.float64, requires_grad=True)
+    layer = shift_of(3, (2, 1), backend=backend)
+    image = torch.randn(1, 3, 4, 3, dtype=torch.float64, requires_grad=True)
     with torch.no_grad():
         layer.offsets.copy_(torch.tensor([0.3, -1.6, 1.45, 0.7, -0.2, 2.4]))
     direction = torch.randn(1, 3, 2, 3, dtype=torch.float64)
@@ -211,7 +212,8 @@ class ShiftNet(nn.Sequential):
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_save_acu_keeps_the_shifts_that_an_architecture_has_by_itself(tmp_path, monkeypatch, suffix):
-    monkeypatch.setitem(timm.models._registry._model_entrypoints, "shift_net", lambda pretrained=False, **kw: ShiftNet(**kw))
+    builders = timm.models._registry._model_entrypoints
+    monkeypatch.setitem(builders, "shift_net", lambda pretrained=False, **arguments: ShiftNet(**arguments))
     net = convert_to_acu(ShiftNet(4))
     nn.init.uniform_(net[1].offsets, -1, 1)
     save_acu(net, tmp_path / f"net{suffix}", name="shift_net", num_classes=4)
@@ -257,8 +259,8 @@ def test_it_trains_under_lightning(tmp_path):
 
 def test_the_compiled_kernels_run_it_channel_by_channel(monkeypatch):
     layer, image = ActiveShift2d(16), torch.randn(2, 16, 12, 13)
-    ran = []
-    cython = backends.BACKENDS["cython"]
-    monkeypatch.setattr(cython._channelwise, "forward", lambda *a, f=cython._channelwise.forward: ran.append(1) or f(*a))
+    kernels = backends.BACKENDS["cython"]._channelwise
+    ran, forward = [], kernels.forward
+    monkeypatch.setattr(kernels, "forward", lambda *arguments: ran.append(1) or forward(*arguments))
     layer(image).sum().backward()
     assert ran == [1]

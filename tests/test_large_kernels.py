@@ -42,10 +42,8 @@ def test_large_kernels_equal_the_closed_form(side, position_groups, backend):
     """Spread so far that the cells of 31x31 fit no table of the compiled kernels either."""
     generator = torch.Generator().manual_seed(side)
     kernel, channels = (side, side - 2), 3
-    tensors = [
-        torch.randn(size, generator=generator, dtype=torch.float64).requires_grad_()
-        for size in ((1, channels, 9, 12), (channels, 1, *kernel), (position_groups, kernel[0] * kernel[1], 2), (channels,))
-    ]
+    sizes = (1, channels, 9, 12), (channels, 1, *kernel), (position_groups, kernel[0] * kernel[1], 2), (channels,)
+    tensors = [torch.randn(size, generator=generator, dtype=torch.float64).requires_grad_() for size in sizes]
     with torch.no_grad():
         tensors[2].mul_(12 if side == 31 else 1.5)
     stride, padding = (2, 1), (side // 2, side // 2 - 1)
