@@ -168,6 +168,15 @@ def test_a_network_that_fails_leaves_the_others(run):
     assert "rows: 5, problems: 2" in printed
 
 
+def test_depthwise_layers_are_measured_with_positions_for_each_channel(run):
+    _, status, rows = run("depthwise", "--batch", "1", "--budget", "0.01", "--only", "480@14")
+    assert status == 0
+    assert [row["pass"] for row in rows] == ["forward", "forward+backward"]
+    for row in rows:
+        assert row["layer"] == "EfficientNet 480@14 3x3"
+        assert all(float(row[name]) > 0 for name in ("one set", "channels", "dense", "shift", "shift+1x1"))
+
+
 def _case(modules, dtype):
     """A layer whose sizes all differ."""
     layers = modules("layers")
