@@ -3,8 +3,8 @@
 Each row is a depthwise layer of a known network; a number is the time divided by that of ``F.conv2d`` on the same
 tensors, both in turns: the fastest of up to 15 samples each, which other programs on the machine disturb least. "one
 set" and "channels" are ``position_groups`` 1 and "channels", with taps uniform within a pixel of the grid; "dense" is
-"channels" without the compiled kernels. "shift" is an ActiveShift2d of the same channels, and "shift+1x1" that and a 1x1
-convolution over the layer and a 1x1 convolution (3x3 rows only).
+"channels" without the compiled kernels. "shift" is an ActiveShift2d of the same channels, and "shift+1x1" that and a
+1x1 convolution over the layer and a 1x1 convolution (3x3 rows only).
 
     python benchmarks/depthwise.py --batch 1 16
 """

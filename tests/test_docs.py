@@ -42,6 +42,12 @@ def test_training_md(tmp_path, monkeypatch):
     assert all((offsets == offsets.round()).all() for offsets in namespace["offsets"])
 
 
+@pytest.mark.slow
+def test_layers_md():
+    namespace = run("layers.md", 3)
+    assert namespace["report"].folded_macs == namespace["report"].macs
+
+
 def test_recipes_pytorch_md():
     assert run("recipes/pytorch.md", 1)["positions"].step == 4
 
