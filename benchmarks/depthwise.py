@@ -1,10 +1,10 @@
 """Depthwise layers with a set of positions for each channel, larger kernels, and active shifts: time over plain's.
 
-Each row is a depthwise layer of a known network; a number is the time divided by that of ``F.conv2d`` on the same
-tensors, both in turns: the fastest of up to 15 samples each, which other programs on the machine disturb least. "one
-set" and "channels" are ``position_groups`` 1 and "channels", with taps uniform within a pixel of the grid; "dense" is
-"channels" without the compiled kernels. "shift" is an ActiveShift2d of the same channels, and "shift+1x1" that and a
-1x1 convolution over the layer and a 1x1 convolution (3x3 rows only).
+Each row is a depthwise layer of a known network; a number is the processor time divided by that of ``F.conv2d`` on the
+same tensors, both in turns, medians. (Processor time, not time on the clock: other programs on the machine disturb it
+less.) "one set" and "channels" are ``position_groups`` 1 and "channels", with taps uniform within a pixel of the grid;
+"dense" is "channels" without the compiled kernels. "shift" is an ActiveShift2d of the same channels, and "shift+1x1"
+that and a 1x1 convolution over the layer and a 1x1 convolution (3x3 rows only).
 
     python benchmarks/depthwise.py --batch 1 16
 """
@@ -13,7 +13,10 @@ from __future__ import annotations
 
 import argparse
 import csv
+import random
+import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from timing import in_turns
 from torch import Tensor
 
 from lightning_acu import acu_conv2d
@@ -94,6 +96,28 @@ def without_gradients(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return call
 
 
+def in_turns(calls: dict[str, Callable[[], object]], budget: float) -> dict[str, float]:
+    """Median processor time of a call, in seconds; a sample lasts 5 ms at least, all samples of a call ``budget``."""
+
+    def sample(call: Callable[[], object], repeats: int) -> float:
+        began = time.process_time()
+        for _ in range(repeats):
+            call()
+        return (time.process_time() - began) / repeats
+
+    for call in calls.values():  # warm up
+        call()
+    repeats = {name: max(1, round(5e-3 / sample(call, 2))) for name, call in calls.items()}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    names, shuffle = list(calls), random.Random(0).shuffle
+    for turn in range(25):
+        shuffle(names)
+        for name in names:
+            if turn < 3 or sum(times[name]) * repeats[name] < budget:
+                times[name].append(sample(calls[name], repeats[name]))
+    return {name: statistics.median(samples) for name, samples in times.items()}
+
+
 def ratios(steps: dict[str, Step], budget: float) -> dict[str, dict[str, float]]:
     """{pass: {method: time over that of plain, plain's own in milliseconds}}."""
     grads = {name: torch.randn_like(forward()) for name, (forward, _) in steps.items()}
@@ -106,13 +130,10 @@ def ratios(steps: dict[str, Step], budget: float) -> dict[str, dict[str, float]]
     }
     found = {}
     for direction, own in calls.items():
-        for call in own.values():
-            call()
-        times = in_turns(own, "cpu", budget, 15, dict.fromkeys(own, 3))
-        fastest = {name: min(samples) for name, samples in times.items()}
-        over = {name: "plain+1x1" if name == "shift+1x1" else "plain" for name in fastest}
-        found[direction] = {name: fastest[name] / fastest[over[name]] for name in METHODS if name in fastest}
-        found[direction]["plain, ms"] = fastest["plain"] * 1e3
+        times = in_turns(own, budget)
+        over = {name: "plain+1x1" if name == "shift+1x1" else "plain" for name in times}
+        found[direction] = {name: times[name] / times[over[name]] for name in METHODS if name in times}
+        found[direction]["plain, ms"] = times["plain"] * 1e3
     return found
 
 
@@ -122,7 +143,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, nargs="+", default=[16])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--only", default="", help="a part of the names of layers, such as ConvNeXt or 7x7")
-    parser.add_argument("--budget", type=float, default=0.5, help="seconds for each number")
+    parser.add_argument("--budget", type=float, default=0.5, help="seconds of processor time for each number")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the CSV file")
     options = parser.parse_args()
     rows = []
@@ -143,7 +164,7 @@ def main() -> int:
                 ]
     if not rows:
         parser.error(f"--only {options.only!r} is in no layer's name; names are like 'ConvNeXt-atto 40@56 7x7'")
-    table = Table(title=f"time over that of plain, torch {torch.__version__}")
+    table = Table(title=f"processor time over that of plain, torch {torch.__version__}")
     for column in rows[0]:
         table.add_column(column)
     for row in rows:

@@ -117,6 +117,14 @@ def test_report_takes_the_arguments_of_a_conversion(capsys):
     assert text.count("in the first stage, which preset='C23' leaves") == 4
 
 
+def test_report_of_positions_for_each_channel_says_what_stays_plain(capsys):
+    main(["report", "--model", "test_efficientnet", "--position_groups", "channels"])
+    shown = capsys.readouterr()
+    assert "2 of 17 convolutions active" in shown.out
+    assert "4 of 6 selected convolutions of EfficientNet stay plain" in shown.err
+    assert "position_groups='channels' needs a depthwise convolution" in shown.out
+
+
 @pytest.mark.filterwarnings("ignore::lightning_acu.surgery.NoEffectWarning")
 def test_report_of_a_model_without_anything_to_convert(capsys):
     main(["report", "--model", "mixer_s32_224", "--input_size", "3", "224", "224"])

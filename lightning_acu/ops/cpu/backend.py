@@ -87,7 +87,8 @@ def _is_plain(offsets: Tensor, geometry: ConvGeometry) -> bool:
         return False
     if min(geometry.dilation) > 0 and not _positions.any_shift(positions):
         return True
-    rows, columns = (split_offsets(offsets)[0] + torch.tensor(geometry.grid(), device="cpu")).unbind(-1)
+    grid = torch.tensor(geometry.grid(), dtype=torch.long, device="cpu")
+    rows, columns = (split_offsets(offsets)[0] + grid).unbind(-1)
     if len(distinct(rows)) * len(distinct(columns)) > geometry.taps:  # quick: a plan looks at all position groups
         return False
     plan = plan_windows(offsets, geometry)
