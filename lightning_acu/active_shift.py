@@ -8,7 +8,7 @@ from typing import Any, NoReturn, Self
 import torch
 from torch import Tensor
 
-from .checks import at_least
+from .checks import at_least, refuse_peft
 from .conv import ACUConv2d
 
 __all__ = ["ActiveShift2d"]
@@ -55,6 +55,7 @@ class ActiveShift2d(ACUConv2d):
         radius: float = 1.0,
         backend: str = "auto",
     ) -> None:
+        refuse_peft(type(self), "leave shifts out of target_modules, or fold the model first")
         self.radius = at_least("radius", radius)
         super().__init__(
             channels, channels, 1, stride, groups=channels, bias=False, device=device, dtype=dtype,
