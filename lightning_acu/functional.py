@@ -87,7 +87,7 @@ def acu_conv2d(
 
     device = input.device.type
     tensors = (input, weight, offsets) if bias is None else (input, weight, offsets, bias)
-    if (backend == "reference" or _autocast_enabled(device)) and not op.needs_operator(*tensors):
+    if backend == "reference" or _autocast_enabled(device):
         require_memory(*tensors)  # before torch's own functions read it; the backends look for themselves
     if _autocast_enabled(device):  # as autocast does for conv2d; the offsets keep their precision
         dtype = torch.get_autocast_dtype(device)
@@ -128,6 +128,8 @@ def _check_tensors(input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor 
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"`{name}` must be a tensor, got {type(tensor).__name__}")
+        if tensor.layout is not torch.strided:
+            raise TypeError(f"`{name}` must be a dense tensor, got one of layout {tensor.layout}; use to_dense()")
     if input.ndim not in (3, 4):
         raise ValueError(f"`input` must be (N, C_in, H, W) or (C_in, H, W), got shape {tuple(input.shape)}")
     if weight.ndim != 4:

@@ -11,6 +11,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
+from ..expansion import propagate_nan_offsets
 from ..geometry import ConvGeometry
 from . import dense
 from .cpu import backend as cpu_backend
@@ -136,18 +137,41 @@ def _warn_once(message: str) -> None:
 def require_memory(*tensors: Tensor | None) -> None:
     """A RuntimeError where a tensor's memory was freed, as ``tensor.untyped_storage().resize_(0)`` does (and FSDP).
 
-    Compiled kernels would read what lies behind it.
+    Compiled kernels, torch's too, would read what lies behind it.
     """
+    if torch.compiler.is_compiling():
+        return
     for tensor in tensors:
         if tensor is None:
             continue
-        size = tensor.untyped_storage().nbytes()
-        # (the first two are quick, and tell for tensors that begin where their storage does)
-        if (size < tensor.nbytes or tensor.storage_offset()) and tensor.numel() and size < _extent(tensor):
+        try:
+            size = tensor.untyped_storage().nbytes()
+        except NotImplementedError:  # a wrapper of torch.func, around the tensor that has the memory
+            require_memory(_unwrapped(tensor))
+            continue
+        # (The first three are quick, and tell for tensors that begin where their storage does and have no gaps.)
+        if (
+            (size < tensor.nbytes or tensor.storage_offset() or not _is_dense(tensor))
+            and tensor.numel()
+            and size < _extent(tensor)
+        ):
             raise RuntimeError(
                 f"the memory of a tensor of shape {tuple(tensor.shape)} was freed: its storage has {size} bytes and "
                 f"would need {_extent(tensor)}; allocate it again before the call"
             )
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def _unwrapped(tensor: Tensor) -> Tensor | None:
+    """What torch.func has wrapped; None where this torch cannot tell."""
+    functorch = getattr(torch._C, "_functorch", None)
+    if functorch is None or not functorch.is_functorch_wrapped_tensor(tensor):
+        return None
+    inner: Tensor = functorch.get_unwrapped(tensor)
+    return inner
 
 
 def _extent(tensor: Tensor) -> int:
@@ -164,8 +188,18 @@ def forward(
     # The caller has cast for autocast already; in here, autocast would cast the float32 positions too.
     with without_autocast(input.device.type):
         chosen = _select(backend, input, weight, offsets, geometry)
-        output = chosen.forward(input, weight, offsets, bias, geometry)
+        forward = chosen.forward if input.numel() else _forward_of_nothing
+        output = forward(input, weight, offsets, bias, geometry)
     return output.contiguous(memory_format=memory_format(input, weight))
+
+
+def _forward_of_nothing(
+    input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, geometry: ConvGeometry
+) -> Tensor:
+    """The output for an ``input`` without pixels: no channels, or nothing but padding. torch's own refuse those."""
+    output = input.new_zeros(len(input), len(weight), *geometry.output_size(input.shape[2:]))
+    output = output if bias is None else output + bias[:, None, None]
+    return propagate_nan_offsets(output, offsets)
 
 
 def backward(
@@ -181,7 +215,10 @@ def backward(
     require_memory(grad, input, weight, offsets)
     with without_autocast(input.device.type):
         chosen = _select(backend, input, weight, offsets, geometry, needs)
-        grads = chosen.backward(grad, input, weight, offsets, geometry, needs)
+        if input.numel() and grad.numel():
+            grads = chosen.backward(grad, input, weight, offsets, geometry, needs)
+        else:  # nothing depends on anything
+            grads = torch.zeros_like(input), torch.zeros_like(weight), torch.zeros_like(offsets)
     return [
         None if result is None or not need else result.contiguous(memory_format=preserved_format(tensor))
         for result, tensor, need in zip(grads, (input, weight, offsets), needs, strict=True)

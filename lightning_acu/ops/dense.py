@@ -8,6 +8,7 @@ expanded kernel depends on the positions, so on a GPU every call waits for them 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -93,10 +94,10 @@ def input_gradient(
     grad_input: Tensor | None = None
     kernels = plan.split(expand_kernel(weight, offsets, plan).to(grad.dtype))
     for window, kernel in zip(plan.windows, kernels, strict=True):
-        padded, padding = _pad_for(input, window, geometry)
-        part = _convolution_backward(grad, padded, kernel, padding, window, geometry, (True, False))[0]
-        top, left, bottom, right = sides = window.padding(geometry)
-        if not _is_symmetric(sides):  # the adjoint of padding is cropping, and vice versa
+        padded = _pad_for(input, window, geometry)
+        part = _convolution_backward(grad, padded, kernel, window, geometry, (True, False))[0]
+        top, left, bottom, right = padded.sides
+        if any(padded.sides):  # the adjoint of padding is cropping, and vice versa
             part = pad_or_crop(part, (-top, -left, -bottom, -right))
         if grad_input is None:
             grad_input = part if len(plan.windows) == 1 else part.to(torch.promote_types(part.dtype, torch.float32))
@@ -117,45 +118,75 @@ def weight_gradient(
 
 def _kernel_gradient(grad: Tensor, input: Tensor, weight: Tensor, window: Window, geometry: ConvGeometry) -> Tensor:
     """The gradient of a window's expanded kernel, (C_out, C_in/groups, height, width)."""
-    padded, padding = _pad_for(input, window, geometry)
-    if grad.device.type == "cpu" and grad.itemsize == 2 and max(geometry.stride) > 1 and any(padding):
-        # torch 2.14 leaves memory that nobody wrote in the gradient of kernel columns that read padding alone.
-        padded, padding = F.pad(padded, (padding[1], padding[1], padding[0], padding[0])), (0, 0)
+    padded = _pad_for(input, window, geometry)
     kernel = weight.new_empty(()).to(grad.dtype).expand(*weight.shape[:2], window.height, window.width)
-    return _convolution_backward(grad, padded, kernel, padding, window, geometry, (False, True))[1]
+    return _convolution_backward(grad, padded, kernel, window, geometry, (False, True))[1]
 
 
 def _convolution_backward(
     grad: Tensor,
-    padded: Tensor,
+    padded: _Padded,
     kernel: Tensor,
-    padding: tuple[int, int],
     window: Window,
     geometry: ConvGeometry,
     needs: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor]:
     grad_input, grad_kernel, _ = torch.ops.aten.convolution_backward(
-        grad, padded, kernel, None, geometry.stride, padding, window.dilation, False, (0, 0), geometry.groups,
-        (*needs, False),
+        grad, padded.image, kernel, None, padded.stride, padded.padding, window.dilation, False, (0, 0),
+        geometry.groups, (*needs, False),
     )  # fmt: skip
     return grad_input, grad_kernel
 
 
 def _conv(input: Tensor, window: Window, kernel: Tensor, bias: Tensor | None, geometry: ConvGeometry) -> Tensor:
-    padded, padding = _pad_for(input, window, geometry)
-    return F.conv2d(padded, kernel, bias, geometry.stride, padding, window.dilation, geometry.groups)
+    padded = _pad_for(input, window, geometry)
+    return F.conv2d(padded.image, kernel, bias, padded.stride, padded.padding, window.dilation, geometry.groups)
 
 
-def _pad_for(input: Tensor, window: Window, geometry: ConvGeometry) -> tuple[Tensor, tuple[int, int]]:
-    """The input and the padding (rows, columns) with which a plain convolution has its kernel at ``window``.
+class _Padded(NamedTuple):
+    """An image that was padded or cropped at ``sides`` (top, left, bottom, right), and how to convolve it.
+
+    ``padding`` (rows, columns) is what is left to the convolution.
+    """
+
+    image: Tensor
+    sides: tuple[int, int, int, int]
+    padding: tuple[int, int]
+    stride: tuple[int, int]
+
+
+def _pad_for(input: Tensor, window: Window, geometry: ConvGeometry) -> _Padded:
+    """The image with which a plain convolution has its kernel at ``window``.
 
     Where both sides of an axis need the same padding, the convolution pads by itself; otherwise the input is padded or
     cropped first, which copies it.
     """
     sides = window.padding(geometry)
+    if input.device.type == "cpu" and input.itemsize == 2 and max(geometry.stride) > 1:
+        return _pad_for_onednn(input, window, sides, geometry)
     if _is_symmetric(sides):
-        return _canonical_strides(input), sides[:2]
-    return _canonical_strides(pad_or_crop(input, sides)), (0, 0)
+        return _Padded(_canonical_strides(input), (0, 0, 0, 0), sides[:2], geometry.stride)
+    return _Padded(_canonical_strides(pad_or_crop(input, sides)), sides, (0, 0), geometry.stride)
+
+
+def _pad_for_onednn(
+    input: Tensor, window: Window, sides: tuple[int, int, int, int], geometry: ConvGeometry
+) -> _Padded:
+    """As :func:`_pad_for`, where a convolution must not pad: bfloat16 and float16 on a CPU, with a stride.
+
+    torch 2.14 leaves memory that nobody wrote in outputs and gradients, or crashes, where a column of the kernel or of
+    the output reads padding alone, or where the output is one column wide. In the latter case any stride is right if
+    the image is as wide as the kernel.
+    """
+    top, left, bottom, right = sides
+    stride_y, stride_x = geometry.stride
+    height, width = geometry.output_size(input.shape[2:])
+    if height == 1:
+        bottom, stride_y = window.dilation[0] * (window.height - 1) + 1 - input.shape[2] - top, 1
+    if width == 1:
+        right, stride_x = window.dilation[1] * (window.width - 1) + 1 - input.shape[3] - left, 1
+    sides = (top, left, bottom, right)
+    return _Padded(_canonical_strides(pad_or_crop(input, sides)), sides, (0, 0), (stride_y, stride_x))
 
 
 def _is_symmetric(sides: tuple[int, int, int, int]) -> bool:

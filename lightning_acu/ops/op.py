@@ -199,6 +199,8 @@ def _gradients(ctx: Any, grad: Tensor, backward: Callable[..., Sequence[Tensor |
     grads: Sequence[Tensor | None] = (None, None, None)
     if any(needs):
         grads = backward(grad, *ctx.saved_tensors, *ctx.configuration, needs)
+    else:
+        backends.require_memory(grad)
     return *grads, grad.sum((0, 2, 3)) if needs_bias else None, *[None] * len(ctx.configuration)
 
 
@@ -218,18 +220,24 @@ def _map_over_batch(operator: Callable[..., Any]) -> Callable[..., Any]:
     """The rule of torch.vmap: the operator for one entry after the other."""
 
     def rule(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
-        results = [
-            operator(
+        def entry(number: int) -> Any:
+            return operator(
                 *(
-                    argument.select(dim, entry) if isinstance(dim, int) else argument
+                    argument.select(dim, number) if isinstance(dim, int) else argument
                     for argument, dim in zip(arguments, in_dims, strict=True)
                 )
             )
-            for entry in range(info.batch_size)
-        ]
+
+        if not info.batch_size:  # the shapes of no results are those of the result for zeros
+            arguments = tuple(
+                argument.sum(dim, keepdim=True) if isinstance(dim, int) else argument
+                for argument, dim in zip(arguments, in_dims, strict=True)
+            )
+        results = [entry(number) for number in range(max(1, info.batch_size))]
         if isinstance(results[0], Tensor):
-            return torch.stack(results), 0
-        return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
+            return torch.stack(results)[: info.batch_size], 0
+        stacked = (torch.stack(parts)[: info.batch_size] for parts in zip(*results, strict=True))
+        return tuple(stacked), (0,) * len(results[0])
 
     return rule
 
@@ -290,9 +298,9 @@ def acu_conv2d(
     """What :func:`acu_conv2d_op` computes, through it only where that makes a difference. Shapes have been checked."""
     tensors = (input, weight, offsets) if bias is None else (input, weight, offsets, bias)
     if needs_operator(*tensors):
-        _refuse_tangents(*tensors)
         if _is_transformed():
             return _Transformable.apply(input, weight, offsets, bias, *_configuration(geometry), backend)  # type: ignore[no-any-return]
+        _refuse_tangents(*tensors)
         return acu_conv2d_op(input, weight, offsets, bias, *_configuration(geometry), backend)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return _EagerConvolution.apply(input, weight, offsets, bias, geometry, backend)  # type: ignore[no-any-return]

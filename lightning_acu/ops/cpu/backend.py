@@ -69,7 +69,7 @@ def prefers(
     """
     if input.device.type != "cpu":
         return False
-    if MISSING is not None or not weight.numel():  # (no input channels: there is nothing to compute)
+    if MISSING is not None or not input.numel():  # (then there is nothing to compute)
         return True
     if not _vectors.OPENMP and torch.get_num_threads() > 2:
         return False
@@ -105,8 +105,6 @@ def forward(input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None,
     dtype = _compute_dtype(input)
     size = (input.shape[0], weight.shape[0], *geometry.output_size(input.shape[2:]))
     output = torch.empty(size, dtype=input.dtype, device="cpu", memory_format=memory_format(input, weight))
-    if not weight.numel():  # no input channels
-        return output.zero_() if bias is None else output.copy_(bias[:, None, None].expand_as(output))
     cell, fraction, any_nan = _taps(offsets, geometry)
     weights = Memory(weight.to(dtype).flatten(2))
     biases = None if bias is None else Memory(bias.to(dtype).contiguous())
@@ -127,8 +125,6 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of input, weight and offsets; None for those that ``needs`` does not ask for."""
     dtype = _compute_dtype(input)
-    if not weight.numel() or not grad.numel():
-        return torch.zeros_like(input), torch.zeros_like(weight), torch.zeros_like(offsets)
     cell, fraction, _ = _taps(offsets, geometry)
     common = (cell, fraction, geometry.groups, geometry.stride)
     weights, threads = weight.to(dtype).flatten(2), _threads(grad, weight)

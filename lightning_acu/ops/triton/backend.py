@@ -86,10 +86,6 @@ def forward(input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None,
     size = (input.shape[0], weight.shape[0], *geometry.output_size(input.shape[2:]))
     output = torch.empty(size, dtype=input.dtype, device=input.device, memory_format=torch.channels_last)
     _check_size(output)
-    if not output.numel():
-        return output
-    if not weight.numel():  # no input channels
-        return output.zero_() if bias is None else output.copy_(bias[:, None, None].expand_as(output))
     route = channelwise if _is_channelwise(weight, geometry) else product
     with _on(input):
         bias = None if bias is None else bias.contiguous()
@@ -104,8 +100,6 @@ def backward(
     from . import cells, channelwise, product
 
     _check_size(grad)
-    if not weight.numel() or not grad.numel() or not input.numel():
-        return torch.zeros_like(input), torch.zeros_like(weight), torch.zeros_like(offsets)
     grad_input = grad_weight = grad_offsets = None
     gradient, kernel, positions = _image(grad), weight.contiguous(), _positions(offsets)
     depthwise = _is_channelwise(weight, geometry)
