@@ -3,7 +3,7 @@
 python scripts/stress_op.py --cases 10000 --seed 0     half an hour on 1 core
 python scripts/stress_op.py --one 4711                 one case, with its traceback
 
-Cases are numbered from --seed; `tests/helpers/stress_cases.py` makes them. They run in child processes, some hundred in
+Cases are numbered from --seed; `tests/helpers/stress_cases.py` makes them. They run in child processes, a thousand in
 each, so that a crash or a hang is a failure of the case that was running, and the next child goes on behind it.
 """
 
@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # its helpers
 
 #: Cases of one child, seconds that one case may take, and bytes of address space of a child.
-BATCH, TIMEOUT, MEMORY = 250, 120, 12 << 30
+BATCH, TIMEOUT, MEMORY = 1000, 120, 12 << 30
 
 
 def child(first: int, last: int) -> None:
@@ -36,7 +36,7 @@ def child(first: int, last: int) -> None:
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     warnings.simplefilter("ignore")
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     for seed in range(first, last):
         print(f"begins {seed}", flush=True)
         faulthandler.dump_traceback_later(TIMEOUT - 10)

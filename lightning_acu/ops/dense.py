@@ -162,21 +162,39 @@ def _pad_for(input: Tensor, window: Window, geometry: ConvGeometry) -> _Padded:
     cropped first, which copies it.
     """
     sides = window.padding(geometry)
-    if input.device.type == "cpu" and input.itemsize == 2 and max(geometry.stride) > 1:
-        return _pad_for_onednn(input, window, sides, geometry)
+    if input.device.type == "cpu" and input.itemsize == 2 and _fails_in_half(input, window, sides, geometry):
+        return _pad_in_half(input, window, sides, geometry)
     if _is_symmetric(sides):
         return _Padded(_canonical_strides(input), (0, 0, 0, 0), sides[:2], geometry.stride)
     return _Padded(_canonical_strides(pad_or_crop(input, sides)), sides, (0, 0), geometry.stride)
 
 
-def _pad_for_onednn(
+def _fails_in_half(
+    input: Tensor, window: Window, sides: tuple[int, int, int, int], geometry: ConvGeometry
+) -> bool:
+    """Whether torch 2.14's CPU convolution may crash, or give memory that nobody wrote, in bfloat16 and float16.
+
+    It does, forward or backward, where a row or column of the kernel reads padding alone, and with a stride where the
+    output is one row or column.
+    """
+    output = geometry.output_size(input.shape[2:])
+    for axis, cells in enumerate((window.height, window.width)):
+        size, stride, dilation = input.shape[2 + axis], geometry.stride[axis], window.dilation[axis]
+        if stride > 1 and output[axis] == 1:
+            return True
+        for first in range(-sides[axis], -sides[axis] + cells * dilation, dilation):
+            inside = -(-max(0, -first) // stride)  # the first output pixel whose cell is not before the image
+            if inside >= output[axis] or first + inside * stride >= size:
+                return True
+    return False
+
+
+def _pad_in_half(
     input: Tensor, window: Window, sides: tuple[int, int, int, int], geometry: ConvGeometry
 ) -> _Padded:
-    """As :func:`_pad_for`, where a convolution must not pad: bfloat16 and float16 on a CPU, with a stride.
+    """As :func:`_pad_for`, for :func:`_fails_in_half`: nothing is left to the convolution to pad.
 
-    torch 2.14 leaves memory that nobody wrote in outputs and gradients, or crashes, where a column of the kernel or of
-    the output reads padding alone, or where the output is one column wide. In the latter case any stride is right if
-    the image is as wide as the kernel.
+    Where the output is one row or column, any stride is right if the image is as large as the kernel.
     """
     top, left, bottom, right = sides
     stride_y, stride_x = geometry.stride

@@ -60,6 +60,9 @@ def _sample(image: Tensor, corner: Tensor, fraction: Tensor, geometry: ConvGeome
 
 def _read(image: Tensor, dim: int, index: Tensor) -> Tensor:
     """Rows or columns ``index`` of ``image``, zeros where there are none."""
+    if not image.shape[dim]:  # (torch does not index nothing)
+        size = [1 if axis == dim else n for axis, n in enumerate(image.shape)]
+        image = torch.cat((image, image.new_zeros(size)), dim)
     inside = (index >= 0) & (index < image.shape[dim])
     taken = image.index_select(dim, index.clamp(0, image.shape[dim] - 1))
     shape = [1] * image.ndim

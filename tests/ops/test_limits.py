@@ -32,6 +32,29 @@ def test_no_input_channels_leave_the_bias(backend):
         assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("backend", ["cython", "dense", "auto", "reference"])
+@pytest.mark.parametrize(
+    ("image", "groups"), [((2, 4, 0, 5), 1), ((2, 4, 3, 0), 2), ((2, 4, 0, 0), 4), ((2, 0, 3, 4), 1), ((0, 4, 3, 5), 1)]
+)
+def test_images_without_pixels_leave_the_bias(backend, image, groups):
+    """Nothing but padding is read. torch's own convolution refuses most of them, and is wrong without channels."""
+    shapes = image, (4, image[1] // groups, 2, 3), (2, 6, 2), (4,)
+    leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    output = acu_conv2d(*leaves, padding=(2, 2, 1, 3), groups=groups, backend=backend)
+    size = image[2] + 4 - 1, image[3] + 4 - 2
+    assert torch.equal(output, leaves[3][:, None, None].expand(image[0], 4, *size))
+    towards = torch.randn_like(output)
+    grads = torch.autograd.grad(output, leaves, towards)
+    assert [g.shape for g in grads] == [leaf.shape for leaf in leaves]
+    assert not any(g.any() for g in grads[:3])
+    torch.testing.assert_close(grads[3], towards.sum((0, 2, 3)))
+    with torch.no_grad():
+        leaves[2][1, 3, 0] = torch.nan
+        spoilt = acu_conv2d(*leaves, padding=(2, 2, 1, 3), groups=groups, backend=backend).isnan()
+    assert spoilt[:, 2:].all()
+    assert not spoilt[:, :2].any()
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 3, 3), (4, 3, 0, 3), (4, 3, 3, 0)])
 def test_no_output_channels_or_no_kernel_are_refused(shape):
     with pytest.raises(ValueError, match=r"`weight` must have output channels and a kernel of at least 1x1"):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 from lightning_acu import ACUConv2d, acu_conv2d
@@ -68,6 +69,62 @@ def test_vmap_over_any_argument(arguments, mapped):
     for number, factor in enumerate((1, 2)):
         expected = acu_conv2d(**arguments | {mapped: arguments[mapped] * factor}, groups=2)
         torch.testing.assert_close(outputs[number], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("mapped", ["input", "weight", "offsets", "bias"])
+def test_vmap_over_no_entries(arguments, mapped):
+    none = arguments | {mapped: arguments[mapped][None][:0]}
+    dims = {name: 0 if name == mapped else None for name in arguments}
+    expected = acu_conv2d(**arguments, groups=2)
+    assert vmap(lambda tensors: acu_conv2d(**tensors, groups=2), (dims,))(none).shape == (0, *expected.shape)
+    each = vmap(grad(loss), (dims,))(none)
+    assert {name: each[name].shape for name in each} == {name: (0, *t.shape) for name, t in arguments.items()}
+
+
+def test_gradients_of_each_of_no_images(arguments):
+    images = arguments.pop("input")[:0]
+    each = vmap(grad(lambda tensors, image: acu_conv2d(image, **tensors, groups=2).sum()), (None, 0))(arguments, images)
+    assert each["weight"].shape == (0, *arguments["weight"].shape)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["input", "weight", "offsets", "bias"])
+def test_the_jacobian_equals_autograds(arguments, backend, name):
+    """Of all outputs, each by a backward pass of its own."""
+
+    def function(tensor):
+        output = acu_conv2d(**arguments | {name: tensor}, stride=(3, 2), padding=1, groups=2, backend=backend)
+        return output[:1, ::2].sin()
+
+    found, leaf = jacrev(function)(arguments[name]), arguments[name].clone().requires_grad_()
+    output = function(leaf)
+    rows = [torch.autograd.grad(number, leaf, retain_graph=True)[0] for number in output.flatten()]
+    expected = torch.stack(rows).reshape(*output.shape, *leaf.shape)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # by torch, at the first jvp
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda f, x: vmap(f)(x),
+        lambda f, x: grad(lambda y: f(y[0]).sum())(x)[0],
+        lambda f, x: vmap(grad(lambda y: f(y).sum()))(x),
+    ],
+    ids=["vmap", "grad", "vmap(grad)"],
+)
+def test_transforms_within_a_level_of_forward_mode(arguments, transform, backend):
+    image = arguments.pop("input")[None]
+
+    def function(images):
+        return acu_conv2d(images, **arguments, groups=2, backend=backend)
+
+    expected = transform(function, image)
+    with forward_ad.dual_level():
+        torch.testing.assert_close(transform(function, image), expected, rtol=0, atol=0)
+        with pytest.raises(RuntimeError, match="no forward-mode.*use backend='reference'"):
+            transform(function, forward_ad.make_dual(image, torch.ones_like(image)))
 
 
 def test_an_ensemble_of_layers():
