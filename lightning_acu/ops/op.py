@@ -299,7 +299,7 @@ def acu_conv2d(
     tensors = (input, weight, offsets) if bias is None else (input, weight, offsets, bias)
     if needs_operator(*tensors):
         if _is_transformed():
-            return _Transformable.apply(input, weight, offsets, bias, *_configuration(geometry), backend)  # type: ignore[no-any-return]
+            return _Transformable.apply(input, weight, offsets, bias, geometry, backend)  # type: ignore[no-any-return]
         _refuse_tangents(*tensors)
         return acu_conv2d_op(input, weight, offsets, bias, *_configuration(geometry), backend)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
@@ -346,7 +346,10 @@ def _no_forward_mode() -> None:
 
 
 class _UnderTransforms(torch.autograd.Function):
-    """For torch.func, whose transforms cannot differentiate an operator that is written in Python."""
+    """For torch.func, whose transforms cannot differentiate an operator that is written in Python.
+
+    No argument is a list or a tuple: vmap within forward mode takes those apart and miscounts them.
+    """
 
     generate_vmap_rule = True  # forward and backward are operators, and those have rules
 
@@ -357,12 +360,15 @@ class _UnderTransforms(torch.autograd.Function):
 
 class _Transformable(_UnderTransforms):
     @staticmethod
-    def forward(*inputs: Any) -> Tensor:
-        return acu_conv2d_op(*inputs)
+    def forward(
+        input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, geometry: ConvGeometry, backend: str
+    ) -> Tensor:
+        return acu_conv2d_op(input, weight, offsets, bias, *_configuration(geometry), backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:3])  # vmap within forward mode expects as many as are saved for backward
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -371,8 +377,10 @@ class _Transformable(_UnderTransforms):
 
 class _TransformableBackward(_UnderTransforms):
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return acu_conv2d_backward_op(*arguments)
+    def forward(
+        grad: Tensor, input: Tensor, weight: Tensor, offsets: Tensor, geometry: ConvGeometry, backend: str, *needs: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return acu_conv2d_backward_op(grad, input, weight, offsets, *_configuration(geometry), backend, needs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -384,7 +392,8 @@ class _TransformableBackward(_UnderTransforms):
 
 
 def _transformable_backward(*arguments: Any) -> list[Tensor | None]:
-    grads, needs = _TransformableBackward.apply(*arguments), arguments[-1]
+    *others, needs = arguments
+    grads = _TransformableBackward.apply(*others, *needs)
     return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 

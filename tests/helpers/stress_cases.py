@@ -511,7 +511,7 @@ def edges(dice, seed):
     elif how == "wide":
         size = dice.choice(((1, 3000), (3000, 1)))
     elif how == "padding":
-        sides = tuple(dice.choice((0, 1, 70)) for _ in "tlbr")
+        sides = tuple(dice.choice(few) for few in ((0, 1, 70), (1, 70), (0, 1, 70), (0, 1, 70)))
     elif how == "stride":
         stride = dice.choice(((2**40 - 1, 1), (50, 2**39)))
     elif how == "reach":
