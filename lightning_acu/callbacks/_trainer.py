@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +32,7 @@ __all__ = [
     "require_writable_directory",
     "reshard",
     "run_directory",
+    "save_whole_checkpoint",
     "swapped_in",
     "trained_shapes",
     "warn_not_written",
@@ -208,6 +211,34 @@ def require_writable_directory(callback: pl.Callback, trainer: pl.Trainer, remed
             f"{type(callback).__name__} cannot write files to this run's directory {str(directory)!r} ({problem}); "
             f"choose another for the logger or the trainer's default_root_dir, or set {remedy}"
         )
+
+
+def save_whole_checkpoint(trainer: pl.Trainer, path: Path) -> None:
+    """Save a checkpoint without the optimizer's state; ``path`` is the old one or the whole new one, never a part.
+
+    Lightning writes it in the folder for temporary files and moves it from there, which copies it where that is on
+    another disk: a training that is killed meanwhile leaves a part. A collective operation, to be called on every
+    process.
+
+    Raises:
+        OSError: on process 0, where it cannot be written.
+    """
+    folder = path.with_name(f".{path.name}-draft")
+    draft = folder / path.name
+    try:
+        try:
+            trainer.save_checkpoint(draft, weights_only=True)
+        except OSError:  # of process 0 alone: the others wait for it where saving ends
+            trainer.strategy.barrier("Trainer.save_checkpoint")
+            raise
+        if trainer.is_global_zero:
+            if path.is_dir():  # of shards, as the draft is
+                shutil.rmtree(path)
+            os.replace(draft, path)
+    finally:
+        if trainer.is_global_zero:
+            shutil.rmtree(folder, ignore_errors=True)
+        trainer.strategy.barrier("save_whole_checkpoint")
 
 
 def warn_not_written(callback: pl.Callback, path: Path, error: OSError) -> None:

@@ -42,6 +42,7 @@ from ._trainer import (
     require_writable_directory,
     reshard,
     run_directory,
+    save_whole_checkpoint,
     swapped_in,
     trained_shapes,
     warn_not_written,
@@ -317,10 +318,9 @@ class RoundThenFinetune(PositionCallback):
             path = Path(directory, f"{name}.ckpt")
             try:
                 with swapped_in(trainer, pl_module):
-                    trainer.save_checkpoint(path, weights_only=True)
-            except OSError as error:  # of process 0 alone: the others wait for it where saving ends
+                    save_whole_checkpoint(trainer, path)
+            except OSError as error:
                 warn_not_written(self, path, error)
-                trainer.strategy.barrier("Trainer.save_checkpoint")
             else:
                 self.checkpoints[name] = str(path)
 

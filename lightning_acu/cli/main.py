@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..callbacks import RoundThenFinetune, evaluate_stages
-from ..callbacks._trainer import callbacks_of, is_fast_dev_run, run_directory
+from ..callbacks._trainer import callbacks_of, is_fast_dev_run, run_directory, save_whole_checkpoint
 from ..data import ImageDataModule
 from ..files import write_whole
 from ..statistics import model_statistics
@@ -81,7 +81,7 @@ class ACULightningCLI(LightningCLI):
         """Test the models of this fit, with ``--test_after_fit true``."""
         if self.config["fit"]["test_after_fit"] and not is_fast_dev_run(self.trainer):
             directory = run_directory(self.trainer)
-            self.trainer.save_checkpoint(directory / "final.ckpt", weights_only=True)
+            save_whole_checkpoint(self.trainer, directory / "final.ckpt")
             stages = evaluate_stages(self.trainer, self.model, self._rounding, datamodule=self.datamodule)
             self._summarize(directory, stages)
 

@@ -1,6 +1,7 @@
 """Directories that cannot be written to, and disks that are full."""
 
 import os
+import shutil
 import warnings
 from pathlib import Path
 
@@ -93,6 +94,24 @@ def test_a_checkpoint_that_cannot_be_written_ends_no_training(tmp_path, monkeypa
         fit(model, [PositionLRSchedule(3.0, 1), rounding], tmp_path)
     assert list(rounding.checkpoints) == ["rounded"]
     assert torch.equal(model.offsets, model.offsets.round())
+
+
+@pytest.mark.parametrize("name", ["before_rounding.ckpt", "rounded.ckpt"])
+def test_a_checkpoint_whose_writing_is_interrupted_is_not_there_in_part(tmp_path, monkeypatch, name):
+    """As when Lightning copies it from a folder for temporary files on another disk."""
+
+    def move(source, target):
+        if Path(target).name != name:
+            return shutil.copyfile(source, target)
+        Path(target).write_bytes(Path(source).read_bytes()[:100])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fsspec.implementations.local.shutil.move", move)
+    with pytest.raises(SystemExit):
+        fit(TinyModule(), [PositionLRSchedule(3.0, 1), RoundThenFinetune(at_step=9)], tmp_path)
+    assert not (tmp_path / name).exists()
+    for path in tmp_path.rglob("*.ckpt"):
+        torch.load(path, weights_only=True)
 
 
 def test_a_film_that_fails_leaves_the_one_before(tmp_path, monkeypatch):
