@@ -186,7 +186,10 @@ def check_whole(folder: Path) -> None:
 
 
 def rows(path: Path) -> dict[tuple[str, str], list[str]]:
-    """{(step, name): values} of metrics.csv (each stage is tested at the last step); its last line may be incomplete, as logs of killed programs may."""
+    """{(step, name): values} of metrics.csv (each stage is tested at the last step).
+
+    Its last line may be incomplete, as logs of killed programs may.
+    """
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     if lines and not lines[-1].endswith("\n"):
         del lines[-1]

@@ -1,6 +1,6 @@
 """Random calls of the operator: each must give the exact numbers or a clear error, and never a crash, hang or bad read.
 
-python scripts/stress_op.py --cases 10000 --seed 0     half an hour on 1 core
+python scripts/stress_op.py --cases 10000 --seed 0     10 minutes on 1 core
 python scripts/stress_op.py --one 4711                 one case, with its traceback
 
 Cases are numbered from --seed; `tests/helpers/stress_cases.py` makes them. They run in child processes, a thousand in

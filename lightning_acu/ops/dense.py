@@ -169,9 +169,7 @@ def _pad_for(input: Tensor, window: Window, geometry: ConvGeometry) -> _Padded:
     return _Padded(_canonical_strides(pad_or_crop(input, sides)), sides, (0, 0), geometry.stride)
 
 
-def _fails_in_half(
-    input: Tensor, window: Window, sides: tuple[int, int, int, int], geometry: ConvGeometry
-) -> bool:
+def _fails_in_half(input: Tensor, window: Window, sides: tuple[int, int, int, int], geometry: ConvGeometry) -> bool:
     """Whether torch 2.14's CPU convolution may crash, or give memory that nobody wrote, in bfloat16 and float16.
 
     It does, forward or backward, where a row or column of the kernel reads padding alone, and with a stride where the
@@ -189,9 +187,7 @@ def _fails_in_half(
     return False
 
 
-def _pad_in_half(
-    input: Tensor, window: Window, sides: tuple[int, int, int, int], geometry: ConvGeometry
-) -> _Padded:
+def _pad_in_half(input: Tensor, window: Window, sides: tuple[int, int, int, int], geometry: ConvGeometry) -> _Padded:
     """As :func:`_pad_for`, for :func:`_fails_in_half`: nothing is left to the convolution to pad.
 
     Where the output is one row or column, any stride is right if the image is as large as the kernel.

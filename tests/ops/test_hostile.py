@@ -56,12 +56,19 @@ def in_a_mode(given, backend):
         acu_conv2d(**given, backend=backend)
 
 
-@pytest.mark.parametrize("how", [
-    lambda given, backend: vmap(lambda bias: acu_conv2d(**given | {"bias": bias}, backend=backend))(given["bias"][None]),
-    lambda given, backend: grad(lambda all: acu_conv2d(**all, backend=backend).sum())(given),
-    lambda given, backend: acu_conv2d(**{n: t.as_subclass(Subclass) for n, t in given.items()}, backend=backend),
-    in_a_mode,
-], ids=["vmap", "grad", "subclass", "mode"])  # fmt: skip
+def under_vmap(given, backend):
+    vmap(lambda bias: acu_conv2d(**given | {"bias": bias}, backend=backend))(given["bias"][None])
+
+
+def under_grad(given, backend):
+    grad(lambda tensors: acu_conv2d(**tensors, backend=backend).sum())(given)
+
+
+def in_a_subclass(given, backend):
+    acu_conv2d(**{name: tensor.as_subclass(Subclass) for name, tensor in given.items()}, backend=backend)
+
+
+@pytest.mark.parametrize("how", [under_vmap, under_grad, in_a_subclass, in_a_mode])
 @pytest.mark.parametrize(("backend", "autocast"), [("reference", False), ("auto", True), ("dense", True)])
 @pytest.mark.parametrize("name", NAMES)
 def test_memory_that_is_half_freed_is_not_read_under_transforms(how, backend, autocast, name):
@@ -277,6 +284,7 @@ for batch, c_in, c_out, groups, size, kernel, stride, padding, dilation in {case
 """
 
 
+@pytest.mark.slow
 def test_half_precision_where_torchs_own_convolution_reads_what_nobody_wrote():
     """In a process of its own, since a crash would end all tests."""
     run = subprocess.run([sys.executable, "-c", HALF.format(cases=FAULTY)], capture_output=True, text=True, check=False)

@@ -1,12 +1,7 @@
 """Some of the calls of scripts/stress_op.py, and what it says of a case that fails, crashes or hangs."""
 
-import sys
-from pathlib import Path
-
 import pytest
 from helpers.stress_cases import KINDS, stress
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from scripts import stress_op
 

@@ -123,7 +123,7 @@ def test_transforms_within_a_level_of_forward_mode(arguments, transform, backend
     expected = transform(function, image)
     with forward_ad.dual_level():
         torch.testing.assert_close(transform(function, image), expected, rtol=0, atol=0)
-        with pytest.raises(RuntimeError, match="no forward-mode.*use backend='reference'"):
+        with pytest.raises(RuntimeError, match=r"no forward-mode.*use backend='reference'"):
             transform(function, forward_ad.make_dual(image, torch.ones_like(image)))
 
 
