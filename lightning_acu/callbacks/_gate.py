@@ -21,19 +21,21 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ..conv import ACUConv2d
-from ..training import NonFiniteGuard, parameter_ids, trained_layers
+from ..training import Normalize, PositionGradients, parameter_ids, trained_layers
 from ._clock import PositionClock
 
 __all__ = ["GradientGate"]
 
-#: Changes ``layer.offsets.grad`` of the layers that an optimizer is about to step; some may be None already. With None
-#: the optimizer skips the positions; with a gradient of zero, momentum and weight decay would still move them.
-Transform = Callable[[pl.Trainer, Optimizer, Sequence[ACUConv2d]], None]
+#: Sets ``layer.offsets.grad`` to None for those layers that an optimizer is about to step and must not move: it skips
+#: these; with a gradient of zero, momentum and weight decay would still move them. Returns how to normalise the others.
+Transform = Callable[[pl.Trainer, Optimizer, Sequence[ACUConv2d]], Normalize | None]
 
 #: The methods of a LightningModule that the gate replaces.
 _HOOKS = ("clip_gradients", "configure_gradient_clipping", "on_before_optimizer_step")
@@ -51,10 +53,10 @@ class GradientGate:
         self.transforms: list[Transform] = []
         #: Shared by the callbacks of this training.
         self.clock = PositionClock()
-        #: Keeps taps whose gradient is not finite where they are, and counts them.
-        self.guard = NonFiniteGuard()
+        self.gradients = PositionGradients()
         self.said = 0  # the number when it was last said
         self._layers: list[ACUConv2d] | None = None
+        self._held: dict[int, tuple[Any, list[ACUConv2d]]] = {}  # by id of an optimizer: its groups, layers it steps
         self._ready = False  # the gradients of the coming step have been transformed
         self._transformed = 0  # how often that was done
         self._running: list[tuple[bool, int]] = []  # for each optimizer in a step: with a closure?, `_transformed`
@@ -114,7 +116,7 @@ class GradientGate:
 
     def say_not_finite(self) -> str:
         """A sentence on the gradients that were not finite; empty if there were none since it was last called."""
-        if (count := self.guard.count) == self.said:
+        if (count := self.gradients.guard.count) == self.said:
             return ""
         self.said = count
         step = self.module.trainer.global_step
@@ -156,9 +158,9 @@ class GradientGate:
         layers = self._stepped(optimizer)
         if not layers:
             return
-        for transform in self.transforms:
-            transform(self.module.trainer, optimizer, layers)
-        self.guard.before_step(layers)
+        rules = [transform(self.module.trainer, optimizer, layers) for transform in self.transforms]
+        normalize = next((rule for rule in rules if rule is not None), None)
+        self.gradients.before_step(optimizer, layers, normalize, self._scale(optimizer))
         self._ready = True
         self._transformed += 1
 
@@ -182,7 +184,7 @@ class GradientGate:
                 "positions could not be kept still, nor their gradients normalised; compute the gradients first, then "
                 f"call {name}.step() without a closure, or step what self.optimizers() returns"
             )
-        self.guard.after_step(getattr(optimizer, "found_inf", None))  # of fused optimizers in mixed precision
+        self.gradients.after_step(optimizer)
         self._ready = False
 
     def _say_uncounted(self, optimizer: Optimizer) -> None:
@@ -196,14 +198,28 @@ class GradientGate:
             )
 
     def _stepped(self, optimizer: Optimizer) -> list[ACUConv2d]:
-        """The active convolutions whose positions ``optimizer`` is about to step."""
-        held = parameter_ids([optimizer])
-        return [layer for layer in self.layers if id(layer.offsets) in held]
+        """The active convolutions whose positions ``optimizer`` is about to step; found anew when a group changes."""
+        groups = [(id(group["params"]), len(group["params"])) for group in optimizer.param_groups]
+        known, layers = self._held.get(id(optimizer), (None, []))
+        if known != groups:
+            held = parameter_ids([optimizer])
+            layers = [layer for layer in self.layers if id(layer.offsets) in held]
+            self._held[id(optimizer)] = groups, layers
+        return layers
+
+    def _scale(self, optimizer: Optimizer) -> Tensor | None:
+        """The scale of the loss, where ``optimizer`` unscales gradients itself, in its step."""
+        scaler = getattr(self.module.trainer.precision_plugin, "scaler", None)
+        if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
+            return None
+        one = torch.ones((), dtype=torch.float32, device=self.module.device)
+        scale: Tensor = scaler.scale(one)  # an optimizer's `grad_scale` is set later
+        return scale
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies of the module (weight averaging makes one) and pickles of it get a gate that does nothing."""
-        empty = {"transforms": [], "clock": PositionClock(), "guard": NonFiniteGuard(), "_layers": None, "_handles": []}
-        return vars(self) | empty | {"_trainer": None}
+        empty = {"transforms": [], "clock": PositionClock(), "gradients": PositionGradients(), "_layers": None}
+        return vars(self) | empty | {"_held": {}, "_handles": [], "_trainer": None}
 
 
 def _trainer_of(module: pl.LightningModule) -> weakref.ref[Any] | None:

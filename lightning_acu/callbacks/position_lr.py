@@ -17,10 +17,11 @@ from ..conv import ACUConv2d
 from ..sharded import whole
 from ..training import (
     LearningPhase,
+    Normalize,
     Schedule,
     confine_positions_,
+    find_normalize,
     find_schedule,
-    normalize_gradients_,
     parameter_ids,
     tie_learning_rates,
     trained_layers,
@@ -64,7 +65,9 @@ class PositionLRSchedule(PositionCallback):
     Args:
         multiplier: learning rate of positions over that of the other parameters.
         warmup_steps: optimizer steps at the start in which positions do not move at all.
-        normalize: scale each tap's gradient (g_y, g_x) to length 1.
+        normalize: "gradient", the paper: scale each tap's gradient (g_y, g_x) to length 1. "momentum": average the
+            gradients over steps, scale that to length 1, and set the optimizer's own momentum of positions to 0, see
+            :class:`~lightning_acu.training.PositionGradients`. None: neither.
         weight_decay: for positions; it pulls the taps back to the regular grid.
         schedule: a further factor on the learning rate, from the end of the warm-up until positions are rounded (see
             RoundThenFinetune) or the training ends: "constant", "cosine", "linear", "step", "lattice" (anneals the taps
@@ -92,7 +95,7 @@ class PositionLRSchedule(PositionCallback):
         self,
         multiplier: float = 0.01,
         warmup_steps: int = _PAPERS_WARMUP,
-        normalize: bool = True,
+        normalize: Normalize | bool | None = "gradient",
         weight_decay: float = 0.0,
         schedule: str | Schedule = "constant",
         warmup_epochs: int | None = None,
@@ -105,7 +108,7 @@ class PositionLRSchedule(PositionCallback):
             )
         self.multiplier = at_least("multiplier", multiplier)
         self.warmup_steps = whole_number("warmup_steps", warmup_steps) if warmup_epochs is None else 0
-        self.normalize = normalize
+        self.normalize = find_normalize(normalize)
         self.weight_decay = at_least("weight_decay", weight_decay)
         self.schedule = find_schedule("schedule", schedule)
         self.warmup_epochs = None if warmup_epochs is None else whole_number("warmup_epochs", warmup_epochs)
@@ -255,10 +258,12 @@ class PositionLRSchedule(PositionCallback):
         for optimizer in self._groups.optimizers(trainer):
             tie_learning_rates(optimizer, factor)
 
-    def _transform(self, trainer: pl.Trainer, optimizer: Optimizer, layers: Sequence[ACUConv2d]) -> None:
+    def _transform(self, trainer: pl.Trainer, optimizer: Optimizer, layers: Sequence[ACUConv2d]) -> Normalize | None:
         if self.optimizer_idx is not None:
             held = parameter_ids(self._groups.optimizers(trainer))
             layers = [layer for layer in layers if id(layer.offsets) in held]
+        if not layers:
+            return None
         # LearningRateFinder and BatchSizeFinder remove all callbacks and give all groups the same learning rate.
         attached = self in callbacks_of(trainer)
         if attached and id(optimizer) not in self._looked_at:
@@ -267,17 +272,9 @@ class PositionLRSchedule(PositionCallback):
         if not attached or not self._clock.may_learn(trainer, self._warmup):
             for layer in layers:
                 layer.offsets.grad = None
-            return
-        if self._still:
+        elif self._still:
             self._look_at_still(trainer.lightning_module, layers)
-        if self.normalize:
-            normalize_gradients_(layers)
-            scaler = getattr(trainer.precision_plugin, "scaler", None)
-            if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
-                # Fused optimizers unscale gradients of mixed precision themselves, in the step.
-                for layer in layers:
-                    if layer.offsets.grad is not None:
-                        layer.offsets.grad = scaler.scale(layer.offsets.grad)
+        return self.normalize
 
     def _say_unused(self, trainer: pl.Trainer, layers: Sequence[ACUConv2d]) -> None:
         """Warn of layers whose weights have gradients and whose positions have none; rounded positions need none."""

@@ -6,6 +6,7 @@ In the order in which a training needs them:
 * :mod:`.schedules`: factors on that learning rate over the steps in which positions learn;
 * :mod:`.gradients`: unit gradients and a guard against nan before a step; after it, a limit on displacement and a pull
   towards whole pixels;
+* :mod:`.position_gradients`: all that is done to gradients around a step, with a choice of how they are normalised;
 * :mod:`.rounding`: rounding of all positions to whole pixels, before fine-tuning;
 * :mod:`.averages`: averaged copies of the model, which have to get the same rounded positions;
 * :mod:`.copies`: copies of its positions of any other kind.
@@ -29,6 +30,7 @@ from .param_groups import (
     split_off_positions,
     tie_learning_rates,
 )
+from .position_gradients import Normalize, PositionGradients, find_normalize
 from .position_plan import LearningPhase
 from .position_trainer import PositionTrainer
 from .rounding import Collision, RoundingReport, check_collision, check_finite, round_layers
@@ -43,7 +45,9 @@ __all__ = [
     "LearningPhase",
     "Linear",
     "NonFiniteGuard",
+    "Normalize",
     "PositionCopy",
+    "PositionGradients",
     "PositionTrainer",
     "RoundingReport",
     "Schedule",
@@ -56,6 +60,7 @@ __all__ = [
     "check_finite",
     "confine_positions_",
     "copied_positions",
+    "find_normalize",
     "find_schedule",
     "hold_copies_",
     "is_average",
@@ -68,6 +73,7 @@ __all__ = [
     "restart_rates",
     "round_layers",
     "set_learning_rate",
+    "source_group",
     "split_off_positions",
     "tie_learning_rates",
     "trained_layers",

@@ -21,6 +21,7 @@ __all__ = [
     "rate_ratios",
     "restart_rates",
     "set_learning_rate",
+    "source_group",
     "split_off_positions",
     "tie_learning_rates",
 ]
@@ -155,6 +156,12 @@ def is_position_group(group: dict[str, Any]) -> bool:
     return _SOURCE in group
 
 
+def source_group(optimizer: Optimizer, group: dict[str, Any]) -> dict[str, Any]:
+    """The group of ``optimizer`` that the positions in ``group``, a group of positions, came from."""
+    source: dict[str, Any] = optimizer.param_groups[group[_SOURCE]]
+    return source
+
+
 def tie_learning_rates(optimizer: Optimizer, multiplier: float) -> None:
     """Set the learning rate of positions to ``multiplier`` times that of the group they came from.
 
@@ -162,7 +169,7 @@ def tie_learning_rates(optimizer: Optimizer, multiplier: float) -> None:
     """
     for group in optimizer.param_groups:
         if is_position_group(group):
-            set_learning_rate(group, optimizer.param_groups[group[_SOURCE]]["lr"] * multiplier)
+            set_learning_rate(group, source_group(optimizer, group)["lr"] * multiplier)
 
 
 def set_learning_rate(group: dict[str, Any], rate: float | Tensor) -> None:

@@ -18,7 +18,8 @@ from ..statistics import layer_statistics
 from .averages import averaged_models, trained_layers
 from .copies import copied_positions, hold_copies_
 from .counted_groups import CountedGroups
-from .gradients import NonFiniteGuard, confine_positions_, normalize_gradients_
+from .gradients import confine_positions_
+from .position_gradients import Normalize, PositionGradients, find_normalize
 from .position_plan import PositionPlan, check_model, check_schedulers, finite
 from .rounding import Collision, RoundingReport, check_collision, round_layers
 from .schedules import Schedule
@@ -47,7 +48,9 @@ class PositionTrainer:
         model: the model, converted; it may be wrapped (DDP, torch.compile).
         multiplier: learning rate of positions over that of the group they came from.
         warmup_steps: steps at the start in which positions do not move at all.
-        normalize: scale each tap's gradient (g_y, g_x) to length 1.
+        normalize: "gradient", the paper: scale each tap's gradient (g_y, g_x) to length 1. "momentum": average the
+            gradients over steps, scale that to length 1, and set the optimizer's own momentum of positions to 0, see
+            :class:`~lightning_acu.training.PositionGradients`. None: neither.
         schedule: a further factor from the end of the warm-up until rounding or ``total_steps``: "constant", "cosine",
             "linear", "step", "lattice", or a :class:`~lightning_acu.training.schedules.Schedule`.
         total_steps: the length of the training.
@@ -84,7 +87,7 @@ class PositionTrainer:
         *,
         multiplier: float = 0.01,
         warmup_steps: int = 0,
-        normalize: bool = True,
+        normalize: Normalize | bool | None = "gradient",
         schedule: str | Schedule = "constant",
         total_steps: int | None = None,
         round_at: int | float | None = None,
@@ -109,14 +112,13 @@ class PositionTrainer:
         self.optimizer = optimizer
         self.model = model
         self.multiplier = finite("multiplier", multiplier)
-        self.normalize = normalize
+        self.normalize = find_normalize(normalize)
         self.max_displacement = None if max_displacement is None else finite("max_displacement", max_displacement)
         self.weight_decay = finite("weight_decay", weight_decay)
         self.collision = collision
         self.plan = PositionPlan.make(schedule, warmup_steps, total_steps, round_at)
-        self._guard = NonFiniteGuard()
+        self._gradients = PositionGradients()
         self._unused: list[str] | None = None  # layers without a gradient in the first step in which they should learn
-        self._fresh: list[Tensor] = []  # positions without a state in the optimizer before the step that is being taken
         self._groups = CountedGroups(optimizer, model, list(schedulers or ()), self.multiplier, self.weight_decay)
         self._hooks = StepHooks(optimizer, self._tie, self._transform, self._end_step, self._offsets)
 
@@ -138,7 +140,7 @@ class PositionTrainer:
     @property
     def not_finite(self) -> int:
         """How many gradients of taps were not finite (nan or inf) in the steps that this object has seen."""
-        return self._guard.count
+        return self._gradients.guard.count
 
     def weights(self) -> Iterator[nn.Parameter]:
         """The parameters of the model without positions, to clip their gradients.
@@ -237,27 +239,18 @@ class PositionTrainer:
 
     def _transform(self) -> None:
         layers = [layer for _, layer in self._groups.layers]
-        learning = self.learning
-        for layer in layers:
-            if not (learning and layer.offsets.requires_grad):
+        if not self.learning:
+            for layer in layers:
                 layer.offsets.grad = None  # with a gradient of zero, momentum and weight decay would still move them
-        if learning and self._unused is None:
+        elif self._unused is None:
             self._say_unused()
-        if self.normalize:
-            normalize_gradients_(layers)
-            # Fused optimizers unscale gradients of mixed precision themselves, in the step.
-            if (scale := getattr(self.optimizer, "grad_scale", None)) is not None:
-                for gradient in (layer.offsets.grad for layer in layers):
-                    if gradient is not None:
-                        gradient.mul_(scale.to(gradient.device))
-        self._guard.before_step(layers)
-        self._fresh = [offsets for offsets in self._offsets() if not self.optimizer.state.get(offsets)]
+        # Fused optimizers unscale gradients of mixed precision themselves, in the step.
+        scale = getattr(self.optimizer, "grad_scale", None)
+        self._gradients.before_step(self.optimizer, layers, self.normalize, scale)
 
     def _end_step(self, found_inf: Tensor | None) -> None:
-        self._guard.after_step(found_inf)
+        self._gradients.after_step(self.optimizer)
         if found_inf is not None and found_inf.item():
-            for offsets in self._fresh:  # torch's fused SGD leaves a momentum it has just made uninitialised
-                self.optimizer.state.pop(offsets, None)
             return
         step, learned = self.step, self.learning
         self._groups.write(step + 1, self.rounded)

@@ -441,6 +441,49 @@ def test_the_scaler_skips_a_step_whose_gradient_is_infinite(tmp_path, fused, mod
     assert model.offsets.isfinite().all()
 
 
+@pytest.mark.parametrize("module", [TinyModule, ManualModule])
+@pytest.mark.parametrize("normalize", ["gradient", "momentum"])
+def test_a_skipped_first_step_leaves_no_state_of_positions(tmp_path, normalize, module):
+    """Torch's fused SGD would leave a momentum there that it never wrote."""
+    data = loader()
+    images, labels = data.dataset.tensors
+    images[2 * 4 : 3 * 4] = 1e30  # the first batch after the warm-up
+
+    class States(Spy):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            held.append(pl_module.net[0].offsets in trainer.optimizers[0].state)
+
+    held, spy, model = [], States(), module(optimizer=sgd(fused=True, momentum=0.9))
+    fit(
+        model, [PositionLRSchedule(0.05, 2, normalize), spy], tmp_path, DataLoader(TensorDataset(images, labels), 4),
+        plugins=[half()], max_epochs=1,
+    )  # fmt: skip
+    assert held == [False] * 3 + [True] * 3
+    assert torch.equal(spy.offsets[3], spy.offsets[2])
+    spy.offsets = spy.offsets[3:5]
+    assert_steps(spy, 0.01, atol=1e-6)
+
+
+def test_a_gradient_that_remains_when_positions_are_frozen_moves_nothing(tmp_path):
+    class Freezes(ManualModule):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 3:  # a gradient of the step before is still there
+                assert self.net[0].offsets.grad is not None
+                self.net[0].offsets.requires_grad_(False)
+            optimizer = self.optimizers()
+            if self.net[0].offsets.requires_grad:
+                optimizer.zero_grad()
+            self.manual_backward(TinyModule.training_step(self, batch, batch_idx))
+            optimizer.step()
+
+    spy, model = Spy(), Freezes(optimizer=sgd(momentum=0.9))
+    fit(model, [PositionLRSchedule(0.05, 0), spy], tmp_path, max_epochs=1)
+    moved = [
+        not torch.equal(a[:18], b[:18]) for a, b in zip(spy.offsets, [*spy.offsets[1:], model.offsets], strict=True)
+    ]
+    assert moved == [True] * 3 + [False] * 3
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_warmup_under_scaled_float16(tmp_path, fused):
     spy, model = Spy(), TinyModule(optimizer=sgd(fused=fused, momentum=0.9))
