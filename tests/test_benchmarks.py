@@ -177,6 +177,16 @@ def test_depthwise_layers_are_measured_with_positions_for_each_channel(run):
         assert all(float(row[name]) > 0 for name in ("one set", "channels", "dense", "shift", "shift+1x1"))
 
 
+def test_displacement_at_the_rate_that_is_found_and_at_one_that_is_given(run):
+    pytest.importorskip("mlxtend")
+    printed, _, rows = run("displacement", "--steps", "12", "--target", "1", "--optimizers", "SGD")
+    assert [row["pixels_per_step"] for row in rows] == ["0.241"]  # 8 * 1 ** 2 * (1 - 0.9) / sqrt(11 steps)
+    assert 0 < float(rows[0]["mean_displacement"]) < 11 * 0.241 * 10
+    assert "optimizer SGD, normalize gradient, steps 12, pixels_per_step 0.241" in printed
+    _, _, rows = run("displacement", "--steps", "12", "--pixels", "0.003", "--normalize", "momentum")
+    assert [(row["optimizer"], row["pixels_per_step"]) for row in rows] == [("SGD", "0.003"), ("AdamW", "0.003")]
+
+
 def _case(modules, dtype):
     """A layer whose sizes all differ."""
     layers = modules("layers")

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import LBFGS, Optimizer
 
 from ..conv import ACUConv2d
-from ..training import add_late_positions, split_off_positions
+from ..training import PositionRates, add_late_positions, split_off_positions
 from ._trainer import callbacks_of
 
 __all__ = ["PositionGroups"]
@@ -19,8 +19,8 @@ __all__ = ["PositionGroups"]
 class PositionGroups:
     """The positions that PositionLRSchedule trains: those of all optimizers, or of optimizer ``optimizer_idx``."""
 
-    def __init__(self, multiplier: float, weight_decay: float, optimizer_idx: int | None) -> None:
-        self.multiplier = multiplier
+    def __init__(self, rates: PositionRates, weight_decay: float, optimizer_idx: int | None) -> None:
+        self.rates = rates
         self.weight_decay = weight_decay
         self.optimizer_idx = optimizer_idx
         self._count = 0
@@ -61,6 +61,16 @@ class PositionGroups:
         if not held and not finetuning:
             raise RuntimeError(f"PositionLRSchedule: optimizer {self.optimizer_idx} holds no positions")
 
+    def find_rates(self, trainer: pl.Trainer, steps: float) -> None:
+        """Find the multiplier where it is "auto", for positions that learn in ``steps`` steps."""
+        for optimizer in self.optimizers(trainer):
+            self.rates.find(optimizer, steps)
+
+    def tie(self, trainer: pl.Trainer, factor: float) -> None:
+        """Set the learning rates of positions."""
+        for optimizer in self.optimizers(trainer):
+            self.rates.tie(optimizer, factor)
+
     def have_changed(self, trainer: pl.Trainer) -> bool:
         """Whether a parameter group was added, as BackboneFinetuning does when it unfreezes the backbone."""
         return self._count != self._groups_of(trainer)
@@ -82,7 +92,9 @@ class PositionGroups:
             if isinstance(optimizer, LBFGS):
                 raise RuntimeError("PositionLRSchedule: LBFGS takes one parameter group only; choose another optimizer")
             own = [scheduler for scheduler in schedulers if scheduler.optimizer is optimizer]
-            positions = split_off_positions(optimizer, own, offsets, self.multiplier, self.weight_decay, keep_last)
+            positions = split_off_positions(
+                optimizer, own, offsets, self.rates.multiplier, self.weight_decay, keep_last
+            )
             held |= {id(parameter) for parameter in positions}
         self._count = self._groups_of(trainer)
         return held

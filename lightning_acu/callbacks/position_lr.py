@@ -17,13 +17,14 @@ from ..conv import ACUConv2d
 from ..sharded import whole
 from ..training import (
     LearningPhase,
+    Multiplier,
     Normalize,
+    PositionRates,
     Schedule,
     confine_positions_,
     find_normalize,
     find_schedule,
     parameter_ids,
-    tie_learning_rates,
     trained_layers,
 )
 from ._clock import PositionClock, Warmup
@@ -63,7 +64,8 @@ class PositionLRSchedule(PositionCallback):
     Steps are the trainer's ``global_step``, as ``Trainer(max_steps=...)`` counts them.
 
     Args:
-        multiplier: learning rate of positions over that of the other parameters.
+        multiplier: learning rate of positions over that of the group they came from. "auto" finds it from the steps in
+            which they learn, for SGD and the Adam family, see :class:`~lightning_acu.training.PositionRates`.
         warmup_steps: optimizer steps at the start in which positions do not move at all.
         normalize: "gradient", the paper: scale each tap's gradient (g_y, g_x) to length 1. "momentum": average the
             gradients over steps, scale that to length 1, and set the optimizer's own momentum of positions to 0, see
@@ -77,6 +79,8 @@ class PositionLRSchedule(PositionCallback):
             limit. Rounding moves taps to the nearest pixel, which may be slightly further away.
         optimizer_idx: the index of the optimizer whose positions to train, in the order of ``configure_optimizers``;
             None for all optimizers that hold positions. Use one callback for each optimizer to train them differently.
+        target_displacement: with ``multiplier="auto"`` how far taps should end from where they started, on average, in
+            pixels; 0.5 by default.
 
     Raises:
         ValueError: a negative argument, both kinds of warm-up, or an unknown schedule.
@@ -93,7 +97,7 @@ class PositionLRSchedule(PositionCallback):
 
     def __init__(
         self,
-        multiplier: float = 0.01,
+        multiplier: Multiplier = 0.01,
         warmup_steps: int = _PAPERS_WARMUP,
         normalize: Normalize | bool | None = "gradient",
         weight_decay: float = 0.0,
@@ -101,12 +105,13 @@ class PositionLRSchedule(PositionCallback):
         warmup_epochs: int | None = None,
         max_displacement: float | None = None,
         optimizer_idx: int | None = None,
+        target_displacement: float | None = None,
     ) -> None:
         if warmup_epochs is not None and warmup_steps != _PAPERS_WARMUP:
             raise ValueError(
                 f"give either `warmup_steps` (={warmup_steps}) or `warmup_epochs` (={warmup_epochs}), not both"
             )
-        self.multiplier = at_least("multiplier", multiplier)
+        self.multiplier = multiplier
         self.warmup_steps = whole_number("warmup_steps", warmup_steps) if warmup_epochs is None else 0
         self.normalize = find_normalize(normalize)
         self.weight_decay = at_least("weight_decay", weight_decay)
@@ -118,7 +123,8 @@ class PositionLRSchedule(PositionCallback):
         self._clock = PositionClock()
         self._phase = LearningPhase(self.warmup_steps, math.inf)
         self._step = 0
-        self._groups = PositionGroups(self.multiplier, self.weight_decay, self.optimizer_idx)
+        rates = PositionRates(multiplier, target_displacement, self.normalize)
+        self._groups = PositionGroups(rates, self.weight_decay, self.optimizer_idx)
         self._forget()
 
     def _forget(self) -> None:
@@ -153,9 +159,11 @@ class PositionLRSchedule(PositionCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the steps in which positions learn, and check them."""
         self._phase = self._clock.phase(trainer, self._warmup)
-        if math.isinf(self._phase.length) and self.schedule.needs_total:
+        auto = self.multiplier == "auto"
+        if math.isinf(self._phase.length) and (self.schedule.needs_total or auto):
+            needs = "`multiplier` (='auto')" if auto else f"`schedule` (={self.schedule})"
             raise RuntimeError(
-                f"PositionLRSchedule: `schedule` (={self.schedule}) needs a training with a known end; "
+                f"PositionLRSchedule: {needs} needs a training with a known end; "
                 + (
                     "the loader has no length, so give `warmup_steps` instead of `warmup_epochs`"
                     if math.isinf(self._phase.start)
@@ -163,6 +171,7 @@ class PositionLRSchedule(PositionCallback):
                 )
             )
         self._step = trainer.global_step
+        self._find_rates(trainer)
         self._tie(trainer)
         if self._warmup.lasts(trainer, trainer.global_step):
             held = parameter_ids(self._groups.optimizers(trainer))
@@ -179,6 +188,7 @@ class PositionLRSchedule(PositionCallback):
         """Keep the ratio of learning rates."""
         if self._groups.have_changed(trainer):
             self._groups.update(trainer, require_layers(self, pl_module))
+            self._find_rates(trainer)
         self._tie(trainer)
 
     def on_before_optimizer_step(
@@ -253,10 +263,11 @@ class PositionLRSchedule(PositionCallback):
             if not torch.equal(whole(now[name].detach()).cpu(), self._still.pop(name)):
                 self._moved.append(name)
 
+    def _find_rates(self, trainer: pl.Trainer) -> None:
+        self._groups.find_rates(trainer, self._phase.length - self._phase.time(trainer.global_step))
+
     def _tie(self, trainer: pl.Trainer) -> None:
-        factor = self.multiplier * self.schedule.rate(self._phase.time(trainer.global_step), self._phase.length)
-        for optimizer in self._groups.optimizers(trainer):
-            tie_learning_rates(optimizer, factor)
+        self._groups.tie(trainer, self.schedule.rate(self._phase.time(trainer.global_step), self._phase.length))
 
     def _transform(self, trainer: pl.Trainer, optimizer: Optimizer, layers: Sequence[ACUConv2d]) -> Normalize | None:
         if self.optimizer_idx is not None:

@@ -3,6 +3,7 @@
 In the order in which a training needs them:
 
 * :mod:`.param_groups`: a parameter group for positions, with a learning rate tied to that of the weights;
+* :mod:`.position_rates`: that learning rate at each step, and one found from how far taps should move;
 * :mod:`.schedules`: factors on that learning rate over the steps in which positions learn;
 * :mod:`.gradients`: unit gradients and a guard against nan before a step; after it, a limit on displacement and a pull
   towards whole pixels;
@@ -32,6 +33,7 @@ from .param_groups import (
 )
 from .position_gradients import Normalize, PositionGradients, find_normalize
 from .position_plan import LearningPhase
+from .position_rates import Multiplier, PositionRates
 from .position_trainer import PositionTrainer
 from .rounding import Collision, RoundingReport, check_collision, check_finite, round_layers
 from .schedules import Constant, Cosine, LatticeDecay, Linear, Schedule, Step, find_schedule
@@ -44,10 +46,12 @@ __all__ = [
     "LatticeDecay",
     "LearningPhase",
     "Linear",
+    "Multiplier",
     "NonFiniteGuard",
     "Normalize",
     "PositionCopy",
     "PositionGradients",
+    "PositionRates",
     "PositionTrainer",
     "RoundingReport",
     "Schedule",

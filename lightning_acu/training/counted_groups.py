@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 
 from ..conv import ACUConv2d
 from .averages import trained_layers
-from .param_groups import add_late_positions, is_position_group, split_off_positions, tie_learning_rates
+from .param_groups import add_late_positions, is_position_group, split_off_positions
+from .position_rates import PositionRates
 
 __all__ = ["CountedGroups"]
 
@@ -25,7 +26,8 @@ class CountedGroups:
         optimizer: the optimizer.
         model: the model.
         schedulers: its schedulers that exist already.
-        multiplier: learning rate of positions over that of the group they came from.
+        rates: of positions.
+        steps: in which they learn; inf if not known.
         weight_decay: for positions.
 
     Raises:
@@ -33,10 +35,16 @@ class CountedGroups:
     """
 
     def __init__(
-        self, optimizer: Optimizer, model: nn.Module, schedulers: Sequence[Any], multiplier: float, weight_decay: float
+        self,
+        optimizer: Optimizer,
+        model: nn.Module,
+        schedulers: Sequence[Any],
+        rates: PositionRates,
+        steps: float,
+        weight_decay: float,
     ) -> None:
         self._optimizer, self._model, self._schedulers = optimizer, model, schedulers
-        self._multiplier, self._weight_decay = multiplier, weight_decay
+        self._rates, self._steps, self._weight_decay = rates, steps, weight_decay
         self._split()
         if not self.layers:
             raise ValueError(
@@ -65,7 +73,8 @@ class CountedGroups:
         """Set the learning rates of positions; split off those that came with groups that were added since."""
         if len(self._optimizer.param_groups) != self._count:
             self._split()
-        tie_learning_rates(self._optimizer, self._multiplier * factor)
+        self._rates.find(self._optimizer, self._steps)  # also where a state was loaded that has none
+        self._rates.tie(self._optimizer, factor)
 
     def rate(self, layer: ACUConv2d) -> float:
         """The learning rate of the positions of ``layer``."""
@@ -76,7 +85,9 @@ class CountedGroups:
         layers = trained_layers(self._model)
         add_late_positions([self._optimizer], layers)
         offsets = [layer.offsets for _, layer in layers]
-        held = split_off_positions(self._optimizer, self._schedulers, offsets, self._multiplier, self._weight_decay)
+        multiplier, decay = self._rates.multiplier, self._weight_decay
+        held = split_off_positions(self._optimizer, self._schedulers, offsets, multiplier, decay)
+        self._rates.find(self._optimizer, self._steps)
         ids = {id(parameter) for parameter in held}
         #: (name, layer) of those whose positions the optimizer holds.
         self.layers = [(name, layer) for name, layer in layers if id(layer.offsets) in ids]

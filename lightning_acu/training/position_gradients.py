@@ -14,7 +14,7 @@ from ..sharded import whole
 from .gradients import NonFiniteGuard, apply_to_pairs_, normalize_gradients_, unit_vectors
 from .param_groups import is_position_group, source_group
 
-__all__ = ["Normalize", "PositionGradients", "find_normalize"]
+__all__ = ["Normalize", "PositionGradients", "averaging_coefficient", "find_normalize"]
 
 #: How the gradient of a tap becomes its direction: of length 1; the average of its gradients, of length 1. None: raw.
 Normalize = Literal["gradient", "momentum"]
@@ -120,7 +120,7 @@ class PositionGradients:
             gradients = [parameter.grad for parameter in held]
             before = [whole(_average_of(optimizer, parameter)) for parameter in held]
             averages = [torch.empty_like(parameter) for parameter in held]
-            coefficient = _coefficient(source_group(optimizer, group))
+            coefficient = averaging_coefficient(source_group(optimizer, group))
 
             def average(_: Tensor, before: Tensor, gradients: Tensor, coefficient: float = coefficient) -> Tensor:
                 if scale is not None:
@@ -143,7 +143,8 @@ def _average_of(optimizer: Optimizer, parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter) if average is None else average
 
 
-def _coefficient(group: dict[str, Any]) -> float:
+def averaging_coefficient(group: dict[str, Any]) -> float:
+    """The coefficient with which an optimizer averages gradients of ``group``; 0.9 where it does not."""
     own = group["betas"][0] if group.get("betas") else group.get("momentum", 0.0)
     return float(own) or _COEFFICIENT
 

@@ -5,6 +5,7 @@ It does what the callbacks do, in the same order and with the same numbers, and 
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
@@ -21,6 +22,7 @@ from .counted_groups import CountedGroups
 from .gradients import confine_positions_
 from .position_gradients import Normalize, PositionGradients, find_normalize
 from .position_plan import PositionPlan, check_model, check_schedulers, finite
+from .position_rates import Multiplier, PositionRates
 from .rounding import Collision, RoundingReport, check_collision, round_layers
 from .schedules import Schedule
 from .step_hooks import StepHooks, check_optimizer
@@ -46,7 +48,8 @@ class PositionTrainer:
     Args:
         optimizer: any that runs torch's hooks. Positions of layers whose weights it holds are added to it.
         model: the model, converted; it may be wrapped (DDP, torch.compile).
-        multiplier: learning rate of positions over that of the group they came from.
+        multiplier: learning rate of positions over that of the group they came from. "auto" finds it from the steps in
+            which they learn, for SGD and the Adam family, see :class:`~lightning_acu.training.PositionRates`.
         warmup_steps: steps at the start in which positions do not move at all.
         normalize: "gradient", the paper: scale each tap's gradient (g_y, g_x) to length 1. "momentum": average the
             gradients over steps, scale that to length 1, and set the optimizer's own momentum of positions to 0, see
@@ -57,6 +60,8 @@ class PositionTrainer:
         round_at: round positions after this many steps (int), or after this fraction of ``total_steps`` (float, up to
             1.0); None: only by :meth:`round_and_freeze`.
         max_displacement: maximum distance in pixels of a tap from where it started, while positions learn.
+        target_displacement: with ``multiplier="auto"`` how far taps should end from where they started, on average, in
+            pixels; 0.5 by default.
         weight_decay: for positions; it pulls the taps back to the regular grid.
         collision: what to do with taps that are rounded to one pixel, as in
             :func:`~lightning_acu.training.round_layers`.
@@ -85,13 +90,14 @@ class PositionTrainer:
         optimizer: Optimizer,
         model: nn.Module,
         *,
-        multiplier: float = 0.01,
+        multiplier: Multiplier = 0.01,
         warmup_steps: int = 0,
         normalize: Normalize | bool | None = "gradient",
         schedule: str | Schedule = "constant",
         total_steps: int | None = None,
         round_at: int | float | None = None,
         max_displacement: float | None = None,
+        target_displacement: float | None = None,
         weight_decay: float = 0.0,
         collision: Collision = "report",
         copies: Sequence[Any] = (),
@@ -111,15 +117,23 @@ class PositionTrainer:
                 )
         self.optimizer = optimizer
         self.model = model
-        self.multiplier = finite("multiplier", multiplier)
         self.normalize = find_normalize(normalize)
+        rates = PositionRates(multiplier, target_displacement, self.normalize)
+        self.multiplier = multiplier if rates.auto else finite("multiplier", multiplier)
         self.max_displacement = None if max_displacement is None else finite("max_displacement", max_displacement)
         self.weight_decay = finite("weight_decay", weight_decay)
         self.collision = collision
         self.plan = PositionPlan.make(schedule, warmup_steps, total_steps, round_at)
+        steps = self.plan.phase.length
+        if rates.auto:
+            if math.isinf(steps):
+                raise ValueError(
+                    "`multiplier`='auto' needs a training with a known end; give `total_steps` or `round_at`"
+                )
+            rates.pixels(optimizer, optimizer.param_groups[0], steps)  # an error before anything changes
         self._gradients = PositionGradients()
         self._unused: list[str] | None = None  # layers without a gradient in the first step in which they should learn
-        self._groups = CountedGroups(optimizer, model, list(schedulers or ()), self.multiplier, self.weight_decay)
+        self._groups = CountedGroups(optimizer, model, list(schedulers or ()), rates, steps, self.weight_decay)
         self._hooks = StepHooks(optimizer, self._tie, self._transform, self._end_step, self._offsets)
 
     @property
