@@ -145,7 +145,7 @@ class GradientGate:
 
     @contextmanager
     def _positions_set_aside(self, optimizer: Optimizer) -> Iterator[None]:
-        gradients = [(layer, layer.offsets.grad) for layer in self._stepped(optimizer)]
+        gradients = [(layer, layer.offsets.grad) for layer in self.layers_of(optimizer)]
         for layer, _ in gradients:
             layer.offsets.grad = None
         try:
@@ -155,7 +155,7 @@ class GradientGate:
                 layer.offsets.grad = grad
 
     def _transform(self, optimizer: Optimizer) -> None:
-        layers = self._stepped(optimizer)
+        layers = self.layers_of(optimizer)
         if not layers:
             return
         rules = [transform(self.module.trainer, optimizer, layers) for transform in self.transforms]
@@ -165,7 +165,7 @@ class GradientGate:
         self._transformed += 1
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._stepped(optimizer):
+        if not self.layers_of(optimizer):
             return
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
         if closure is None and not self._ready:  # in mixed precision Lightning steps without a closure, too
@@ -174,7 +174,7 @@ class GradientGate:
         self._running.append((closure is not None, self._transformed))
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._stepped(optimizer):
+        if not self.layers_of(optimizer):
             return
         has_closure, transformed = self._running.pop()
         if has_closure and transformed == self._transformed:
@@ -197,8 +197,8 @@ class GradientGate:
                 "self.optimizers() returns, or use `warmup_epochs` and `at_epoch` with a constant schedule"
             )
 
-    def _stepped(self, optimizer: Optimizer) -> list[ACUConv2d]:
-        """The active convolutions whose positions ``optimizer`` is about to step; found anew when a group changes."""
+    def layers_of(self, optimizer: Optimizer) -> list[ACUConv2d]:
+        """The active convolutions whose positions ``optimizer`` holds; found anew when its groups change."""
         groups = [(id(group["params"]), len(group["params"])) for group in optimizer.param_groups]
         known, layers = self._held.get(id(optimizer), (None, []))
         if known != groups:

@@ -23,7 +23,7 @@ from ..checks import few
 from ..conv import acu_layers
 from ..sharded import whole
 from ..statistics import layer_statistics
-from ..training import PositionCopy, copied_positions, hold_copies_, on_whole_pixels, trained_layers
+from ..training import PositionCopy, copied_positions, hold_copies_in_, on_whole_pixels, trained_layers
 from ._gate import GradientGate
 from ._trainer import callbacks_of, is_fast_dev_run
 
@@ -182,9 +182,7 @@ def hold_named_copies(trainer: pl.Trainer, pl_module: pl.LightningModule, paths:
     """Give the copies in these attributes the rounded positions of the model."""
     for path in paths:
         for value in _attributes(trainer, pl_module, path):
-            inside = {id(child) for child in value.modules()} if isinstance(value, nn.Module) else set()
-            layers = [(name, layer) for name, layer in trained_layers(pl_module) if id(layer) not in inside]
-            hold_copies_(layers, copied_positions(layers, path, value))
+            hold_copies_in_(trained_layers(pl_module), path, value)
 
 
 def _attributes(trainer: pl.Trainer, pl_module: pl.LightningModule, path: str) -> list[Any]:

@@ -19,13 +19,14 @@ from ..training import (
     LearningPhase,
     Multiplier,
     Normalize,
+    PositionPlan,
     PositionRates,
     Schedule,
-    confine_positions_,
+    drop_gradients_,
     find_normalize,
     find_schedule,
-    parameter_ids,
     trained_layers,
+    unused_positions,
 )
 from ._clock import PositionClock, Warmup
 from ._gate import GradientGate
@@ -121,7 +122,7 @@ class PositionLRSchedule(PositionCallback):
         self.optimizer_idx = None if optimizer_idx is None else whole_number("optimizer_idx", optimizer_idx)
         self._warmup = Warmup(self.warmup_steps, self.warmup_epochs or 0)
         self._clock = PositionClock()
-        self._phase = LearningPhase(self.warmup_steps, math.inf)
+        self._plan = PositionPlan(LearningPhase(self.warmup_steps, math.inf), None, self.schedule)
         self._step = 0
         rates = PositionRates(multiplier, target_displacement, self.normalize)
         self._groups = PositionGroups(rates, self.weight_decay, self.optimizer_idx)
@@ -158,15 +159,16 @@ class PositionLRSchedule(PositionCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the steps in which positions learn, and check them."""
-        self._phase = self._clock.phase(trainer, self._warmup)
+        phase = self._clock.phase(trainer, self._warmup)
+        self._plan = PositionPlan(phase, None, self.schedule)
         auto = self.multiplier == "auto"
-        if math.isinf(self._phase.length) and (self.schedule.needs_total or auto):
+        if math.isinf(phase.length) and (self.schedule.needs_total or auto):
             needs = "`multiplier` (='auto')" if auto else f"`schedule` (={self.schedule})"
             raise RuntimeError(
                 f"PositionLRSchedule: {needs} needs a training with a known end; "
                 + (
                     "the loader has no length, so give `warmup_steps` instead of `warmup_epochs`"
-                    if math.isinf(self._phase.start)
+                    if math.isinf(phase.start)
                     else "set the trainer's max_steps, or round at a given step"
                 )
             )
@@ -174,8 +176,8 @@ class PositionLRSchedule(PositionCallback):
         self._find_rates(trainer)
         self._tie(trainer)
         if self._warmup.lasts(trainer, trainer.global_step):
-            held = parameter_ids(self._groups.optimizers(trainer))
-            mine = {name for name, layer in require_layers(self, pl_module) if id(layer.offsets) in held}
+            held = {id(layer) for layer in self._layers(trainer)}
+            mine = {name for name, layer in require_layers(self, pl_module) if id(layer) in held}
             self._still = {name: offsets for name, offsets in offsets_of(pl_module).items() if name in mine}
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -202,14 +204,8 @@ class PositionLRSchedule(PositionCallback):
     ) -> None:
         """Move taps back inside their limit and towards whole pixels; keep the ratio after a scheduler's step."""
         before, self._step = self._step, trainer.global_step
-        gate = GradientGate.of(pl_module)
-        assert gate is not None
         if self._step > before and self._clock.may_learn(trainer, self._warmup, self._step - 1):
-            pull = self.schedule.pull(self._phase.time(before), self._phase.time(self._step), self._phase.length)
-            if pull > 0 or self.max_displacement is not None:
-                held = parameter_ids(self._groups.optimizers(trainer))
-                layers = [layer for layer in gate.layers if id(layer.offsets) in held and layer.offsets.requires_grad]
-                confine_positions_(layers, pull, self.max_displacement)
+            self._plan.confine(self._layers(trainer), before, self._step, self.max_displacement)
         self._tie(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -264,46 +260,35 @@ class PositionLRSchedule(PositionCallback):
                 self._moved.append(name)
 
     def _find_rates(self, trainer: pl.Trainer) -> None:
-        self._groups.find_rates(trainer, self._phase.length - self._phase.time(trainer.global_step))
+        phase = self._plan.phase
+        self._groups.find_rates(trainer, phase.length - phase.time(trainer.global_step))
 
     def _tie(self, trainer: pl.Trainer) -> None:
-        self._groups.tie(trainer, self.schedule.rate(self._phase.time(trainer.global_step), self._phase.length))
+        self._groups.tie(trainer, self._plan.factor(trainer.global_step))
+
+    def _layers(self, trainer: pl.Trainer) -> list[ACUConv2d]:
+        """The layers whose positions are in this callback's optimizers."""
+        gate = GradientGate.of(trainer.lightning_module)
+        assert gate is not None
+        return [layer for optimizer in self._groups.optimizers(trainer) for layer in gate.layers_of(optimizer)]
 
     def _transform(self, trainer: pl.Trainer, optimizer: Optimizer, layers: Sequence[ACUConv2d]) -> Normalize | None:
         if self.optimizer_idx is not None:
-            held = parameter_ids(self._groups.optimizers(trainer))
-            layers = [layer for layer in layers if id(layer.offsets) in held]
+            mine = {id(layer) for layer in self._layers(trainer)}
+            layers = [layer for layer in layers if id(layer) in mine]
         if not layers:
             return None
         # LearningRateFinder and BatchSizeFinder remove all callbacks and give all groups the same learning rate.
         attached = self in callbacks_of(trainer)
         if attached and id(optimizer) not in self._looked_at:
             self._looked_at.add(id(optimizer))
-            self._say_unused(trainer, layers)
+            mine = {id(layer) for layer in layers}
+            named = [pair for pair in trained_layers(trainer.lightning_module) if id(pair[1]) in mine]
+            # Rounded positions need no gradient.
+            if self._clock.may_learn(trainer) and (text := unused_positions(named)):
+                rank_zero_warn(f"PositionLRSchedule: {text}")
         if not attached or not self._clock.may_learn(trainer, self._warmup):
-            for layer in layers:
-                layer.offsets.grad = None
+            drop_gradients_(layers)
         elif self._still:
             self._look_at_still(trainer.lightning_module, layers)
         return self.normalize
-
-    def _say_unused(self, trainer: pl.Trainer, layers: Sequence[ACUConv2d]) -> None:
-        """Warn of layers whose weights have gradients and whose positions have none; rounded positions need none."""
-        unused = {
-            id(layer)
-            for layer in layers
-            if layer.offsets.requires_grad and layer.offsets.grad is None and _has_gradient(layer, "weight")
-        }
-        if unused and self._clock.may_learn(trainer):
-            names = [name for name, layer in trained_layers(trainer.lightning_module) if id(layer) in unused]
-            rank_zero_warn(
-                f"PositionLRSchedule: the positions of {few(names)} got no gradient in the first step, although the "
-                "weights did, so they will not learn: most likely the model does not call the layer but reads its "
-                "`weight`, as in F.conv2d(x, self.conv.weight). fold_acu would then change its output; call the "
-                "layer, or leave it out of the conversion with `exclude_modules`"
-            )
-
-
-def _has_gradient(layer: ACUConv2d, name: str) -> bool:
-    parameter = layer._parameters.get(name)  # weight norm and the like compute it from others
-    return parameter is not None and parameter.grad is not None

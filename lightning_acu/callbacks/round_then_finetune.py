@@ -22,11 +22,12 @@ from ..training import (
     Schedule,
     check_collision,
     check_finite,
+    drop_gradients_,
     find_schedule,
     keep_rounded_,
     rate_ratios,
     restart_rates,
-    round_layers,
+    round_and_freeze,
 )
 from ._clock import Moment, PositionClock
 from ._gate import GradientGate
@@ -272,7 +273,7 @@ class RoundThenFinetune(PositionCallback):
         self._keep(trainer, pl_module, "before_rounding")
         self._draw(trainer, pl_module)
         reshard(pl_module)  # a validation may have left parameters gathered, and changes of those would be lost
-        report = round_layers(layers, self.collision)
+        report = round_and_freeze(layers, trainer.optimizers, self.collision)
         self.learned, self.rounded_at = learned, trainer.global_step
         self._hold(trainer, pl_module)
         self._promise.rounded(trainer, pl_module)
@@ -282,9 +283,6 @@ class RoundThenFinetune(PositionCallback):
                 "RoundThenFinetune: after rounding all taps are where they started, so no position was learned; raise "
                 "the `multiplier` of PositionLRSchedule, or train longer before rounding"
             )
-        for optimizer in trainer.optimizers:  # the momentum of frozen positions has no meaning
-            for _, layer in layers:
-                optimizer.state.pop(layer.offsets, None)
         self._keep(trainer, pl_module, "rounded")
         self._ratios = [rate_ratios(optimizer) for optimizer in trainer.optimizers]
 
@@ -335,7 +333,5 @@ class RoundThenFinetune(PositionCallback):
                 warn_not_written(self, path, error)
 
     def _freeze(self, trainer: pl.Trainer, optimizer: Optimizer, layers: Sequence[ACUConv2d]) -> None:
-        # None, not requires_grad=False: DDP waits for the gradients of all parameters that it had at the start.
         if not self._clock.may_learn(trainer):
-            for layer in layers:
-                layer.offsets.grad = None
+            drop_gradients_(layers)

@@ -18,8 +18,15 @@ The callbacks in :mod:`lightning_acu.callbacks` call these functions from Lightn
 """
 
 from .averages import averaged_layers, averaged_models, is_average, keep_rounded_, trained_layers
-from .copies import PositionCopy, copied_positions, hold_copies_, on_whole_pixels
-from .gradients import NonFiniteGuard, apply_to_pairs_, confine_positions_, normalize_gradients_, unit_vectors
+from .copies import PositionCopy, copied_positions, hold_copies_, hold_copies_in_, on_whole_pixels
+from .gradients import (
+    NonFiniteGuard,
+    apply_to_pairs_,
+    confine_positions_,
+    drop_gradients_,
+    normalize_gradients_,
+    unit_vectors,
+)
 from .param_groups import (
     GROUP_NAME,
     add_late_positions,
@@ -31,11 +38,11 @@ from .param_groups import (
     split_off_positions,
     tie_learning_rates,
 )
-from .position_gradients import Normalize, PositionGradients, find_normalize
-from .position_plan import LearningPhase
+from .position_gradients import Normalize, PositionGradients, find_normalize, unused_positions
+from .position_plan import LearningPhase, PositionPlan
 from .position_rates import Multiplier, PositionRates
 from .position_trainer import PositionTrainer
-from .rounding import Collision, RoundingReport, check_collision, check_finite, round_layers
+from .rounding import Collision, RoundingReport, check_collision, check_finite, round_and_freeze, round_layers
 from .schedules import Constant, Cosine, LatticeDecay, Linear, Schedule, Step, find_schedule
 
 __all__ = [
@@ -51,6 +58,7 @@ __all__ = [
     "Normalize",
     "PositionCopy",
     "PositionGradients",
+    "PositionPlan",
     "PositionRates",
     "PositionTrainer",
     "RoundingReport",
@@ -64,9 +72,11 @@ __all__ = [
     "check_finite",
     "confine_positions_",
     "copied_positions",
+    "drop_gradients_",
     "find_normalize",
     "find_schedule",
     "hold_copies_",
+    "hold_copies_in_",
     "is_average",
     "is_position_group",
     "keep_rounded_",
@@ -75,6 +85,7 @@ __all__ = [
     "parameter_ids",
     "rate_ratios",
     "restart_rates",
+    "round_and_freeze",
     "round_layers",
     "set_learning_rate",
     "source_group",
@@ -82,4 +93,5 @@ __all__ = [
     "tie_learning_rates",
     "trained_layers",
     "unit_vectors",
+    "unused_positions",
 ]

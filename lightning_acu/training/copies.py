@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..conv import ACUConv2d, acu_layers
 from ..sharded import copy_whole_, whole
 
-__all__ = ["PositionCopy", "copied_positions", "hold_copies_", "on_whole_pixels"]
+__all__ = ["PositionCopy", "copied_positions", "hold_copies_", "hold_copies_in_", "on_whole_pixels"]
 
 #: How many containers and objects are opened, one inside the other; entries of a container; objects in all.
 _DEPTH, _ENTRIES, _OBJECTS = 5, 1000, 20_000
@@ -126,6 +126,16 @@ def hold_copies_(layers: Sequence[tuple[str, ACUConv2d]], copies: Iterable[Posit
         values = [whole(layer.offsets.detach()).to(now) for layer in _originals(layers, copy.name, now)]
         if values:
             copy_whole_(copy.offsets, min(values, key=lambda value: (value - now).norm().item()))
+
+
+def hold_copies_in_(layers: Sequence[tuple[str, ACUConv2d]], where: str, value: Any) -> None:
+    """:func:`hold_copies_` for all copies that :func:`copied_positions` finds in ``value``, called ``where``.
+
+    ``value`` may be a part of the model, such as a teacher inside it: its own layers are copies then.
+    """
+    inside = {id(child) for child in value.modules()} if isinstance(value, nn.Module) else set()
+    originals = [(name, layer) for name, layer in layers if id(layer) not in inside]
+    hold_copies_(originals, copied_positions(originals, where, value))
 
 
 def on_whole_pixels(offsets: Tensor) -> bool:

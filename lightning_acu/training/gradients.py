@@ -6,7 +6,7 @@ Each is one operation on the (dy, dx) pairs of all layers: many small ones would
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,14 @@ from torch import Tensor
 from ..conv import ACUConv2d
 from ..sharded import copy_whole_, is_sharded, whole
 
-__all__ = ["NonFiniteGuard", "apply_to_pairs_", "confine_positions_", "normalize_gradients_", "unit_vectors"]
+__all__ = [
+    "NonFiniteGuard",
+    "apply_to_pairs_",
+    "confine_positions_",
+    "drop_gradients_",
+    "normalize_gradients_",
+    "unit_vectors",
+]
 
 
 def unit_vectors(pairs: Tensor) -> Tensor:
@@ -39,6 +46,16 @@ def normalize_gradients_(layers: Sequence[ACUConv2d]) -> None:
     have no gradient are skipped.
     """
     apply_to_pairs_([layer.offsets.grad for layer in layers if layer.offsets.grad is not None], unit_vectors)
+
+
+def drop_gradients_(layers: Iterable[ACUConv2d]) -> None:
+    """Make the gradients of positions None, so that the next step of an optimizer does not move them.
+
+    With a gradient of zero, momentum and weight decay would; ``requires_grad_(False)`` keeps an earlier gradient, and
+    DDP waits for the gradients of all parameters that it had at the start.
+    """
+    for layer in layers:
+        layer.offsets.grad = None
 
 
 class NonFiniteGuard:

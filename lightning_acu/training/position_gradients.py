@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..checks import few
 from ..conv import ACUConv2d
 from ..sharded import whole
-from .gradients import NonFiniteGuard, apply_to_pairs_, normalize_gradients_, unit_vectors
+from .gradients import NonFiniteGuard, apply_to_pairs_, drop_gradients_, normalize_gradients_, unit_vectors
 from .param_groups import is_position_group, source_group
 
-__all__ = ["Normalize", "PositionGradients", "averaging_coefficient", "find_normalize"]
+__all__ = ["Normalize", "PositionGradients", "averaging_coefficient", "find_normalize", "unused_positions"]
 
 #: How the gradient of a tap becomes its direction: of length 1; the average of its gradients, of length 1. None: raw.
 Normalize = Literal["gradient", "momentum"]
@@ -42,6 +43,28 @@ def find_normalize(normalize: Normalize | bool | None) -> Normalize | None:
     if normalize not in get_args(Normalize):
         raise ValueError(f"`normalize` (={normalize!r}) must be 'gradient' (or True), 'momentum' or None (or False)")
     return normalize
+
+
+def unused_positions(layers: Iterable[tuple[str, ACUConv2d]]) -> str:
+    """A sentence on layers whose weights have a gradient and whose positions have none; empty if there are none.
+
+    Call it before the first step. Layers that rest, or whose positions are frozen, are no fault.
+    """
+    names = [
+        name
+        for name, layer in layers
+        if layer.offsets.requires_grad and layer.offsets.grad is None
+        # weight norm and the like compute the weight from other parameters
+        if (weight := layer._parameters.get("weight")) is not None and weight.grad is not None
+    ]
+    if not names:
+        return ""
+    return (
+        f"the positions of {few(names)} got no gradient in the first step, although the weights did, so they will not "
+        "learn: most likely the model does not call the layer but reads its `weight`, as in F.conv2d(x, "
+        "self.conv.weight). fold_acu would then change its output; call the layer, or leave it out of the conversion "
+        "with `exclude_modules`"
+    )
 
 
 class PositionGradients:
@@ -81,9 +104,7 @@ class PositionGradients:
             normalize: as :func:`find_normalize` returns it.
             scale: of the loss, where the optimizer unscales gradients of mixed precision itself (fused ones).
         """
-        for layer in layers:
-            if not layer.offsets.requires_grad:
-                layer.offsets.grad = None
+        drop_gradients_(layer for layer in layers if not layer.offsets.requires_grad)
         held = [layer for layer in layers if layer.offsets.grad is not None]
         self._averages = []
         if held:

@@ -10,7 +10,9 @@ from typing import Any
 from torch.optim import Optimizer
 
 from ..checks import at_least, require_module, whole_number
+from ..conv import ACUConv2d
 from .averages import trained_layers
+from .gradients import confine_positions_
 from .param_groups import is_position_group
 from .schedules import Schedule, find_schedule
 
@@ -79,9 +81,20 @@ class PositionPlan:
         """The factor of the schedule on the learning rate at ``step``."""
         return self.schedule.rate(self.phase.time(step), self.phase.length)
 
-    def pull(self, step: int) -> float:
-        """The fraction of its way to the nearest pixel by which a tap is moved after ``step``."""
-        return self.schedule.pull(self.phase.time(step), self.phase.time(step + 1), self.phase.length)
+    def confine(
+        self, layers: Sequence[ACUConv2d], before: int, after: int, max_displacement: float | None = None
+    ) -> None:
+        """Move taps that learn back inside their limit, and towards whole pixels as the schedule wants it.
+
+        Args:
+            layers: the layers whose positions were stepped.
+            before: the number of steps before the step, or several, that were just taken.
+            after: the number of steps now.
+            max_displacement: maximum distance in pixels of a tap from where it started; None for no limit.
+        """
+        pull = self.schedule.pull(self.phase.time(before), self.phase.time(after), self.phase.length)
+        if pull > 0 or max_displacement is not None:
+            confine_positions_([layer for layer in layers if layer.offsets.requires_grad], pull, max_displacement)
 
 
 def finite(name: str, value: Any) -> Any:

@@ -13,17 +13,17 @@ from typing import Any, Self
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..checks import few, whole_number
+from ..checks import whole_number
 from ..conv import ACUConv2d, acu_layers
 from ..statistics import layer_statistics
 from .averages import averaged_models, trained_layers
-from .copies import copied_positions, hold_copies_
+from .copies import copied_positions, hold_copies_in_
 from .counted_groups import CountedGroups
-from .gradients import confine_positions_
-from .position_gradients import Normalize, PositionGradients, find_normalize
+from .gradients import drop_gradients_
+from .position_gradients import Normalize, PositionGradients, find_normalize, unused_positions
 from .position_plan import PositionPlan, check_model, check_schedulers, finite
 from .position_rates import Multiplier, PositionRates
-from .rounding import Collision, RoundingReport, check_collision, round_layers
+from .rounding import Collision, RoundingReport, check_collision, round_and_freeze
 from .schedules import Schedule
 from .step_hooks import StepHooks, check_optimizer
 
@@ -77,8 +77,8 @@ class PositionTrainer:
         RuntimeError: the optimizer has a PositionTrainer or a scheduler already, or does not run torch's hooks.
 
     Warns:
-        UserWarning: at the first step in which positions learn, if some have no gradient; when rounding, if all taps
-            are where they started.
+        UserWarning: at the first step in which positions learn, if some have no gradient although the weights of their
+            layers do; when rounding, if all taps are where they started.
 
     Example::
 
@@ -173,10 +173,7 @@ class PositionTrainer:
         Raises:
             RuntimeError: see :func:`~lightning_acu.training.round_layers`; no position is changed then.
         """
-        report = round_layers(self._groups.layers, self.collision)
-        for _, layer in self._groups.layers:
-            layer.offsets.grad = None
-            self.optimizer.state.pop(layer.offsets, None)
+        report = round_and_freeze(self._groups.layers, [self.optimizer], self.collision)
         self._groups.write(self.step, True)
         self.hold_copies()
         if report.nothing_learned:
@@ -193,8 +190,8 @@ class PositionTrainer:
         Done when rounding. Call it before you evaluate or save an average: averaging equal numbers is not always exact.
         """
         if self.rounded:
-            found = [at for copy in self._copies for at in copied_positions(self._groups.layers, "copies", copy)]
-            hold_copies_(self._groups.layers, found)
+            for copy in self._copies:
+                hold_copies_in_(self._groups.layers, "copies", copy)
 
     def report(self) -> dict[str, dict[str, Any]]:
         """For each layer: mean_displacement, max_displacement (pixels), learning_rate, step, learns and why_not.
@@ -254,8 +251,7 @@ class PositionTrainer:
     def _transform(self) -> None:
         layers = [layer for _, layer in self._groups.layers]
         if not self.learning:
-            for layer in layers:
-                layer.offsets.grad = None  # with a gradient of zero, momentum and weight decay would still move them
+            drop_gradients_(layers)
         elif self._unused is None:
             self._say_unused()
         # Fused optimizers unscale gradients of mixed precision themselves, in the step.
@@ -268,22 +264,15 @@ class PositionTrainer:
             return
         step, learned = self.step, self.learning
         self._groups.write(step + 1, self.rounded)
-        pull = self.plan.pull(step)
-        if learned and (pull > 0 or self.max_displacement is not None):
-            layers = [layer for _, layer in self._groups.layers if layer.offsets.requires_grad]
-            confine_positions_(layers, pull, self.max_displacement)
+        if learned:
+            layers = [layer for _, layer in self._groups.layers]
+            self.plan.confine(layers, step, step + 1, self.max_displacement)
         if not self.rounded and self.plan.round_at is not None and step + 1 >= self.plan.round_at:
             self.round_and_freeze()
 
     def _say_unused(self) -> None:
-        unused = [
+        self._unused = [
             name for name, layer in self._groups.layers if layer.offsets.requires_grad and layer.offsets.grad is None
         ]
-        self._unused = unused
-        if unused:
-            warnings.warn(
-                f"the positions of {few(unused)} got no gradient in the first step in which they should learn: most "
-                "likely the model does not call the layer, or reads its `weight` as in F.conv2d(x, self.conv.weight); "
-                "call the layer, or leave it out of the conversion with `exclude_modules`",
-                stacklevel=3,
-            )
+        if text := unused_positions(self._groups.layers):
+            warnings.warn(text, stacklevel=3)

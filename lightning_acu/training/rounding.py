@@ -8,13 +8,15 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from ..checks import few
 from ..conv import ACUConv2d
 from ..sharded import copy_whole_, whole
 from ..statistics import layer_statistics
+from .gradients import drop_gradients_
 
-__all__ = ["Collision", "RoundingReport", "check_collision", "check_finite", "round_layers"]
+__all__ = ["Collision", "RoundingReport", "check_collision", "check_finite", "round_and_freeze", "round_layers"]
 
 #: What to do when taps of a layer are rounded to the same pixel.
 Collision = Literal["report", "error", "separate"]
@@ -139,6 +141,25 @@ def round_layers(layers: Sequence[tuple[str, ACUConv2d]], collision: Collision =
         collisions=collisions,
         separated=collision == "separate",
     )
+
+
+def round_and_freeze(
+    layers: Sequence[tuple[str, ACUConv2d]], optimizers: Iterable[Optimizer], collision: Collision = "report"
+) -> RoundingReport:
+    """:func:`round_layers`, and delete the gradients and the optimizers' momentum of these positions.
+
+    They stay on their pixels as long as their gradients are dropped before each step
+    (:func:`~lightning_acu.training.drop_gradients_`).
+
+    Raises:
+        RuntimeError: see :func:`round_layers`; nothing is changed then.
+    """
+    report = round_layers(layers, collision)
+    drop_gradients_(layer for _, layer in layers)
+    for optimizer in optimizers:
+        for _, layer in layers:
+            optimizer.state.pop(layer.offsets, None)
+    return report
 
 
 def _movable(displacements: Iterable[tuple[ACUConv2d, Tensor]]) -> Tensor:

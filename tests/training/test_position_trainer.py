@@ -599,6 +599,16 @@ def test_layers_without_a_gradient_are_named_once(net):
     assert [row["learns"] for row in trainer.report().values()] == [False, True]
 
 
+def test_a_layer_that_rests_is_no_fault_but_shows_in_the_report(net):
+    net.unused = convert_to_acu(nn.Sequential(nn.Conv2d(2, 2, 3))).double()
+    optimizer = sgd(net)
+    trainer = PositionTrainer(optimizer, net)
+    for batch in batches()[:2]:
+        loss_of(net[:3], batch).backward()
+        optimizer.step()
+    assert [row["why_not"] for row in trainer.report().values()] == ["", "", "no gradient in the first step"]
+
+
 def test_report_says_how_far_and_why_not(net):
     optimizer = sgd(net)
     trainer = PositionTrainer(optimizer, net, multiplier=0.5, warmup_steps=2, schedule="linear", total_steps=12)
