@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint.state_dict
 import torch.nn.functional as F
 from helpers.schedulers import SCHEDULERS
 from helpers.tiny import STEPS_PER_EPOCH, TinyModule, fit, loader
@@ -158,6 +159,17 @@ def test_the_rate_follows_every_scheduler(net, name, existing):
         train(net, optimizer, 1)
         assert position_rate(optimizer) == pytest.approx(rate * 0.5 * (1 - step / 12), rel=1e-12, abs=0)
         scheduler.step(*([1.0] if name == "ReduceLROnPlateau" else []))
+
+
+def test_a_rate_that_is_written_into_every_group_is_that_of_the_weights(net):
+    """As searches for a learning rate do, and loops that compute it themselves."""
+    optimizer = sgd(net)
+    PositionTrainer(optimizer, net, multiplier=0.5)
+    for rate in (0.3, 0.02):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        train(net, optimizer, 1)
+        assert position_rate(optimizer) == rate / 2
 
 
 def test_timms_scheduler_and_a_group_for_each_layer(net):
@@ -347,6 +359,34 @@ def test_model_and_optimizer_alone_resume_exactly(stop):
     assert torch.equal(again[0].weight, net[0].weight)
 
 
+@pytest.mark.parametrize("normalize", ["gradient", "momentum"])
+@pytest.mark.parametrize("stop", [1, 4, 8], ids=["warm-up", "learning", "after"])
+def test_a_distributed_checkpoint_resumes_exactly(stop, normalize):
+    """It makes an optimizer's state by a step of its own, with gradients and rates of zero, before it loads."""
+    states = torch.distributed.checkpoint.state_dict
+
+    def make():
+        torch.manual_seed(0)
+        net = TinyModule().net.double()
+        optimizer = AdamW(net.parameters(), lr=0.1)
+        arguments = {"multiplier": 2.0, "warmup_steps": 2, "round_at": 7, "normalize": normalize}
+        return net, optimizer, PositionTrainer(optimizer, net, **arguments)
+
+    net, optimizer, _ = make()
+    train(net, optimizer, stop)
+    of_model = copy.deepcopy(net.state_dict())
+    of_optimizer = copy.deepcopy(states.get_optimizer_state_dict(net, optimizer))
+    train(net, optimizer, 11 - stop, start=stop)
+    again, optimizer, trainer = make()
+    again.load_state_dict(of_model)
+    options = states.StateDictOptions(strict=False)  # positions that are still have no state
+    states.set_optimizer_state_dict(again, optimizer, of_optimizer, options=options)
+    assert trainer.state_dict() == {"step": stop, "rounded": stop >= 7}
+    train(again, optimizer, 11 - stop, start=stop)
+    assert torch.equal(offsets(again), offsets(net))
+    assert torch.equal(again[0].weight, net[0].weight)
+
+
 def test_an_optimizers_state_without_steps_is_an_error_until_they_are_given(net):
     optimizer = sgd(net)
     trainer = PositionTrainer(optimizer, net, warmup_steps=2)
@@ -508,7 +548,7 @@ def run():
     from training.test_position_trainer import half_of_each_batch
     rank = int(os.environ["LOCAL_RANK"])
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    for strategy in ("ddp", "fsdp2"):
+    for strategy in ("ddp", "ddp_find_unused", "fsdp2"):
         for normalize in ("gradient", "momentum"):
             half_of_each_batch(rank, strategy, normalize, f"{sys.argv[1]}/{strategy}_{normalize}{rank}.pt")
     dist.destroy_process_group()
@@ -521,8 +561,9 @@ def half_of_each_batch(rank, strategy, normalize, path):
     """What one of two processes does."""
     torch.manual_seed(0)
     net = TinyModule().net.double()
-    if strategy == "ddp":
-        model = nn.parallel.DistributedDataParallel(net)
+    if strategy != "fsdp2":
+        unused = strategy == "ddp_find_unused"  # it asks which parameters get gradients; those of positions still do
+        model = nn.parallel.DistributedDataParallel(net, find_unused_parameters=unused)
     else:
         model = fully_shard(net, mesh=init_device_mesh("cpu", (2,)))
     optimizer = sgd(model)
@@ -552,7 +593,7 @@ def test_two_processes_learn_what_one_does(tmp_path):
             train(net, optimizer, 1, start=step)
             seen.append(offsets(net))
         assert offsets(net).abs().max() >= 2
-        for strategy in ("ddp", "fsdp2"):
+        for strategy in ("ddp", "ddp_find_unused", "fsdp2"):
             paths = [tmp_path / f"{strategy}_{normalize}{rank}.pt" for rank in (0, 1)]
             first, second = (torch.load(path, weights_only=True) for path in paths)
             assert torch.equal(first, second)
