@@ -6,8 +6,10 @@ multiplies a step by ``gain``, and independent directions, a tap would end
 
     W = gain * s * sqrt(n)        gain = 1 / (1 - m) for SGD with momentum m, 1 for Adam
 
-pixels away. The loss holds taps back: the measured mean displacement D grows as the root of W, and less in long
-trainings (``benchmarks/displacement.py``, 300 to 30,000 steps of SGD and AdamW). The rule solves W = 8 D^2 for s.
+pixels away. With ``normalize="momentum"`` steps have their full length and directions change slowly, with a correlation
+of m from one step to the next: gain = sqrt((1 + m) / (1 - m)). The loss holds taps back: the measured mean
+displacement D grows as the root of W, and less in long trainings (``benchmarks/displacement.py``, 300 to 30,000 steps of
+SGD and AdamW). The rule solves W = 8 D^2 for s.
 """
 
 from __future__ import annotations
@@ -117,17 +119,15 @@ class PositionRates:
         Raises:
             ValueError: another optimizer.
         """
-        if isinstance(optimizer, SGD):
-            m = source.get("base_momentum", source["momentum"])  # of OneCycleLR, at its highest learning rate
-            gain = 1 / (1 - m)
-            if self.normalize == "momentum":
-                m = averaging_coefficient(source)
-                gain = math.sqrt((1 + m) / (1 - m))  # unit steps, of directions that are correlated by m
-        elif isinstance(optimizer, _ADAMS):
-            gain = 1.0
-        else:
+        if not isinstance(optimizer, (SGD, *_ADAMS)):
             raise ValueError(
                 "`multiplier`='auto' knows the steps of SGD, Adam, AdamW, NAdam and RAdam, not those of "
                 f"{type(optimizer).__name__}; give a number"
             )
+        gain = 1.0
+        if self.normalize == "momentum":
+            m = averaging_coefficient(source)
+            gain = math.sqrt((1 + m) / (1 - m))
+        elif isinstance(optimizer, SGD):
+            gain = 1 / (1 - source.get("base_momentum", source["momentum"]))  # of OneCycleLR, at its highest rate
         return _WALK * self.target**2 / (gain * math.sqrt(max(1.0, steps)))

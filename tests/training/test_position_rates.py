@@ -51,7 +51,7 @@ def train(net, optimizer, scheduler=None, steps=1):
         ({"momentum": 0.6}, "momentum", 0.5, 100, 2 / 2 / 10),  # (1 + 0.6) / (1 - 0.6) = 2 ** 2
         ({}, "momentum", 0.5, 100, 2 / math.sqrt(19) / 10),
         (AdamW, "gradient", 0.5, 10_000, 2 / 100),
-        (NAdam, "momentum", 0.5, 1, 2),
+        (NAdam, "momentum", 0.5, 1, 2 / math.sqrt(19)),
         (NAdam, "gradient", 0.5, 0, 2),
     ],
 )
