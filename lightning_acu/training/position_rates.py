@@ -8,8 +8,8 @@ multiplies a step by ``gain``, and independent directions, a tap would end
 
 pixels away. With ``normalize="momentum"`` steps have their full length and directions change slowly, with a correlation
 of m from one step to the next: gain = sqrt((1 + m) / (1 - m)). The loss holds taps back: the measured mean
-displacement D grows as the root of W, and less in long trainings (``benchmarks/displacement.py``, 300 to 30,000 steps of
-SGD and AdamW). The rule solves W = 8 D^2 for s.
+displacement D grows as the root of W, and less in long trainings (``benchmarks/displacement.py``, 300 to 30,000 steps
+of SGD and AdamW). The rule solves W = 8 D^2 for s.
 """
 
 from __future__ import annotations
