@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, NoReturn, Self
 
 import torch
 import torch.nn.functional as F
@@ -371,6 +371,13 @@ class ACUConv2d(nn.Conv2d):
         if isinstance(folded, FoldedConv2d) and len(folded.convs) == 1:
             folded = self._merge_padding(folded)
         return folded.train(self.training)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """torch.jit.script calls this before it compiles; better than its message about a type annotation."""
+        raise RuntimeError(
+            "torch.jit.script cannot compile active convolutions: use torch.jit.trace, which can, or "
+            "lightning_acu.fold_acu(model) first"
+        )
 
     def effective_weight(self) -> Tensor:
         """(C_out, C_in/groups, kh, kw), differentiable: the numbers at the taps; subclasses may standardise them."""

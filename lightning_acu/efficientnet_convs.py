@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,6 +16,8 @@ from .folded import FoldedConv2d, PadSame2d
 from .geometry import Padding, same_padding
 
 __all__ = ["DynamicSamePadding", "StaticSamePadding"]
+
+torch.fx.wrap("same_padding")  # depends on numbers that torch.fx does not know while it traces
 
 
 class _PaddedFirst(DerivedACUConv2d):

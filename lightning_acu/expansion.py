@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 from .geometry import LIMIT, ConvGeometry
 
@@ -80,9 +81,12 @@ def pad_or_crop(image: Tensor, sides: tuple[int, int, int, int]) -> Tensor:
     ``sides`` as :meth:`Window.padding` gives them; they may remove all pixels of the image.
     """
     top, left, bottom, right = sides
+    if is_tracing():  # slower, but a trace records no decisions on sizes
+        padded = F.pad(image, (max(left, 0), max(right, 0), max(top, 0), max(bottom, 0)))
+        return F.pad(padded, (min(left, 0), min(right, 0), min(top, 0), min(bottom, 0)))
     height, width = image.shape[-2:]
     if max(-top, -bottom) >= height or max(-left, -right) >= width:  # no pixel of the image is left
-        return image.new_zeros(*image.shape[:-2], height + top + bottom, width + left + right)
+        return image.new_zeros(image.shape[:-2] + (height + top + bottom, width + left + right))  # noqa: RUF005 (for scripts)
     return F.pad(image, (left, right, top, bottom))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .checks import refuse_peft
 from .expansion import Plan, expand_kernel, pad_or_crop, plan_windows
-from .geometry import ConvGeometry, same_padding
+from .geometry import ConvGeometry, same_sides
 
 __all__ = [
     "GEOMETRY",
@@ -35,7 +35,10 @@ GEOMETRY = (
     "_reversed_padding_repeated_twice",
 )
 
-torch.fx.wrap("same_padding")  # depends on numbers that torch.fx does not know while it traces
+# These depend on numbers that torch.fx does not know while it traces.
+torch.fx.wrap("same_sides")
+torch.fx.wrap("pad_or_crop")
+torch.fx.wrap("sum_parts")
 
 
 class PadSame2d(nn.Module):
@@ -51,7 +54,8 @@ class PadSame2d(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., H, W) to (..., H + top + bottom, W + left + right)."""
-        top, left, bottom, right = same_padding(input.shape[-2:], self.kernel_size, self.stride, self.dilation)
+        top, bottom = same_sides(input.shape[-2], self.kernel_size[0], self.stride[0], self.dilation[0])
+        left, right = same_sides(input.shape[-1], self.kernel_size[1], self.stride[1], self.dilation[1])
         return F.pad(input, (left, right, top, bottom))
 
     def extra_repr(self) -> str:
@@ -71,11 +75,23 @@ def padding_layer(conv: nn.Conv2d) -> nn.Module | None:
     return _PADDING_LAYERS[conv.padding_mode]((left, right, top, bottom))
 
 
+def sum_parts(parts: list[Tensor]) -> Tensor:
+    """Their sum, added in float32 at least, in their precision."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    total = first.to(torch.promote_types(first.dtype, torch.float32))
+    for part in parts[1:]:
+        total = total + part
+    return total.to(first.dtype)
+
+
 class FoldedConv2d(nn.Module):
     """A sum of plain convolutions, each of which pads or crops the input in its own way.
 
     An active convolution folds into it if no single ``nn.Conv2d`` of reasonable size covers its taps: at large
-    dilations, or with taps far apart. It consists of ``nn.Conv2d`` and padding only, so any runtime can run it.
+    dilations, or with taps far apart. It consists of ``nn.Conv2d`` and padding only, so any runtime can run it;
+    ``torch.jit.script`` compiles it.
 
     Args:
         convs: the summands; the first may have a bias.
@@ -98,11 +114,10 @@ class FoldedConv2d(nn.Module):
         """(N, C_in, H, W) or (C_in, H, W) to the convolution's output."""
         if self.pad is not None:
             input = self.pad(input)
-        first, *others = (conv(pad_or_crop(input, sides)) for conv, sides in zip(self.convs, self.sides, strict=True))
-        output = first.to(torch.promote_types(first.dtype, torch.float32)) if others else first
-        for part in others:
-            output = output + part
-        return output.to(first.dtype)
+        parts: list[Tensor] = []
+        for index, conv in enumerate(self.convs):  # (zip and comprehensions are beyond torch.jit.script)
+            parts.append(conv(pad_or_crop(input, self.sides[index])))
+        return sum_parts(parts)
 
     def extra_repr(self) -> str:
         """The padding of each summand."""
@@ -119,12 +134,19 @@ class ReshapedConv2d(nn.Conv2d):
     :func:`lightning_acu.fold_acu` makes it in place; :meth:`plain` gives an ordinary ``nn.Conv2d``.
     """
 
+    #: torch.jit.script looks at every attribute; these are not for it.
+    __jit_ignored_attributes__: ClassVar = ["own", "plain_class", "former"]
+
     #: The attributes of the fold itself, as in ``GEOMETRY``.
     own: dict[str, Any]
     #: ``nn.Conv2d``, or timm's ``Conv2dSame``: what the fold is without the attributes of the active layer.
     plain_class: type[nn.Conv2d]
-    #: The layer that pads the image first, or None.
-    pad: nn.Module | None
+    if TYPE_CHECKING:  # (as annotations of the class they would be strings, which torch.jit.script cannot read)
+        #: The padding and dilation of ``own``.
+        own_padding: tuple[int, int]
+        own_dilation: tuple[int, int]
+        #: The layer that pads the image first, or None.
+        image_pad: nn.Module | None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """An ordinary ``nn.Conv2d`` for code that builds more layers by ``type(conv)(...)``."""
@@ -134,12 +156,13 @@ class ReshapedConv2d(nn.Conv2d):
         return nn.Conv2d(*args, **kwargs)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.conv2d(input, weight, bias, self.stride, self.own["padding"], self.own["dilation"], self.groups)
+        return F.conv2d(input, weight, bias, self.stride, self.own_padding, self.own_dilation, self.groups)
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C_in, H, W) or (C_in, H, W) to the convolution's output."""
-        pad = self._modules["pad"]  # an attribute `pad` may be the user's own
-        return self._conv_forward(input if pad is None else pad(input), self.weight, self.bias)
+        if self.image_pad is not None:
+            input = self.image_pad(input)
+        return self._conv_forward(input, self.weight, self.bias)
 
     def plain(self) -> nn.Conv2d:
         """The same convolution with attributes of its own; it shares ``weight`` and ``bias``."""
@@ -170,8 +193,9 @@ class ReshapedConv2d(nn.Conv2d):
         conv.__class__ = nn.Conv2d  # (the padding layer stays outside)
         for name in ("weight", "bias"):
             del self._parameters[name]
-        for name in ("own", "plain_class"):
+        for name in ("own", "plain_class", "own_padding", "own_dilation"):
             del vars(self)[name]
+        self.pad = self._modules.pop("image_pad")
         self.__class__ = FoldedConv2d  # type: ignore[assignment]
         self.convs, self.sides = nn.ModuleList([conv]), [(0, 0, 0, 0)]
         return self  # type: ignore[return-value]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 from .geometry import LIMIT, STRIDE_LIMIT, ConvGeometry, Padding, integers, resolve_padding
 from .ops import check_backend, op, reference, require_memory, without_autocast
@@ -71,12 +72,17 @@ def acu_conv2d(
     stride, dilation = _pair("stride", stride, 1, STRIDE_LIMIT), _pair("dilation", dilation, 0)
     if type(groups) is not int:
         groups = _one("groups", groups)
-    _check_tensors(input, weight, offsets, bias, groups)
+    # Sizes are tensors then, and each comparison warns; the operator checks them too.
+    tracing = is_tracing()
+    if not tracing:
+        _check_tensors(input, weight, offsets, bias, groups)
     kernel_size = (weight.shape[2], weight.shape[3])
+    if tracing and isinstance(padding, str):  # computed from them
+        kernel_size = (int(kernel_size[0]), int(kernel_size[1]))
     geometry = ConvGeometry(
         kernel_size, stride, resolve_padding(padding, kernel_size, stride, dilation), dilation, groups
     )
-    if min(geometry.output_size(input.shape[-2:])) < 1:
+    if not tracing and min(geometry.output_size(input.shape[-2:])) < 1:
         top, left, bottom, right = geometry.padding
         padded = (input.shape[-2] + top + bottom, input.shape[-1] + left + right)
         effective = tuple(d * (k - 1) + 1 for d, k in zip(dilation, kernel_size, strict=True))

@@ -15,6 +15,7 @@ __all__ = [
     "pair",
     "resolve_padding",
     "same_padding",
+    "same_sides",
 ]
 
 #: Paddings, dilations and sides of images are less, in pixels: positions are clamped there.
@@ -132,8 +133,13 @@ def same_padding(
     Unlike ``padding="same"`` of ``F.conv2d`` it is defined for any stride, and depends on the ``size`` (height, width)
     of the image.
     """
-    rows, columns = (
-        max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0)
-        for n, k, s, d in zip(size, kernel_size, stride, dilation, strict=True)
-    )
-    return rows // 2, columns // 2, rows - rows // 2, columns - columns // 2
+    (top, bottom), (left, right) = map(same_sides, size, kernel_size, stride, dilation)
+    return top, left, bottom, right
+
+
+def same_sides(size: int, kernel_size: int, stride: int, dilation: int) -> tuple[int, int]:
+    """(before, after) of one axis in :func:`same_padding`; torch.jit.script can compile it."""
+    total = (-(-size // stride) - 1) * stride + (kernel_size - 1) * dilation + 1 - size
+    if (kernel_size - 1) * dilation + 1 < stride:  # else it is not negative, and a trace records no decision
+        total = max(total, 0)
+    return total // 2, total - total // 2

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import Conv2dSame, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import Tensor, nn
+from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 from .checks import refuse_peft
 from .conv import ACUConv2d
@@ -64,8 +65,9 @@ class TimmACUConv2d(ACUConv2d):
             return super()._pad(input)
         top, left, bottom, right = same_padding(input.shape[-2:], self.kernel_size, self.stride, self.dilation)
         sides = (left, right, top, bottom)
-        # The operator needs ints, which an exported program with dynamic height and width does not have.
-        return (F.pad(input, sides), 0) if torch.compiler.is_exporting() else (input, sides)
+        # The operator needs ints, which programs for images of any size do not have.
+        any_size = torch.compiler.is_exporting() or is_tracing()
+        return (F.pad(input, sides), 0) if any_size else (input, sides)
 
     def _padding_layer(self) -> nn.Module | None:
         if not self.same_pad:

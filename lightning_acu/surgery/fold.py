@@ -108,7 +108,8 @@ def _replace(folds: list[tuple[ACUConv2d, nn.Conv2d | FoldedConv2d]]) -> None:
             if reshaped and cls is not FoldedConv2d:
                 pad = PadSame2d(folded.kernel_size, folded.stride, folded.dilation) if same_pad else None  # type: ignore[arg-type]
                 state |= {"own": {name: vars(folded)[name] for name in GEOMETRY}, "plain_class": cls}
-                state["_modules"] = state["_modules"] | {"pad": pad}
+                state |= {f"own_{name}": vars(folded)[name] for name in ("padding", "dilation")}
+                state["_modules"] = state["_modules"] | {"image_pad": pad}
                 cls = ReshapedConv2d
                 if isinstance(layer, DerivedACUConv2d):
                     cls = reshaped_class(layer.plain_class)
@@ -145,8 +146,9 @@ def _keep_the_rest(layer: ACUConv2d, state: dict[str, Any]) -> None:
     for kind, own in others.items():
         state[kind] = {name: value for name, value in own.items() if name not in _OWN_PARAMETERS} | state[kind]
     state["_non_persistent_buffers_set"] |= layer._non_persistent_buffers_set - _OWN_PARAMETERS
+    taken = {name for kind in others for name in state[kind]}  # an attribute would hide a module of that name
     for name, value in vars(layer).items():
-        if name not in CONFIGURATION and name not in _OWN_ATTRIBUTES:
+        if name not in CONFIGURATION and name not in _OWN_ATTRIBUTES and name not in taken:
             state.setdefault(name, value)
 
 
