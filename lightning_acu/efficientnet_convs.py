@@ -37,7 +37,7 @@ class DynamicSamePadding(_PaddedFirst):
         )
         return F.pad(input, (left, right, top, bottom)), 0
 
-    def _padding_layer(self) -> nn.Module:
+    def _padding_layer(self) -> nn.Module | None:
         geometry = self.geometry
         return PadSame2d(geometry.kernel_size, geometry.stride, geometry.dilation)
 

@@ -21,6 +21,7 @@ LEVELS = [
     {"conv"},
     {"active_shift", "derived", "timm_convs", "statistics"},
     {"efficientnet_convs"},
+    {"transformers_convs"},
     {"surgery", "metrics", "figures", "training"},
     {"callbacks", "export", "integrations"},
     {"models", "data"},

@@ -5,6 +5,7 @@ Small models with random weights; nothing is downloaded. A library that is not i
 """
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -218,6 +219,8 @@ def test_yolo_trains_what_get_model_converts(ultralytics, train):
         ("UnetPlusPlus", "tu-resnet18", 39),
         ("FPN", "tu-efficientnet_lite0", 24),
         ("DeepLabV3Plus", "tu-resnet18", 21),
+        ("Linknet", "efficientnet-b0", 17),
+        ("Segformer", "mit_b0", 11),
     ],
 )
 def test_segmentation_models(architecture, encoder, active):
@@ -260,6 +263,17 @@ def efficientnet(transformers):
     return model
 
 
+def regnet(transformers):
+    return transformers.RegNetForImageClassification(
+        transformers.RegNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], groups_width=4)
+    )
+
+
+def bit(transformers, **arguments):
+    config = transformers.BitConfig(embedding_size=32, hidden_sizes=[32, 64], depths=[1, 1], num_groups=8, **arguments)
+    return transformers.BitForImageClassification(config)
+
+
 TRANSFORMERS = {
     "ResNet": (4, lambda t: t.ResNetForImageClassification(resnet_config(t))),
     "MobileNetV1": (14, lambda t: t.MobileNetV1ForImageClassification(t.MobileNetV1Config(depth_multiplier=0.25))),
@@ -267,34 +281,63 @@ TRANSFORMERS = {
     "EfficientNet": (8, efficientnet),
     "SegFormer": (7, segformer),
     "DETR": (4, detr),
+    "RegNet": (3, regnet),
+    "BiT": (2, bit),
+    "BiT, bottleneck, same": (2, functools.partial(bit, layer_type="bottleneck", global_padding="SAME")),
 }
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_transformers(name):
     active, make = TRANSFORMERS[name]
-    convert_and_fold(make(pytest.importorskip("transformers")), torch.rand(2, 3, 64, 64), active=active)
+    convert_and_fold(make(pytest.importorskip("transformers")), torch.rand(2, 3, 70, 64), active=active)
 
 
-def test_transformers_bit_stays_plain():
+def test_transformers_convnext_has_nothing_to_convert():
     transformers = pytest.importorskip("transformers")
-    config = transformers.BitConfig(embedding_size=32, hidden_sizes=[32, 64], depths=[1, 1], num_groups=8)
-    with pytest.warns(NoEffectWarning, match="no rule for the class WeightStandardizedConv2d, which overrides"):
-        assert not active_layers(convert_to_acu(transformers.BitForImageClassification(config)))
+    config = transformers.ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2)
+    with pytest.warns(NoEffectWarning, match=r"kernel size 7x7 not among kernel_sizes=\[3, 5\]"):
+        assert not active_layers(convert_to_acu(transformers.ConvNextForImageClassification(config)))
 
 
 # monai, kornia
 
 
-def test_monai():
+MONAI = {
+    "BasicUNet": (18, {"features": (8,) * 6, "dropout": 0.0}),
+    "UNet": (7, {"channels": (4, 8, 16), "strides": (2, 2), "num_res_units": 1}),
+    "SegResNet": (13, {"init_filters": 8, "blocks_down": (1, 1, 1), "blocks_up": (1, 1)}),
+    "DynUNet": (
+        10,
+        {"kernel_size": [3] * 3, "strides": [1, 2, 2], "upsample_kernel_size": [2] * 2, "filters": [8] * 3},
+    ),
+    "AttentionUnet": (8, {"channels": (4, 8, 16), "strides": (2, 2)}),
+}
+
+
+@pytest.mark.parametrize("name", MONAI)
+def test_monai(name):
     nets = pytest.importorskip("monai.networks.nets")
-    model = nets.BasicUNet(spatial_dims=2, in_channels=1, out_channels=2, features=(8, 8, 8, 8, 8, 8), dropout=0.0)
-    convert_and_fold(model, torch.rand(2, 1, 32, 48), active=18)
+    active, arguments = MONAI[name]
+    model = getattr(nets, name)(spatial_dims=2, in_channels=1, out_channels=2, **arguments)
+    convert_and_fold(model, torch.rand(2, 1, 32, 48), active=active)
 
 
-def test_kornia():
-    kornia = pytest.importorskip("kornia")
-    convert_and_fold(kornia.feature.HardNet(pretrained=False), torch.rand(3, 1, 32, 32), active=6)
+def test_monai_flexible_unet():
+    nets = pytest.importorskip("monai.networks.nets")
+    model = nets.FlexibleUNet(in_channels=3, out_channels=2, backbone="resnet18", pretrained=False)
+    convert_and_fold(model, torch.rand(2, 3, 64, 32), active=27)
+
+
+@pytest.mark.parametrize("name", ["HardNet", "HyNet", "SOSNet"])
+def test_kornia_descriptors(name):
+    feature = pytest.importorskip("kornia.feature")
+    convert_and_fold(getattr(feature, name)(pretrained=False), torch.rand(3, 1, 32, 32), active=6)
+
+
+def test_kornia_dexined():
+    dexined = pytest.importorskip("kornia.models.dexined")
+    convert_and_fold(dexined.DexiNed(pretrained=False), torch.rand(1, 3, 32, 48), active=26)
 
 
 # peft, accelerate
@@ -348,14 +391,27 @@ def test_accelerate(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "active"), [("fasterrcnn_mobilenet_v3_large_320_fpn", 19), ("retinanet_resnet50_fpn", 31)]
+    ("name", "active"),
+    [
+        ("fasterrcnn_mobilenet_v3_large_320_fpn", 19),
+        ("retinanet_resnet50_fpn", 31),
+        ("ssdlite320_mobilenet_v3_large", 32),
+        ("maskrcnn_resnet50_fpn", 25),
+        ("keypointrcnn_resnet50_fpn", 29),
+        ("fcos_resnet50_fpn", 32),
+    ],
 )
 def test_torchvision_detection_in_training_mode(name, active):
-    model = torchvision.models.get_model(name, weights=None, weights_backbone=None, min_size=96, max_size=96)
+    arguments = {} if "ssd" in name else {"min_size": 96, "max_size": 96}
+    if "rcnn" in name:
+        arguments["box_batch_size_per_image"] = 16
+    model = torchvision.models.get_model(name, weights=None, weights_backbone=None, **arguments)
     wake(model.double())
     images = [torch.rand(3, 96, 96, dtype=torch.float64), torch.rand(3, 96, 80, dtype=torch.float64)]
-    boxes = torch.tensor([[3.0, 5, 70, 60], [10, 2, 55, 40]], dtype=torch.float64)
-    target = {"boxes": boxes, "labels": torch.ones(2, dtype=torch.int64)}
+    boxes = torch.tensor([[3.0, 5, 70, 60], [10, 2, 55, 40], [30, 50, 48, 70]], dtype=torch.float64)
+    target = {"boxes": boxes, "labels": torch.ones(3, dtype=torch.int64)}
+    target["masks"] = torch.ones(3, 96, 80, dtype=torch.uint8)
+    target["keypoints"] = torch.cat((boxes.view(3, 2, 2), torch.ones(3, 2, 1)), -1).repeat(1, 9, 1)[:, :17].float()
     plain = copy.deepcopy(model).train()
     convert_to_acu(model.train())
     assert len(active_layers(model)) == active
@@ -378,6 +434,14 @@ def test_torchvision_detection_in_training_mode(name, active):
 def test_torchvision_segmentation_in_training_mode(name, active):
     model = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=3)
     convert_and_fold(model, torch.rand(2, 3, 64, 64), active=active)
+
+
+def test_torchvision_deeplab_in_training_mode():
+    model = torchvision.models.segmentation.deeplabv3_mobilenet_v3_large(weights_backbone=None, num_classes=3)
+    for module in model.classifier.modules():  # at 64 pixels the feature map is 4x4: taps 12 and more apart lie outside
+        if isinstance(module, nn.Conv2d) and module.dilation != (1, 1):
+            module.dilation = module.padding = (module.dilation[0] // 12, module.dilation[0] // 12)
+    convert_and_fold(model, torch.rand(2, 3, 64, 64), active=20)
 
 
 @pytest.fixture

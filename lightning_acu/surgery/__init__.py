@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from . import efficientnet_rules as efficientnet_rules
+from . import transformers_rules as transformers_rules
 from .activate import Activation, activate
 from .convert import ConvertConfig, convert_to_acu
 from .convert_like import convert_like
