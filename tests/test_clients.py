@@ -74,8 +74,9 @@ def convert_and_fold(model, *args, active, before_fold=lambda model: None, **con
 
 
 @pytest.fixture
-def ultralytics(tmp_path_factory, monkeypatch):
+def ultralytics(tmp_path_factory, tmp_path, monkeypatch):
     monkeypatch.setenv("YOLO_CONFIG_DIR", str(tmp_path_factory.getbasetemp()))  # where it writes its settings
+    monkeypatch.chdir(tmp_path)  # and where it exports to
     monkeypatch.setenv("YOLO_OFFLINE", "true")
     return pytest.importorskip("ultralytics")
 
@@ -96,55 +97,111 @@ def assert_fused(model, image, moved, dropped=0):
     assert difference(outputs, moved[: len(moved) - dropped]) < ROUNDING
 
 
-@pytest.mark.parametrize(
-    ("name", "active"),
-    [("yolov8n", 39), ("yolo11n", 42), ("yolo26n", 59), ("yolov8n-seg", 47), ("yolov8n-pose", 45), ("yolov8n-cls", 17)],
-)
-def test_yolo_folds_and_fuses(ultralytics, name, active):
-    model, image = ultralytics.YOLO(f"{name}.yaml").model, torch.rand(2, 3, 96, 96, dtype=torch.float64)
-    moved = convert_and_fold(model, image, active=active, before_fold=refuses_fuse)
-    model.fuse(verbose=False)
-    assert_fused(model, image, moved, ONE2ONE if name == "yolo26n" else 0)
+#: The number of active convolutions.
+YOLO = {
+    "yolov8n": 39, "yolov8n-seg": 47, "yolov8n-pose": 45, "yolov8n-cls": 17, "yolov10n": 53,
+    "yolo11n": 42, "yolo11n-seg": 50, "yolo11n-pose": 48, "yolo11n-cls": 18, "yolo26n": 59,
+}  # fmt: skip
 
 
-def test_yolov10_fuses_if_what_it_merges_with_a_larger_kernel_stays_plain(ultralytics):
-    from ultralytics.nn.modules.block import RepVGGDW
-
-    image = torch.rand(2, 3, 96, 96, dtype=torch.float64)
-    model = ultralytics.YOLO("yolov10n.yaml").model
-    moved = convert_and_fold(model, image, active=53, before_fold=refuses_fuse)
-    with pytest.raises(RuntimeError, match=r"expects kernels of the original shape .* run or export it as it is"):
-        model.fuse(verbose=False)  # RepVGGDW pads its 3x3 kernel, now 5x5, by 2 on each side to add it to one of 7x7
-    assert difference(run(model, (image,)), moved) < ROUNDING
-
-    model = ultralytics.YOLO("yolov10n.yaml").model
-    merged = [f"{name}.conv1.conv" for name, module in model.named_modules() if isinstance(module, RepVGGDW)]
-    assert merged
-    moved = convert_and_fold(model, image, active=53 - len(merged), exclude_modules=merged)
-    model.fuse(verbose=False)
-    assert_fused(model, image, moved, ONE2ONE)
-
-
-def test_yolo_loss(ultralytics):
-    model = convert_to_acu(ultralytics.YOLO("yolov8n.yaml").model).train()
-    model.args = ultralytics.cfg.get_cfg()  # with the weights of the losses
+def batch_for(model):
+    """Two images with three objects, as the models' own losses take them."""
     batch = {
-        "img": torch.rand(2, 3, 64, 64),
+        "img": torch.rand(2, 3, 96, 96),
         "batch_idx": torch.tensor([0.0, 0, 1]),
-        "cls": torch.tensor([[1.0], [2], [3]]),
-        "bboxes": torch.tensor([[0.5, 0.5, 0.3, 0.4], [0.3, 0.6, 0.2, 0.2], [0.6, 0.4, 0.5, 0.5]]),
+        "cls": torch.zeros(3, 1),
+        "bboxes": torch.tensor([[0.5, 0.5, 0.3, 0.4], [0.3, 0.6, 0.2, 0.2], [0.5, 0.5, 0.9, 0.8]]),
     }
-    loss, _ = model(batch)
+    if model.task == "segment":  # 1, 2: the pixels of the first and of the second object of an image
+        batch["masks"] = torch.zeros(2, 24, 24)
+        batch["masks"][:, 4:20, 6:18] = 1
+        batch["masks"][0, 12:16, 4:9] = 2
+    elif model.task == "pose":
+        batch["keypoints"] = torch.cat((torch.rand(3, 17, 2), torch.full((3, 17, 1), 2.0)), -1)
+    elif model.task == "classify":
+        batch["cls"] = torch.tensor([1, 0])
+    return batch
+
+
+def train_a_step(ultralytics, model):
+    """With the model's own loss; all positions get a gradient, except in heads that no object was assigned to."""
+    model.args = ultralytics.cfg.get_cfg()  # with the weights of the losses
+    loss, _ = model.train()(batch_for(model))
     loss.sum().backward()
-    moving = [layer for _, layer in acu_layers(model) if layer.offsets.grad.any()]
-    assert len(moving) >= 35  # of 39; at 2x2 pixels some see one image's background only
-    torch.optim.SGD([layer.offsets for layer in moving], lr=1.0).step()
-    assert all(layer.offsets.any() for layer in moving)
+    layers, head = active_layers(model), f"model.{len(model.model) - 1}."
+    still = [name for name, layer in layers if layer.offsets.grad is None or not layer.offsets.grad.any()]
+    assert all(name.startswith(head) for name in still), still
+    torch.optim.SGD([layer.offsets for _, layer in layers], lr=0.01).step()
+    assert all(layer.offsets.isfinite().all() and (layer.offsets.any() or name in still) for name, layer in layers)
+    model.zero_grad(set_to_none=True)
 
 
-@pytest.mark.parametrize("name", ["yolov8n", "yolo26n"])
-def test_yolo_predict(ultralytics, name):
+@pytest.mark.parametrize("name", YOLO)
+def test_yolo_trains_a_step_folds_and_fuses(ultralytics, name):
+    model = convert_to_acu(ultralytics.YOLO(f"{name}.yaml").model)
+    assert len(active_layers(model)) == YOLO[name]
+    train_a_step(ultralytics, model)
+    image = torch.rand(2, 3, 96, 96, dtype=torch.float64)
+    wake(model.double())
+    move(model)
+    moved = run(model, (image,))
+    refuses_fuse(model)
+    fold_acu(model, image)
+    assert difference(run(model, (image,)), moved) < ROUNDING
+    model.fuse(verbose=False)  # RepVGGDW of YOLOv10 would add a 3x3 kernel, now 5x5, to one of 7x7
+    assert_fused(model, image, moved, ONE2ONE if name in ("yolov10n", "yolo26n") else 0)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Writes two images for a task; gives the arguments for its train and val."""
+    pytest.importorskip("polars")  # reads the results
+    from PIL import Image
+
+    box, keypoints = "0 0.5 0.5 0.4 0.3", " 0.5 0.5 2" * 17
+    labels = {"detect": box, "segment": "0 0.2 0.2 0.8 0.2 0.8 0.8", "pose": box + keypoints}
+
+    def write(task):
+        folder = tmp_path / task
+        for split in ("train", "val"):
+            images = folder / (f"{split}/square" if task == "classify" else f"images/{split}")
+            images.mkdir(parents=True)
+            for name in range(2):
+                image = torch.randint(0, 255, (64, 64, 3), dtype=torch.uint8).numpy()
+                Image.fromarray(image).save(images / f"{name}.png")
+                if task in labels:
+                    (folder / f"labels/{split}").mkdir(parents=True, exist_ok=True)
+                    (folder / f"labels/{split}/{name}.txt").write_text(labels[task] + "\n")
+        text = f"path: {folder}\ntrain: images/train\nval: images/val\nnames: [square]\nkpt_shape: [17, 3]\n"
+        (folder / "data.yaml").write_text(text)
+        return {
+            "data": str(folder if task == "classify" else folder / "data.yaml"),
+            "project": str(tmp_path), "imgsz": 64, "device": "cpu", "workers": 0, "plots": False, "verbose": False,
+        }  # fmt: skip
+
+    return write
+
+
+@pytest.mark.filterwarnings("ignore")  # theirs, from first to last
+@pytest.mark.parametrize("name", YOLO)
+def test_yolo_predicts_exports_and_validates(ultralytics, data, name):
     yolo = ultralytics.YOLO(f"{name}.yaml")
+    move(convert_to_acu(yolo.model))
+    image = torch.rand(1, 3, 64, 64)
+    fold_acu(yolo.model, image)
+    expected = run(yolo.model, (image,))
+    file = yolo.export(format="torchscript", imgsz=64, device="cpu", verbose=False)
+    exported = list(tensors_in(torch.jit.load(file)(image)))
+    assert difference(exported[:1], expected[:1]) < 1e-4
+    (result,) = yolo.predict(
+        torch.randint(0, 255, (70, 90, 3), dtype=torch.uint8).numpy(), imgsz=64, device="cpu", verbose=False, conf=0.0
+    )
+    assert result.probs is not None if name.endswith("-cls") else len(result.boxes)
+    assert yolo.val(**data(yolo.task)).results_dict
+
+
+def test_yolo_predict_is_refused_before_the_fold(ultralytics):
+    yolo = ultralytics.YOLO("yolov8n.yaml")
     move(convert_to_acu(yolo.model))
     image = torch.randint(0, 255, (70, 90, 3), dtype=torch.uint8).numpy()
     with pytest.raises(RuntimeError, match=r"call lightning_acu\.fold_acu"):
@@ -155,57 +212,39 @@ def test_yolo_predict(ultralytics, name):
     assert len(result.boxes)
 
 
-@pytest.fixture
-def train(ultralytics, tmp_path):
-    """Trains a YOLO for an epoch of two images; gives the arguments for its val."""
-    pytest.importorskip("polars")  # reads the results
-    from PIL import Image
-
-    for split in ("train", "val"):
-        for kind in ("images", "labels"):
-            (tmp_path / kind / split).mkdir(parents=True)
-        for name in range(2):
-            image = torch.randint(0, 255, (64, 64, 3), dtype=torch.uint8).numpy()
-            Image.fromarray(image).save(tmp_path / f"images/{split}/{name}.png")
-            (tmp_path / f"labels/{split}/{name}.txt").write_text("0 0.5 0.5 0.4 0.3\n")
-    data = tmp_path / "data.yaml"
-    data.write_text(f"path: {tmp_path}\ntrain: images/train\nval: images/val\nnames: [square]\n")
-    common = {"data": str(data), "project": str(tmp_path), "imgsz": 64, "device": "cpu", "workers": 0, "plots": False}
-
-    def fit(yolo, **arguments):
-        yolo.train(epochs=1, batch=2, amp=False, deterministic=False, verbose=False, **common, **arguments)
-        return common
-
-    return fit
-
-
-@pytest.mark.filterwarnings("ignore")  # of a training of theirs, from first to last
-def test_yolo_train_builds_a_model_of_its_own(ultralytics, train):
+@pytest.mark.filterwarnings("ignore")
+def test_yolo_train_builds_a_model_of_its_own(ultralytics, data):
     yolo = ultralytics.YOLO("yolov8n.yaml")
     convert_to_acu(yolo.model)
-    train(yolo)
+    yolo.train(epochs=1, batch=2, amp=False, deterministic=False, **data("detect"))
     assert not active_layers(yolo.model)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_yolo_trains_what_get_model_converts(ultralytics, train):
+def test_yolo_trains_what_get_model_converts(ultralytics, data):
     from ultralytics.models.yolo.detect import DetectionTrainer
 
     class Trainer(DetectionTrainer):
         def get_model(self, *args, **kwargs):
             return convert_to_acu(super().get_model(*args, **kwargs))
 
-        def final_eval(self):  # of the best checkpoint, which it would fuse
-            pass
+        def final_eval(self):  # of the best checkpoint, which is fused for it
+            checkpoint = torch.load(self.best, weights_only=False)
+            checkpoint["ema"] = fold_acu(checkpoint["ema"].float(), torch.rand(1, 3, 64, 64))
+            self.best = self.best.with_name("folded.pt")
+            torch.save(checkpoint, self.best)
+            super().final_eval()
 
     yolo = ultralytics.YOLO("yolov8n.yaml")
-    arguments = train(yolo, trainer=Trainer)
-    layers = active_layers(yolo.model)  # read from best.pt, which has the weights in half precision
+    arguments = data("detect")
+    yolo.train(trainer=Trainer, epochs=1, batch=2, amp=False, deterministic=False, **arguments)
+    assert not active_layers(yolo.model)  # what folded.pt has
+    assert yolo.val(**arguments).results_dict
+    best = ultralytics.YOLO(yolo.trainer.best.with_name("best.pt")).model  # with the weights in half precision
+    layers = active_layers(best)
     assert len(layers) == 39
     assert all(layer.offsets.dtype == torch.float32 for _, layer in layers)
     assert any(layer.offsets.any() for _, layer in layers)
-    fold_acu(yolo.model.float(), torch.rand(1, 3, 64, 64))
-    yolo.val(verbose=False, **arguments)
 
 
 # segmentation_models_pytorch

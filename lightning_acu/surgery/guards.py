@@ -5,7 +5,8 @@ methods treat an active convolution as the nn.Conv2d it derives from and would s
 
 What a method is called only decides whether it is looked at. It is refused for what it does: if it reads parameters of
 active convolutions, other than by calling the layers. After a fold whose kernel has another shape than the method may
-expect, it is tried on a copy first, and refused if that changes the output.
+expect, it is tried on a copy first, and refused if that changes the output. For a few classes that add kernels of fixed
+sizes, :mod:`merges` does it for any size.
 
 The guards are attributes of the instance, because the guarded methods belong to other people's classes.
 """
@@ -30,6 +31,7 @@ from ..checks import few, qualified_name
 from ..conv import ACUConv2d
 from ..folded import ReshapedConv2d
 from .marks import RESHAPED
+from .merges import known_merge
 from .outputs import Arguments, difference, map_tensors, random_devices, run, tensors_in, tolerance
 from .watch import ParameterRead, WatchParameters, in_forward, modules_in_call
 
@@ -85,6 +87,9 @@ class MergingGuard:
             )
 
         def call(module: nn.Module) -> Any:
+            merge = known_merge(type(module), self.method)
+            if merge is not None and _layers_to_guard(module)[1]:
+                return merge(module)
             return getattr(type(module), self.method)(module, *args, **kwargs)
 
         # What takes tensors is a step of a forward pass, and nothing is merged while a model is traced.
