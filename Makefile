@@ -1,13 +1,14 @@
 # make quickstart: set up .venv, then train a timm model whose convolutions learn their shape (about 5 minutes the first time).
 # make test:       the same set-up, then the tests, a process of one thread on each core (4 at most).
 # make test-fast:  without the slow ones.
+# make clients:    the same set-up, then other libraries' models (docs/compatibility.md), which it installs into .venv.
 # Use another interpreter with `make PYTHON=python3.12 ...`.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-fast lint setup clean
+.PHONY: quickstart test test-fast clients lint setup clean
 
 quickstart: setup
 	$(BIN)/lightning-acu fit --config configs/quickstart.yaml $(ARGS)
@@ -17,6 +18,15 @@ test: setup
 
 test-fast:
 	@$(MAKE) test ARGS='-m "not slow" $(ARGS)'
+
+# Not `pip install -e ".[clients-ci]"`, which would compile again; and not another torch than the one that is tested.
+EXTRA := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["clients-ci"])
+
+clients: setup
+	$(BIN)/python -m pip freeze | grep -E '^(torch|torchvision|numpy|timm)==' > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt $$($(BIN)/python -c '$(EXTRA)')
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_clients.py tests/test_torch_tools.py \
+	    -k "not torchvision and not fsdp2 and not compiles" --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -173,7 +173,8 @@ def _check_tensors(input: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor 
     if offsets.dtype not in (torch.float32, torch.float64):
         raise TypeError(
             f"`offsets` must be float32 or float64, got {offsets.dtype}, which loses position steps of 0.001 pixel; "
-            "use offsets.float()"
+            "use offsets.float(). If a MixedPrecisionPolicy of FSDP2 casts them, leave `param_dtype` out and use "
+            "torch.autocast"
         )
     if not _autocast_enabled(input.device.type):
         for name, tensor in tensors.items():

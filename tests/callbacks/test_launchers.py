@@ -34,10 +34,10 @@ class Validating(TinyModule):
         pass
 
 
-def run(method, strategy, convert):
+def run(method, strategy, convert, devices=1):
     module = Validating(functools.partial(torch.optim.SGD, lr=0.1), convert=convert)
     trainer = pl.Trainer(
-        accelerator="cpu", devices=1, strategy=strategy, max_epochs=1, logger=False, enable_checkpointing=False,
+        accelerator="cpu", devices=devices, strategy=strategy, max_epochs=1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
         callbacks=[ConvertToACU(), PositionLRSchedule(1.0, warmup_steps=0)],
     )
@@ -51,7 +51,7 @@ def run(method, strategy, convert):
 if __name__ == "__main__":
     arguments = [
         ("fit", "ddp_notebook", False), ("fit", "ddp_spawn", False), ("fit", "ddp_notebook", True),
-        ("validate", "ddp_notebook", False),
+        ("validate", "ddp_notebook", False), ("fit", "ddp_spawn", True, 2),
     ]
     print(json.dumps([run(*each) for each in arguments]))
 """
@@ -68,7 +68,7 @@ def results(shared_folder):
         assert done.returncode == 0, done.stderr[-3000:]
         (folder / "results.json").write_text(done.stdout.splitlines()[-1])
 
-    names = ["notebook", "spawn", "converted before", "validated"]
+    names = ["notebook", "spawn", "converted before", "validated", "two spawned"]
     return dict(zip(names, json.loads((shared_folder("spawned", run_all) / "results.json").read_text()), strict=True))
 
 
@@ -78,8 +78,9 @@ def test_converting_copies_in_spawned_processes_is_an_error(results, strategy):
     assert "call convert_to_acu in its __init__, or use strategy='ddp'" in results[strategy]
 
 
-def test_a_module_that_converted_itself_gets_its_positions_back(results):
-    assert results["converted before"] > 0.1
+@pytest.mark.parametrize("how", ["converted before", "two spawned"])
+def test_a_module_that_converted_itself_gets_its_positions_back(results, how):
+    assert results[how] > 0.1
 
 
 def test_copies_that_are_only_validated_may_be_converted(results):
