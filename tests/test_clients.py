@@ -99,7 +99,7 @@ def assert_fused(model, image, moved, dropped=0):
 
 #: The number of active convolutions.
 YOLO = {
-    "yolov8n": 39, "yolov8n-seg": 47, "yolov8n-pose": 45, "yolov8n-cls": 17, "yolov10n": 53,
+    "yolov8n": 39, "yolov8n-seg": 47, "yolov8n-pose": 45, "yolov8n-cls": 17, "yolov9t": 119, "yolov10n": 53,
     "yolo11n": 42, "yolo11n-seg": 50, "yolo11n-pose": 48, "yolo11n-cls": 18, "yolo26n": 59,
 }  # fmt: skip
 
@@ -148,7 +148,7 @@ def test_yolo_trains_a_step_folds_and_fuses(ultralytics, name):
     refuses_fuse(model)
     fold_acu(model, image)
     assert difference(run(model, (image,)), moved) < ROUNDING
-    model.fuse(verbose=False)  # RepVGGDW of YOLOv10 would add a 3x3 kernel, now 5x5, to one of 7x7
+    model.fuse(verbose=False)  # RepVGGDW of YOLOv10 adds a 3x3 kernel, now 5x5, to one of 7x7; RepConv of YOLOv9 a 1x1
     assert_fused(model, image, moved, ONE2ONE if name in ("yolov10n", "yolo26n") else 0)
 
 
