@@ -26,6 +26,7 @@ clients: setup
 	$(BIN)/python -m pip freeze | grep -E '^(torch|torchvision|numpy|timm)==' > $(VENV)/constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt $$($(BIN)/python -c '$(EXTRA)')
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_clients.py tests/test_torch_tools.py tests/surgery/test_adapters.py \
+	    tests/test_examples.py tests/saving/test_saved_clients.py tests/integrations/test_huggingface.py \
 	    -k "not torchvision and not fsdp2 and not compiles" --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 lint: setup
