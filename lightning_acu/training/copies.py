@@ -131,11 +131,15 @@ def hold_copies_(layers: Sequence[tuple[str, ACUConv2d]], copies: Iterable[Posit
 def hold_copies_in_(layers: Sequence[tuple[str, ACUConv2d]], where: str, value: Any) -> None:
     """:func:`hold_copies_` for all copies that :func:`copied_positions` finds in ``value``, called ``where``.
 
-    ``value`` may be a part of the model, such as a teacher inside it: its own layers are copies then.
+    ``value`` may hold the model beside its copy, as some averages do. It may be a part of the model, such as a teacher
+    inside it: its own layers are copies then.
     """
-    inside = {id(child) for child in value.modules()} if isinstance(value, nn.Module) else set()
-    originals = [(name, layer) for name, layer in layers if id(layer) not in inside]
-    hold_copies_(originals, copied_positions(originals, where, value))
+    copies = list(copied_positions(layers, where, value))
+    if not copies and isinstance(value, nn.Module):
+        inside = {id(child) for child in value.modules()}
+        layers = [(name, layer) for name, layer in layers if id(layer) not in inside]
+        copies = list(copied_positions(layers, where, value))
+    hold_copies_(layers, copies)
 
 
 def on_whole_pixels(offsets: Tensor) -> bool:

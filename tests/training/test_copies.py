@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_acu import convert_to_acu
-from lightning_acu.training import copied_positions, hold_copies_, on_whole_pixels, trained_layers
+from lightning_acu.training import copied_positions, hold_copies_, hold_copies_in_, on_whole_pixels, trained_layers
 
 
 @pytest.fixture
@@ -111,3 +111,23 @@ def test_what_refers_to_itself_is_large_or_deep_does_no_harm(net):
 )
 def test_on_whole_pixels(value, whole):
     assert on_whole_pixels(torch.tensor([1.0, value])) is whole
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_an_average_that_holds_the_model_beside_its_copy_is_held(net, beside):
+    average = nn.ModuleDict({"online": net} if beside else {})
+    average["copy"] = copy.deepcopy(net)
+    for _, layer in trained_layers(average["copy"]):
+        with torch.no_grad():
+            layer.offsets += 0.3  # less than two layers of one shape differ
+    hold_copies_in_(trained_layers(net), "it", average)
+    for (_, layer), (_, copied) in zip(trained_layers(net), trained_layers(average["copy"]), strict=True):
+        assert torch.equal(copied.offsets, layer.offsets)
+
+
+def test_a_teacher_inside_the_model_is_held(net):
+    model = nn.ModuleDict({"student": net, "teacher": copy.deepcopy(net)})
+    for _, layer in trained_layers(model["teacher"]):
+        nn.init.constant_(layer.offsets, 0.25)
+    hold_copies_in_(trained_layers(model), "it", model["teacher"])
+    assert not any((layer.offsets == 0.25).any() for _, layer in trained_layers(model))
