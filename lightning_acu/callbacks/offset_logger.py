@@ -145,6 +145,13 @@ class OffsetLogger(PositionCallback):
         if often is not None and self._step // often > before // often and not is_fast_dev_run(trainer):
             self._draw(trainer, pl_module, f"shapes_{self._step:06}.png")
 
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Let loggers write what they hold back: a training resumed from the checkpoint does not record it again."""
+        for logger in trainer.loggers:
+            logger.save()
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Record the final positions, draw them and make the animation."""
         super().on_train_end(trainer, pl_module)

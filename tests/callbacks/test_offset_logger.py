@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 from helpers.tiny import ManualModule, Spy, TinyModule, fit
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 
@@ -50,6 +51,19 @@ def test_scalars_at_the_steps_that_are_due_and_at_the_end(tmp_path):
     assert last["acu/mean_displacement"] > records[5]["acu/mean_displacement"] > 0
     assert last["acu/off_lattice"] == 1
     assert last["acu/collisions"] == 0
+
+
+def test_records_are_on_disk_before_a_checkpoint_that_does_not_make_them_again(tmp_path):
+    logger, seen = CSVLogger(tmp_path, name="", version="", flush_logs_every_n_steps=1000), []
+
+    class Reader(Callback):
+        def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+            with (tmp_path / "metrics.csv").open(newline="") as file:
+                seen.append([int(row["step"]) for row in csv.DictReader(file) if row["acu/mean_displacement"]])
+
+    callbacks = [OffsetLogger(2), Reader(), ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1)]
+    fit(TinyModule(), callbacks, tmp_path, logger=logger, max_epochs=1, enable_checkpointing=True)
+    assert seen == [[2], [2, 4, 6]]
 
 
 def mean(values):
