@@ -8,6 +8,7 @@ import pytest
 IMPORTED_AND_USED = """
 import logging, os, pkgutil, sys, warnings
 from importlib import import_module
+from importlib.util import find_spec
 
 # What these change when they are imported is theirs.
 for name in (
@@ -48,6 +49,8 @@ before = settings()
 random = torch.get_rng_state(), numpy.random.get_state()[1].tolist()
 import lightning_acu
 names = [module.name for module in pkgutil.walk_packages(lightning_acu.__path__, "lightning_acu.")]
+if not find_spec("transformers"):
+    names.remove("lightning_acu.integrations.huggingface")
 for name in names:
     import_module(name)
 check("importing")
