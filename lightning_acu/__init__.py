@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .statistics import model_statistics
     from .surgery import (
         ConvertConfig,
+        apply_dilations,
         convert_to_acu,
         fold_acu,
         report_acu,
@@ -45,6 +46,7 @@ __all__ = [
     "acu_conv2d",
     "acu_layers",
     "acu_state_dict",
+    "apply_dilations",
     "callbacks",
     "checkpoint",
     "convert_to_acu",
@@ -82,6 +84,7 @@ _HOME = {
     "model_statistics": "statistics",
     "ConvertConfig": "surgery",
     "acu_state_dict": "saving",
+    "apply_dilations": "surgery",
     "convert_to_acu": "surgery",
     "export_model": "export",
     "fold_acu": "surgery",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Literal, NoReturn, Self
 
 import torch
@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .checks import refuse_peft
+from .dilation import RoundTo, check_round_to, dilated_offsets, grid_dilations, nearest_dilations
 from .folded import FoldedConv2d, fold_conv2d, padding_layer
 from .functional import acu_conv2d
 from .geometry import ConvGeometry, Padding, pair, resolve_padding
+from .grid_fold import fold_onto_grids
 from .ops import check_backend
 from .plain import (
     CONFIGURATION,
@@ -26,7 +28,7 @@ from .plain import (
 from .rounding import round_offsets
 from .sharded import copy_whole_, like_sharded, whole
 
-__all__ = ["ACUConv2d", "acu_layers"]
+__all__ = ["ACUConv2d", "acu_layers", "check_grids"]
 
 torch.fx.wrap("acu_conv2d")  # torch.fx (torchvision's create_feature_extractor) records the call, not what is inside
 torch.fx.wrap("whole")  # asks what kind of tensor it has, which torch.fx does not know while it traces
@@ -269,21 +271,58 @@ class ACUConv2d(nn.Conv2d):
         return like.new_tensor([(i * dh, j * dw) for i in range(kh) for j in range(kw)])
 
     @torch.no_grad()
-    def round_(self, separate: bool = False) -> Self:
-        """Move every tap to the nearest whole pixel (ties to even), in place.
+    def round_(self, separate: bool = False, *, to: RoundTo = "pixels") -> Self:
+        """Move every tap to the nearest whole pixel (ties to even), or all to the nearest dilated grid, in place.
 
         Args:
             separate: where taps of one position group would end on one pixel, give each its own instead: the nearest
-                such arrangement, by the sum of squared distances.
+                such arrangement, by the sum of squared distances. On dilated grids taps never meet.
+            to: "pixels"; or "dilation": each position group becomes a plain dilated convolution of the same kernel
+                size, output size and centre, at the dilations (dy, dx) >= 1 nearest to its taps by least squares.
+                Each tap moves to the point of that grid with its own index, and weights stay, so that the fold is one
+                ``nn.Conv2d`` of the original size. See :mod:`lightning_acu.dilation` for even kernels.
 
         Raises:
             ModuleNotFoundError: ``separate`` and taps that would meet, and SciPy is not installed.
-            ValueError: ``offsets`` are not finite, with ``separate``; or they are parametrized, and the
-                parametrization cannot give whole pixels.
+            ValueError: ``offsets`` are not finite, with ``separate`` or ``to="dilation"``; they are parametrized, and
+                the parametrization cannot give whole pixels; ``to`` is neither; or it is "dilation" and the layer has
+                a free shape, which no dilated grid has.
         """
+        check_round_to("to", to)
         offsets = whole(self.offsets).view(self.position_groups, -1, 2)
-        self._set_offsets(round_offsets(offsets, self._grid(offsets), self.fixed_tap, separate).flatten())
+        if to == "dilation":
+            self.check_has_grid()
+            offsets = self.active_offsets()
+            if offsets.is_meta or not offsets.isfinite().all():
+                raise ValueError("`offsets` must have finite values to be rounded with `to`='dilation'")
+            moved = dilated_offsets(nearest_dilations(offsets, self.geometry), self.geometry).to(offsets.dtype)
+        else:
+            moved = round_offsets(offsets, self._grid(offsets), self.fixed_tap, separate)
+        self._set_offsets(moved.flatten())
         return self
+
+    def check_has_grid(self) -> None:
+        """Check that the layer has a regular grid, as dilations need.
+
+        Raises:
+            ValueError: it has a free shape (``from_positions``), or dilation 0.
+        """
+        if self.start is not None or 0 in pair(self.dilation):
+            raise ValueError(
+                "it has a free shape (ACUConv2d.from_positions), which no dilated convolution has; round it to whole "
+                "pixels with `to`='pixels'"
+            )
+
+    @property
+    def grid_dilations(self) -> list[tuple[int, int]] | None:
+        """(dy, dx) for each position group if all taps are exactly on plain dilated grids; else None.
+
+        Under FSDP2 a collective operation.
+        """
+        offsets = self.active_offsets().detach()
+        if self.start is not None or offsets.is_meta:
+            return None
+        return grid_dilations(offsets, self.geometry)
 
     @torch.no_grad()
     def _set_offsets(self, value: Tensor) -> None:
@@ -348,8 +387,9 @@ class ACUConv2d(nn.Conv2d):
     def fold(self) -> nn.Conv2d | FoldedConv2d:
         """The same function as plain convolutions, exactly, at any positions; the layer itself is not changed.
 
-        One ``nn.Conv2d`` if the taps lie close together (of the original kernel size and dilation if they are on
-        that grid), else a :class:`~lightning_acu.folded.FoldedConv2d`, a sum of small ones.
+        One ``nn.Conv2d`` of the original kernel size if the taps are on a plain dilated grid (with different dilations
+        for each position group: a :class:`~lightning_acu.grid_fold.SplitConv2d`); a larger one if they lie close
+        together; else a :class:`~lightning_acu.folded.FoldedConv2d`, a sum of small ones.
 
         Raises:
             ValueError: ``offsets`` are not finite or on the meta device, or a hook recomputes the weight (old weight
@@ -367,7 +407,10 @@ class ACUConv2d(nn.Conv2d):
             trainable, bias = self.weight.requires_grad, self.bias
         weight = self.effective_weight().detach().requires_grad_(trainable)
         offsets = self.active_offsets().detach()
-        folded = fold_conv2d(weight, offsets, bias, self.geometry, self._padding_layer())
+        arguments = weight, offsets, bias, self.geometry, self._padding_layer()
+        folded = fold_onto_grids(*arguments)
+        if folded is None:
+            folded = fold_conv2d(*arguments)
         if isinstance(folded, FoldedConv2d) and len(folded.convs) == 1:
             folded = self._merge_padding(folded)
         return folded.train(self.training)
@@ -431,3 +474,16 @@ class ACUConv2d(nn.Conv2d):
 def acu_layers(model: nn.Module) -> Iterator[tuple[str, ACUConv2d]]:
     """(qualified name, layer) of every active convolution in ``model``, a shared one once."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, ACUConv2d))
+
+
+def check_grids(layers: Iterable[tuple[str, ACUConv2d]]) -> None:
+    """Check that all ``layers``, (name, layer), have a regular grid, as rounding to dilations needs.
+
+    Raises:
+        ValueError: some do not; the message names the first.
+    """
+    for name, layer in layers:
+        try:
+            layer.check_has_grid()
+        except ValueError as error:
+            raise ValueError(f"{name or 'the layer'}: {error}") from None

@@ -14,10 +14,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 #: From the ground up: a module may import those of its own level's room and of lower levels.
 LEVELS = [
     {"checks", "files", "geometry", "sharded"},
-    {"expansion", "rounding"},
+    {"dilation", "expansion", "rounding"},
     {"ops"},
     {"functional"},
     {"folded", "plain"},
+    {"grid_fold"},
     {"conv"},
     {"active_shift", "derived", "timm_convs", "statistics"},
     {"efficientnet_convs"},

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from ..checks import few
 from ..conv import acu_layers
+from ..dilation import RoundTo
 from ..sharded import whole
 from ..statistics import layer_statistics
 from ..training import PositionCopy, copied_positions, hold_copies_in_, on_whole_pixels, trained_layers
@@ -112,8 +113,10 @@ class RoundedPositions:
         if not resumed:
             self.best = _best_checkpoints(trainer)
 
-    def broken(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> list[str]:
-        """Sentences on what does not hold; positions were rounded at ``step``."""
+    def broken(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int, to: RoundTo = "pixels"
+    ) -> list[str]:
+        """Sentences on what does not hold; positions were rounded at ``step``, ``to`` pixels or dilations."""
         broken = []
         fractional = fractional_layers(pl_module)
         if fractional:
@@ -122,6 +125,14 @@ class RoundedPositions:
                 "something other than a step of the optimizer changed them, such as an average that was put in place "
                 "of the weights; give its attribute to `copies`"
             )
+        if to == "dilation":
+            layers = [(name, layer) for name, layer in acu_layers(pl_module) if name not in fractional]
+            if off := [name for name, layer in layers if layer.grid_dilations is None]:
+                broken.append(
+                    f"positions of {few(off)} are not on the grid of a dilation, although they were rounded to one at "
+                    f"step {step}: something other than a step of the optimizer changed them"
+                )
+                fractional += off
         now = offsets_of(pl_module)
         moved = [
             name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from ..conv import ACUConv2d
+from ..conv import ACUConv2d, check_grids
 from ..figures import LayerShape, shapes_of
 from ..files import require_writable
 from ..training import averaged_models, trained_layers
@@ -25,6 +25,7 @@ __all__ = [
     "callbacks_of",
     "is_fast_dev_run",
     "require_full_precision",
+    "require_grids",
     "require_layers",
     "require_lightning",
     "require_local_directory",
@@ -95,6 +96,18 @@ def require_whole_positions(callback: pl.Callback, trainer: pl.Trainer) -> None:
             f"{type(callback).__name__}: {type(trainer.strategy).__name__} flattens parameters, so that positions and "
             "their gradients cannot be reached; use ModelParallelStrategy with fully_shard (FSDP2), or DDP"
         )
+
+
+def require_grids(callback: pl.Callback, layers: Iterable[tuple[str, ACUConv2d]]) -> None:
+    """Check that all layers have a regular grid, where dilations are to be found.
+
+    Raises:
+        RuntimeError: one has a free shape.
+    """
+    try:
+        check_grids(layers)
+    except ValueError as error:
+        raise RuntimeError(f"{type(callback).__name__}: {error}") from None
 
 
 def require_full_precision(callback: pl.Callback, module: nn.Module) -> None:

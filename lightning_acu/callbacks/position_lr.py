@@ -35,6 +35,7 @@ from ._promises import PositionCallback, offsets_of
 from ._trainer import (
     callbacks_of,
     require_full_precision,
+    require_grids,
     require_layers,
     require_lightning,
     require_whole_positions,
@@ -74,7 +75,8 @@ class PositionLRSchedule(PositionCallback):
         weight_decay: for positions; it pulls the taps back to the regular grid.
         schedule: a further factor on the learning rate, from the end of the warm-up until positions are rounded (see
             RoundThenFinetune) or the training ends: "constant", "cosine", "linear", "step", "lattice" (anneals the taps
-            onto whole pixels), or a :class:`~lightning_acu.training.schedules.Schedule`.
+            onto whole pixels), "dilation" (onto plain dilated grids), or a
+            :class:`~lightning_acu.training.schedules.Schedule`.
         warmup_epochs: epochs of warm-up, instead of ``warmup_steps``.
         max_displacement: maximum distance in pixels of a tap from where it started, while positions learn; None for no
             limit. Rounding moves taps to the nearest pixel, which may be slightly further away.
@@ -87,7 +89,8 @@ class PositionLRSchedule(PositionCallback):
         ValueError: a negative argument, both kinds of warm-up, or an unknown schedule.
         RuntimeError: before training starts, if the model has no active convolution, no optimizer holds its positions,
             ``optimizer_idx`` does not exist, positions would be rounded before the warm-up ends, the schedule needs
-            the length of a training whose end is not known, or the strategy or optimizer is not supported.
+            the length of a training whose end is not known, the schedule "dilation" meets a free shape, or the strategy
+            or optimizer is not supported.
 
     Example::
 
@@ -147,6 +150,8 @@ class PositionLRSchedule(PositionCallback):
         layers = require_layers(self, pl_module)
         require_whole_positions(self, trainer)
         require_full_precision(self, pl_module)
+        if self.schedule.pull_to == "dilation":
+            require_grids(self, layers)
         for other in callbacks_of(trainer):
             indices = (getattr(other, "optimizer_idx", None), self.optimizer_idx)
             overlap = None in indices or indices[0] == indices[1]

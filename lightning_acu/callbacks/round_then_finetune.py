@@ -14,11 +14,13 @@ from torch.optim import Optimizer
 
 from ..checks import at_least, few
 from ..conv import ACUConv2d
+from ..dilation import RoundTo, check_round_to
 from ..figures import plot_shapes
 from ..files import write_whole
 from ..statistics import LayerStatistics, layer_statistics
 from ..training import (
     Collision,
+    RoundingReport,
     Schedule,
     check_collision,
     check_finite,
@@ -36,6 +38,7 @@ from ._trainer import (
     averages_of,
     is_fast_dev_run,
     require_full_precision,
+    require_grids,
     require_layers,
     require_lightning,
     require_local_directory,
@@ -81,6 +84,8 @@ class RoundThenFinetune(PositionCallback):
         copies: attributes of the LightningModule or of its callbacks that hold further copies of the model, such as a
             momentum teacher: modules, or dicts of tensors with the model's names; "teacher" or "helper.shadow". They
             get the same rounded positions. The averages named above are found without.
+        to: "pixels", each tap to its nearest; or "dilation": each layer, or position group, becomes the nearest plain
+            dilated convolution (see :meth:`ACUConv2d.round_`), whose fold costs what the plain one did.
 
     Raises:
         ValueError: not exactly one of the first three arguments is given, or it is out of range.
@@ -109,9 +114,11 @@ class RoundThenFinetune(PositionCallback):
         collision: Collision = "report",
         keep: bool = True,
         copies: Sequence[str] = (),
+        to: RoundTo = "pixels",
     ) -> None:
         self.moment = Moment(at_step, at_epoch, at_fraction)
         check_collision(collision)
+        check_round_to("to", to)
         if finetune_lr is not None and at_least("finetune_lr", finetune_lr) == 0:
             raise ValueError(f"`finetune_lr` (={finetune_lr}) must be positive; with None the scheduler goes on")
         if finetune_lr is None and finetune_schedule != "cosine":
@@ -119,6 +126,7 @@ class RoundThenFinetune(PositionCallback):
         self.finetune_lr = finetune_lr
         self.finetune_schedule = find_schedule("finetune_schedule", finetune_schedule)
         self.collision = collision
+        self.to = to
         self.keep = keep
         if isinstance(copies, str):
             raise TypeError(f"`copies` (={copies!r}) must be a list of names; write [{copies!r}]")
@@ -129,12 +137,16 @@ class RoundThenFinetune(PositionCallback):
     def _forget(self) -> None:
         #: The step at which positions were rounded, None before.
         self.rounded_at: int | None = None
+        #: What they were rounded to.
+        self.rounded_to: RoundTo = self.to
         #: By layer, how far the taps had moved just before rounding.
         self.learned: dict[str, LayerStatistics] = {}
         #: The files of the model just before ("before_rounding") and just after rounding ("rounded").
         self.checkpoints: dict[str, str] = {}
         #: For each optimizer, the learning rates of its groups when rounding, divided by the highest.
         self._ratios: list[list[float]] = []
+        #: What rounding did, in the process that did it.
+        self.report: RoundingReport | None = None
         self._promise = RoundedPositions()
         self._before_evaluation: dict[str, Any] | None = None
 
@@ -153,7 +165,9 @@ class RoundThenFinetune(PositionCallback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the model, the strategy and the directory."""
         self._ended = False
-        require_layers(self, pl_module)
+        layers = require_layers(self, pl_module)
+        if self.to == "dilation":
+            require_grids(self, layers)
         require_whole_positions(self, trainer)
         require_full_precision(self, pl_module)
         if self.keep:
@@ -172,6 +186,11 @@ class RoundThenFinetune(PositionCallback):
                 "end; set the trainer's max_steps or choose 'constant'"
             )
         if self.rounded_at is not None:
+            if self.rounded_to != self.to:
+                raise RuntimeError(
+                    f"RoundThenFinetune: `to` is {self.to!r}, but this training is resumed from a checkpoint whose "
+                    f"positions were rounded to {self.rounded_to!r}; give that, or resume from one before rounding"
+                )
             rank_zero_info(f"RoundThenFinetune: positions were rounded at step {self.rounded_at} and stay frozen")
             self._promise.rounded(trainer, pl_module, resumed=True)
             self._restart_rates(trainer)
@@ -229,7 +248,11 @@ class RoundThenFinetune(PositionCallback):
 
     def broken_promises(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
         """Positions, of the model or of copies, that are not those that were rounded; best checkpoints from before."""
-        return [] if self.rounded_at is None else self._promise.broken(trainer, pl_module, self.rounded_at)
+        return (
+            []
+            if self.rounded_at is None
+            else self._promise.broken(trainer, pl_module, self.rounded_at, self.rounded_to)
+        )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Restore the module's methods: Lightning does not call teardown after an exception."""
@@ -248,6 +271,7 @@ class RoundThenFinetune(PositionCallback):
         """Whether and when positions were rounded, and what is needed to go on from there."""
         return {
             "rounded_at": self.rounded_at,
+            "rounded_to": self.rounded_to,
             "learned": {name: vars(row) for name, row in self.learned.items()},
             "checkpoints": dict(self.checkpoints),
             "ratios": self._ratios,
@@ -255,8 +279,9 @@ class RoundThenFinetune(PositionCallback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from the state of a checkpoint, also of older versions, with ``results`` or without ``best``."""
+        """Continue from the state of a checkpoint, also of older versions (no ``best``, ``rounded_to``)."""
         self.rounded_at = state_dict["rounded_at"]
+        self.rounded_to = state_dict.get("rounded_to", "pixels") if self.rounded_at is not None else self.to
         self.learned = {name: LayerStatistics(**row) for name, row in state_dict["learned"].items()}
         self.checkpoints = dict(state_dict["checkpoints"])
         self._ratios = state_dict["ratios"]
@@ -273,15 +298,15 @@ class RoundThenFinetune(PositionCallback):
         self._keep(trainer, pl_module, "before_rounding")
         self._draw(trainer, pl_module)
         reshard(pl_module)  # a validation may have left parameters gathered, and changes of those would be lost
-        report = round_and_freeze(layers, trainer.optimizers, self.collision)
-        self.learned, self.rounded_at = learned, trainer.global_step
+        self.report = report = round_and_freeze(layers, trainer.optimizers, self.collision, self.to)
+        self.learned, self.rounded_at, self.rounded_to = learned, trainer.global_step, self.to
         self._hold(trainer, pl_module)
         self._promise.rounded(trainer, pl_module)
         rank_zero_info(f"RoundThenFinetune: rounded the positions at step {self.rounded_at}; {report}")
         if report.nothing_learned:
             rank_zero_warn(
-                "RoundThenFinetune: after rounding all taps are where they started, so no position was learned; raise "
-                "the `multiplier` of PositionLRSchedule, or train longer before rounding"
+                f"RoundThenFinetune: after rounding all taps are where they started, {report.why_nothing}; raise the "
+                "`multiplier` of PositionLRSchedule, or train longer before rounding"
             )
         self._keep(trainer, pl_module, "rounded")
         self._ratios = [rate_ratios(optimizer) for optimizer in trainer.optimizers]

@@ -9,6 +9,7 @@ from . import transformers_rules as transformers_rules
 from .activate import Activation, activate
 from .convert import ConvertConfig, convert_to_acu
 from .convert_like import convert_like
+from .dilations import apply_dilations
 from .fold import fold_acu, round_acu
 from .guards import MergingGuard
 from .marks import was_folded
@@ -25,6 +26,7 @@ __all__ = [
     "NoEffectWarning",
     "activate",
     "acu_state_dict",
+    "apply_dilations",
     "convert_like",
     "convert_to_acu",
     "fold_acu",

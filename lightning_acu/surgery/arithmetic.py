@@ -168,6 +168,8 @@ def folded_macs_per_pixel(layer: ACUConv2d) -> int | None:
     offsets = layer.active_offsets().detach()
     if offsets.is_meta or not offsets.isfinite().all():
         return None
+    if layer.grid_dilations is not None:
+        return macs_per_pixel(layer)
     return _dense_macs(layer) * plan_windows(offsets, layer.geometry).cells
 
 

@@ -8,8 +8,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..checks import require_module
-from ..conv import ACUConv2d, acu_layers
+from ..conv import ACUConv2d, acu_layers, check_grids
 from ..derived import DerivedACUConv2d, reshaped_class
+from ..dilation import RoundTo, check_round_to
 from ..folded import GEOMETRY, FoldedConv2d, PadSame2d, ReshapedConv2d
 from ..geometry import pair, resolve_padding
 from ..plain import CONFIGURATION
@@ -102,10 +103,10 @@ def _replace(folds: list[tuple[ACUConv2d, nn.Conv2d | FoldedConv2d]]) -> None:
     for layer, folded in folds:
         state = vars(folded) | {name: vars(layer)[name] for name in _HOOKS if name in vars(layer)}
         cls, same_pad = type(folded), getattr(layer, "same_pad", False)
-        reshaped = cls is FoldedConv2d or _reshapes(folded, layer, same_pad)
+        reshaped = issubclass(cls, FoldedConv2d) or _reshapes(folded, layer, same_pad)
         if layer.start is None:  # else its kernel_size and dilation are how it is stored, not what it is
             state |= {name: vars(layer)[name] for name in GEOMETRY}
-            if reshaped and cls is not FoldedConv2d:
+            if reshaped and not issubclass(cls, FoldedConv2d):
                 pad = PadSame2d(folded.kernel_size, folded.stride, folded.dilation) if same_pad else None  # type: ignore[arg-type]
                 state |= {"own": {name: vars(folded)[name] for name in GEOMETRY}, "plain_class": cls}
                 state |= {f"own_{name}": vars(folded)[name] for name in ("padding", "dilation")}
@@ -152,19 +153,29 @@ def _keep_the_rest(layer: ACUConv2d, state: dict[str, Any]) -> None:
             state.setdefault(name, value)
 
 
-def round_acu(model: nn.Module, *, separate: bool = False) -> nn.Module:
-    """Move every tap of every active convolution to the nearest whole pixel, in place; returns ``model``.
+def round_acu(model: nn.Module, *, to: RoundTo = "pixels", separate: bool = False) -> nn.Module:
+    """Move the taps of every active convolution to whole pixels, or to dilated grids, in place; returns ``model``.
 
-    Taps of one layer that end on the same pixel keep their weights and act as one; with ``separate`` each gets its own
-    pixel instead (see :meth:`ACUConv2d.round_`).
+    Args:
+        model: any module.
+        to: "pixels": each tap to its nearest whole pixel. Taps of one layer that end on the same pixel keep their
+            weights and act as one. "dilation": each layer, or position group, becomes the nearest plain dilated
+            convolution, whose fold has the original kernel size (see :meth:`ACUConv2d.round_`); what was found is in
+            ``report_acu(model).dilations``.
+        separate: with "pixels", give each tap of a layer a pixel of its own.
 
     Raises:
         TypeError: ``model`` is not a module, or torch.fx has traced it from active convolutions.
         ModuleNotFoundError: ``separate`` and taps that would meet, and SciPy is not installed.
-        ValueError: with ``separate``, positions are not finite.
+        ValueError: with ``separate`` or "dilation", positions are not finite; ``to`` is neither; or it is "dilation"
+            and a layer has a free shape, and nothing has been rounded then.
     """
     require_module(model)
     check_not_traced(model)
-    for _, layer in acu_layers(model):
-        layer.round_(separate)
+    check_round_to("to", to)
+    layers = list(acu_layers(model))
+    if to == "dilation":
+        check_grids(layers)
+    for _, layer in layers:
+        layer.round_(separate, to=to)
     return model

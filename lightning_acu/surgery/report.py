@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from ..checks import require_package
 from ..conv import ACUConv2d
+from ..dilation import Dilations
 from ..folded import ReshapedConv2d
 from .arithmetic import (
     Call,
@@ -18,6 +20,7 @@ from .arithmetic import (
     fractional_fold_macs_per_pixel,
     macs_per_pixel,
 )
+from .dilations import found_dilations
 from .marks import SKIP_REASON
 from .rows import ConvRow, ConvRows
 from .rules import is_conv2d, why_not_convertible
@@ -36,7 +39,12 @@ class ACUReport(ConvRows):
         model: class name of the model.
         rows: one for each convolution, in the order of the model's modules; a shared one appears once.
         input_size: (channels, height, width) of the image that MACs were counted for, or None.
+        dilations: the architecture that was found: for each layer that is (or was, before it was folded) active and
+            whose taps are exactly on a plain dilated grid, (dy, dx), or a list of them where position groups differ.
+            :func:`apply_dilations` gives it to a plain model.
     """
+
+    dilations: Mapping[str, Dilations] = field(default_factory=dict)
 
     def table(self, every: bool = False) -> Table:
         """A rich table of active layers, and below it one of skipped layers: grouped by reason, or ``every`` one.
@@ -81,7 +89,8 @@ def report_acu(model: nn.Module, input_size: tuple[int, int, int] | None = None)
             names.setdefault(module, []).append(name)
     calls = {} if input_size is None else convolution_calls(model, input_size, names)
     rows = tuple(_row(module, own, calls.get(module)) for module, own in names.items())
-    return ACUReport(type(model).__name__, rows, input_size and (input_size[0], input_size[1], input_size[2]))
+    size = input_size and (input_size[0], input_size[1], input_size[2])
+    return ACUReport(type(model).__name__, rows, size, found_dilations(model))
 
 
 def _row(module: nn.Module, names: list[str], calls: list[Call] | None) -> ConvRow:

@@ -6,9 +6,9 @@ In the order in which a training needs them:
 * :mod:`.position_rates`: that learning rate at each step, and one found from how far taps should move;
 * :mod:`.schedules`: factors on that learning rate over the steps in which positions learn;
 * :mod:`.gradients`: unit gradients and a guard against nan before a step; after it, a limit on displacement and a pull
-  towards whole pixels;
+  towards whole pixels or dilated grids;
 * :mod:`.position_gradients`: all that is done to gradients around a step, with a choice of how they are normalised;
-* :mod:`.rounding`: rounding of all positions to whole pixels, before fine-tuning;
+* :mod:`.rounding`: rounding of all positions to whole pixels or to dilated grids, before fine-tuning;
 * :mod:`.averages`: averaged copies of the model, which have to get the same rounded positions;
 * :mod:`.copies`: copies of its positions of any other kind.
 
@@ -42,15 +42,25 @@ from .position_gradients import Normalize, PositionGradients, find_normalize, un
 from .position_plan import LearningPhase, PositionPlan
 from .position_rates import Multiplier, PositionRates
 from .position_trainer import PositionTrainer
-from .rounding import Collision, RoundingReport, check_collision, check_finite, round_and_freeze, round_layers
-from .schedules import Constant, Cosine, LatticeDecay, Linear, Schedule, Step, find_schedule
+from .rounding import (
+    Collision,
+    LayerRounding,
+    RoundingReport,
+    check_collision,
+    check_finite,
+    round_and_freeze,
+    round_layers,
+)
+from .schedules import Constant, Cosine, DilationDecay, LatticeDecay, Linear, Schedule, Step, find_schedule
 
 __all__ = [
     "GROUP_NAME",
     "Collision",
     "Constant",
     "Cosine",
+    "DilationDecay",
     "LatticeDecay",
+    "LayerRounding",
     "LearningPhase",
     "Linear",
     "Multiplier",

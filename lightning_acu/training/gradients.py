@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..conv import ACUConv2d
+from ..dilation import RoundTo, dilated_offsets, nearest_dilations
 from ..sharded import copy_whole_, is_sharded, whole
 
 __all__ = [
@@ -120,27 +122,51 @@ class NonFiniteGuard:
         self._layers, self._kept = [], []
 
 
-def confine_positions_(layers: Sequence[ACUConv2d], pull: float = 0.0, max_displacement: float | None = None) -> None:
-    """Move taps back to within ``max_displacement``, then a part of the way to their nearest pixel, in place.
+def confine_positions_(
+    layers: Sequence[ACUConv2d],
+    pull: float = 0.0,
+    max_displacement: float | None = None,
+    pull_to: RoundTo = "pixels",
+) -> None:
+    """Move taps back to within ``max_displacement``, then a part of the way to where they are pulled, in place.
 
     Call it after ``optimizer.step``.
 
     Args:
         layers: the layers whose taps to move.
-        pull: the fraction of the way to the nearest pixel, 0 to 1; see
-            :meth:`~lightning_acu.training.schedules.Schedule.pull`.
+        pull: the fraction of the way, 0 to 1; see :meth:`~lightning_acu.training.schedules.Schedule.pull`.
         max_displacement: maximum distance in pixels of a tap from where it started; None for no limit.
+        pull_to: "pixels": each tap to its nearest whole pixel; "dilation": all taps of a position group to the plain
+            dilated grid that is nearest to them before this call (layers of free shapes have none).
     """
+    grids = [_nearest_grids(layers)] if pull_to == "dilation" and pull > 0 else []
 
-    def confine(offsets: Tensor, start: Tensor) -> Tensor:
+    def confine(offsets: Tensor, start: Tensor, *grid: Tensor) -> Tensor:
         if max_displacement is not None:
             moved = offsets - start
             length = moved.norm(dim=-1, keepdim=True)
             offsets = torch.where(length > max_displacement, start + moved * (max_displacement / length), offsets)
-        return offsets.lerp(offsets.round(), pull)
+        return offsets.lerp(grid[0] if grid else offsets.round(), pull)
 
     starts = [layer.starting_offsets().flatten() for layer in layers]
-    apply_to_pairs_([layer.offsets for layer in layers], confine, starts)
+    apply_to_pairs_([layer.offsets for layer in layers], confine, starts, *grids)
+
+
+@torch.no_grad()
+def _nearest_grids(layers: Sequence[ACUConv2d]) -> list[Tensor]:
+    """For each of ``layers`` its ``offsets`` on the nearest dilated grids; at once for those of one geometry."""
+    alike: dict[Any, list[int]] = defaultdict(list)
+    for index, layer in enumerate(layers):
+        geometry = replace(layer.geometry, stride=(1, 1), groups=1)
+        alike[geometry, layer.offsets.device, layer.offsets.dtype].append(index)
+    grids: dict[int, Tensor] = {}
+    for (geometry, *_), indices in alike.items():
+        offsets = [layers[index].active_offsets() for index in indices]
+        together = torch.cat(offsets)
+        nearest = dilated_offsets(nearest_dilations(together, geometry), geometry).to(together.dtype)
+        for index, grid in zip(indices, nearest.split([len(own) for own in offsets]), strict=True):
+            grids[index] = grid.flatten()
+    return [grids[index] for index in range(len(layers))]
 
 
 @torch.no_grad()

@@ -84,7 +84,7 @@ class PositionPlan:
     def confine(
         self, layers: Sequence[ACUConv2d], before: int, after: int, max_displacement: float | None = None
     ) -> None:
-        """Move taps that learn back inside their limit, and towards whole pixels as the schedule wants it.
+        """Move taps that learn back inside their limit, and towards where the schedule pulls them.
 
         Args:
             layers: the layers whose positions were stepped.
@@ -94,7 +94,8 @@ class PositionPlan:
         """
         pull = self.schedule.pull(self.phase.time(before), self.phase.time(after), self.phase.length)
         if pull > 0 or max_displacement is not None:
-            confine_positions_([layer for layer in layers if layer.offsets.requires_grad], pull, max_displacement)
+            learning = [layer for layer in layers if layer.offsets.requires_grad]
+            confine_positions_(learning, pull, max_displacement, self.schedule.pull_to)
 
 
 def finite(name: str, value: Any) -> Any:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..checks import whole_number
-from ..conv import ACUConv2d, acu_layers
+from ..conv import ACUConv2d, acu_layers, check_grids
+from ..dilation import RoundTo, check_round_to
 from ..statistics import layer_statistics
 from .averages import averaged_models, trained_layers
 from .copies import copied_positions, hold_copies_in_
@@ -55,10 +56,12 @@ class PositionTrainer:
             gradients over steps, scale that to length 1, and set the optimizer's own momentum of positions to 0, see
             :class:`~lightning_acu.training.PositionGradients`. None: neither.
         schedule: a further factor from the end of the warm-up until rounding or ``total_steps``: "constant", "cosine",
-            "linear", "step", "lattice", or a :class:`~lightning_acu.training.schedules.Schedule`.
+            "linear", "step", "lattice", "dilation", or a :class:`~lightning_acu.training.schedules.Schedule`.
         total_steps: the length of the training.
         round_at: round positions after this many steps (int), or after this fraction of ``total_steps`` (float, up to
             1.0); None: only by :meth:`round_and_freeze`.
+        round_to: "pixels", each tap to its nearest; or "dilation": each layer, or position group, becomes the nearest
+            plain dilated convolution (see :meth:`ACUConv2d.round_`), whose fold costs what the plain one did.
         max_displacement: maximum distance in pixels of a tap from where it started, while positions learn.
         target_displacement: with ``multiplier="auto"`` how far taps should end from where they started, on average, in
             pixels; 0.5 by default.
@@ -72,8 +75,9 @@ class PositionTrainer:
 
     Raises:
         TypeError: an argument of the wrong type, or LBFGS, which takes one parameter group only.
-        ValueError: a number out of range, an unknown schedule, a model without active convolutions, an optimizer that
-            holds none of them, rounding before the warm-up ends, or ``total_steps`` missing where it is needed.
+        ValueError: a number out of range, an unknown schedule, a model without active convolutions, or with a free
+            shape where dilations are to be found, an optimizer that holds none of them, rounding before the warm-up
+            ends, or ``total_steps`` missing where it is needed.
         RuntimeError: the optimizer has a PositionTrainer or a scheduler already, or does not run torch's hooks.
 
     Warns:
@@ -96,6 +100,7 @@ class PositionTrainer:
         schedule: str | Schedule = "constant",
         total_steps: int | None = None,
         round_at: int | float | None = None,
+        round_to: RoundTo = "pixels",
         max_displacement: float | None = None,
         target_displacement: float | None = None,
         weight_decay: float = 0.0,
@@ -107,6 +112,7 @@ class PositionTrainer:
         check_model(model)
         check_schedulers(optimizer, schedulers)
         check_collision(collision)
+        check_round_to("round_to", round_to)
         if not isinstance(copies, (list, tuple)):
             raise TypeError(f"`copies` must be a list of models or dicts, got {type(copies).__name__}; write [copies]")
         self._copies = [*averaged_models(model.modules()), *averaged_models(vars(model).values()), *copies]
@@ -123,6 +129,7 @@ class PositionTrainer:
         self.max_displacement = None if max_displacement is None else finite("max_displacement", max_displacement)
         self.weight_decay = finite("weight_decay", weight_decay)
         self.collision = collision
+        self.round_to = round_to
         self.plan = PositionPlan.make(schedule, warmup_steps, total_steps, round_at)
         steps = self.plan.phase.length
         if rates.auto:
@@ -132,6 +139,8 @@ class PositionTrainer:
                 )
             rates.pixels(optimizer, optimizer.param_groups[0], steps)  # an error before anything changes
         self._gradients = PositionGradients()
+        if "dilation" in (round_to, self.plan.schedule.pull_to):
+            check_grids(trained_layers(model))
         self._unused: list[str] | None = None  # layers without a gradient in the first step in which they should learn
         self._groups = CountedGroups(optimizer, model, list(schedulers or ()), rates, steps, self.weight_decay)
         self._hooks = StepHooks(optimizer, self._tie, self._transform, self._end_step, self._offsets)
@@ -173,12 +182,12 @@ class PositionTrainer:
         Raises:
             RuntimeError: see :func:`~lightning_acu.training.round_layers`; no position is changed then.
         """
-        report = round_and_freeze(self._groups.layers, [self.optimizer], self.collision)
+        report = round_and_freeze(self._groups.layers, [self.optimizer], self.collision, self.round_to)
         self._groups.write(self.step, True)
         self.hold_copies()
         if report.nothing_learned:
             warnings.warn(
-                "after rounding all taps are where they started, so no position was learned; raise `multiplier` "
+                f"after rounding all taps are where they started, {report.why_nothing}; raise `multiplier` "
                 f"(={self.multiplier}), or round later",
                 stacklevel=2,
             )

@@ -8,26 +8,32 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
-__all__ = ["Constant", "Cosine", "LatticeDecay", "Linear", "Schedule", "Step", "find_schedule"]
+from ..dilation import RoundTo
+
+__all__ = ["Constant", "Cosine", "DilationDecay", "LatticeDecay", "Linear", "Schedule", "Step", "find_schedule"]
 
 
 class Schedule:
     """The base class: a constant factor of 1, and taps that move freely."""
+
+    #: Where taps are pulled: "pixels", each to its nearest whole one, or "dilation", all to the nearest dilated grid.
+    pull_to: ClassVar[RoundTo] = "pixels"
 
     def rate(self, step: int, total: float) -> float:
         """The factor on the learning rate of positions at ``step``, 0 <= step <= total."""
         return 1.0
 
     def slack(self, step: int, total: float) -> float:
-        """How far from whole pixels taps may be at ``step``: from 1, anywhere, to 0, on whole pixels.
+        """How far from where they are pulled taps may be at ``step``: from 1, anywhere, to 0, exactly there.
 
-        Taps are pulled towards their nearest pixel as it decreases, see :meth:`pull`.
+        Taps are pulled towards their nearest pixel (or grid, ``pull_to``) as it decreases, see :meth:`pull`.
         """
         return 1.0
 
     def pull(self, before: int, step: int, total: float) -> float:
-        """The fraction of its way to the nearest pixel, 0 to 1, by which a tap is moved from ``before`` to ``step``."""
+        """The fraction of its way there, 0 to 1, by which a tap is moved from ``before`` to ``step``."""
         slack = self.slack(before, total)
         return 1 - self.slack(step, total) / slack if slack > 0 else 1.0
 
@@ -126,12 +132,24 @@ class LatticeDecay(Schedule):
         return min(1.0, (1 - _progress(step, total)) / (1 - self.start)) ** self.power
 
 
+@dataclass(frozen=True)
+class DilationDecay(LatticeDecay):
+    """Anneals the taps of each layer onto the nearest plain dilated grid, so that rounding to it does not move them.
+
+    As :class:`LatticeDecay`, with the grid in place of pixels: the dilations nearest to all taps of a position group
+    are found anew at every step (:meth:`ACUConv2d.round_` with ``to="dilation"``), until the taps are on them.
+    """
+
+    pull_to: ClassVar[RoundTo] = "dilation"
+
+
 _NAMES: dict[str, type[Schedule]] = {
     "constant": Constant,
     "cosine": Cosine,
     "linear": Linear,
     "step": Step,
     "lattice": LatticeDecay,
+    "dilation": DilationDecay,
 }
 
 
@@ -140,7 +158,7 @@ def find_schedule(argument: str, schedule: str | Schedule) -> Schedule:
 
     Args:
         argument: the name of the caller's argument, for error messages.
-        schedule: "constant", "cosine", "linear", "step", "lattice", or a Schedule.
+        schedule: "constant", "cosine", "linear", "step", "lattice", "dilation", or a Schedule.
 
     Raises:
         ValueError: an unknown name.

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_acu import ACUConv2d
-from lightning_acu.training import RoundingReport, check_collision, round_layers
+from lightning_acu.training import LayerRounding, RoundingReport, check_collision, round_layers
 
 
 def layer(*offsets, taps=3):
@@ -37,7 +37,7 @@ def test_nothing_learned(offset, nothing):
 
 def test_layers_whose_taps_cannot_move():
     report = round_layers([("point", ACUConv2d(3, 3, 1))])
-    assert report == RoundingReport(0, 0.0, 0.0, 0, {}, False)
+    assert report == RoundingReport(0, 0.0, 0.0, 0, {}, False, {"point": LayerRounding(0.0, 0.0)})
     assert not report.nothing_learned
     assert str(report).startswith("no tap can move; ")
 

@@ -7,7 +7,16 @@ import pytest
 
 from lightning_acu import callbacks
 from lightning_acu.training import schedules
-from lightning_acu.training.schedules import Constant, Cosine, LatticeDecay, Linear, Schedule, Step, find_schedule
+from lightning_acu.training.schedules import (
+    Constant,
+    Cosine,
+    DilationDecay,
+    LatticeDecay,
+    Linear,
+    Schedule,
+    Step,
+    find_schedule,
+)
 
 HALF = (1 + math.sqrt(0.5)) / 2
 
@@ -24,6 +33,7 @@ RATES = [
     (LatticeDecay(), [1, 1, 1, 0.5, 0]),
     (LatticeDecay(start=0), [1, 0.75, 0.5, 0.25, 0]),
     (LatticeDecay(start=0.75, power=3), [1, 1, 1, 1, 0]),
+    (DilationDecay(), [1, 1, 1, 0.5, 0]),
 ]
 
 
@@ -36,6 +46,7 @@ def test_values_of_the_rate(schedule, expected):
     ("schedule", "expected"),
     [
         (LatticeDecay(), [1, 1, 1, 0.5, 0]),
+        (DilationDecay(start=0, power=2), [1, 0.5625, 0.25, 0.0625, 0]),
         (LatticeDecay(start=0, power=2), [1, 0.5625, 0.25, 0.0625, 0]),
         (LatticeDecay(start=0.25, power=0.5), [1, 1, math.sqrt(2 / 3), math.sqrt(1 / 3), 0]),
         *[(schedule, [1] * 5) for schedule, _ in RATES if not isinstance(schedule, LatticeDecay)],
@@ -77,6 +88,7 @@ def test_only_a_constant_runs_without_an_end():
 
 def test_names():
     names = {"constant": Constant(), "cosine": Cosine(), "linear": Linear(), "step": Step(), "lattice": LatticeDecay()}
+    names["dilation"] = DilationDecay()
     for name, schedule in names.items():
         assert find_schedule("schedule", name) == schedule
 
