@@ -16,7 +16,7 @@ from .dilation import RoundTo, check_round_to, dilated_offsets, grid_dilations, 
 from .folded import FoldedConv2d, fold_conv2d, padding_layer
 from .functional import acu_conv2d
 from .geometry import ConvGeometry, Padding, pair, resolve_padding
-from .grid_fold import fold_onto_grids
+from .grid_fold import conv2d_at, fold_onto_grids
 from .ops import check_backend
 from .plain import (
     CONFIGURATION,
@@ -80,6 +80,8 @@ class ACUConv2d(nn.Conv2d):
     fixed_tap: int | None
     #: Where the taps of a free shape start, (dy, dx) in pixels; None: on the grid.
     start: tuple[tuple[float, float], ...] | None
+    #: (dy, dx) of the plain convolution that the layer computes as; None: as an active one. See ``compute_as_plain``.
+    plain_dilation: tuple[int, int] | None = None
 
     #: The class that ``adopt`` and ``from_conv2d`` take, exactly.
     plain_class: ClassVar[type[nn.Conv2d]] = nn.Conv2d
@@ -324,9 +326,24 @@ class ACUConv2d(nn.Conv2d):
             return None
         return grid_dilations(offsets, self.geometry)
 
+    def compute_as_plain(self) -> bool:
+        """From now on compute by ``F.conv2d``, at the dilation that the taps are on; returns whether there is one.
+
+        The same function, up to float rounding, at the speed of ``nn.Conv2d``, for taps that are to move no more: after
+        ``round_(to="dilation")``, in training too. Parameters and state_dict stay as they are, and positions get
+        gradients of zero. Setting positions ends it (``round_``, ``reset_parameters``) or, if they are loaded, finds
+        the dilation anew; positions that are written otherwise are not noticed.
+
+        Position groups on grids of different dilations have no such convolution: False, and nothing changes.
+        """
+        groups = self.grid_dilations
+        self.plain_dilation = groups[0] if groups and len(set(groups)) == 1 else None
+        return self.plain_dilation is not None
+
     @torch.no_grad()
     def _set_offsets(self, value: Tensor) -> None:
         """Write ``value`` into ``offsets``, through their parametrization if they have one."""
+        self.plain_dilation = None
         if not parametrize.is_parametrized(self, "offsets"):
             copy_whole_(self.offsets, value)
             return
@@ -383,6 +400,8 @@ class ACUConv2d(nn.Conv2d):
                 state_dict[key] = self.offsets.detach()
             warnings.warn(_FROM_PLAIN if key in state_dict else _FROM_PLAIN_TOO_LATE, stacklevel=2)
         super()._load_from_state_dict(state_dict, prefix, *others)
+        if self.plain_dilation is not None:
+            self.compute_as_plain()
 
     def fold(self) -> nn.Conv2d | FoldedConv2d:
         """The same function as plain convolutions, exactly, at any positions; the layer itself is not changed.
@@ -446,6 +465,13 @@ class ACUConv2d(nn.Conv2d):
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         input, padding = self._pad(input)
+        if self.plain_dilation is not None:
+            if torch.is_grad_enabled() and self.offsets.requires_grad:
+                weight = weight + 0 * self.offsets.sum()  # DDP waits for the gradients of all parameters
+            kernel_size, stride, dilation = map(pair, (self.kernel_size, self.stride, self.dilation))
+            sides = resolve_padding(padding, kernel_size, stride, dilation)
+            geometry = ConvGeometry(kernel_size, stride, sides, dilation, self.groups)
+            return conv2d_at(self.plain_dilation, input, weight, bias, geometry)
         return acu_conv2d(
             input, weight, self.active_offsets(), bias, self.stride, padding, self.dilation, self.groups,
             backend=self.backend,

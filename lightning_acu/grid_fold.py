@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .dilation import grid_dilations, padding_at
@@ -12,9 +13,20 @@ from .expansion import pad_or_crop
 from .folded import FoldedConv2d
 from .geometry import ConvGeometry, resolve_padding
 
-__all__ = ["SplitConv2d", "fold_onto_grids"]
+__all__ = ["SplitConv2d", "conv2d_at", "fold_onto_grids"]
 
 _NO_SIDES = (0, 0, 0, 0)
+
+
+def conv2d_at(
+    dilation: tuple[int, int], input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry
+) -> Tensor:
+    """``F.conv2d`` at ``dilation``, with the output size and centre of ``geometry``, whose own dilation is another."""
+    sides = padding_at(dilation, geometry)
+    top, left, bottom, right = sides
+    if top == bottom >= 0 and left == right >= 0:
+        return F.conv2d(input, weight, bias, geometry.stride, (top, left), dilation, geometry.groups)
+    return F.conv2d(pad_or_crop(input, sides), weight, bias, geometry.stride, 0, dilation, geometry.groups)
 
 
 class SplitConv2d(FoldedConv2d):

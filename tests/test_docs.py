@@ -25,7 +25,7 @@ def run(name, count):
 def test_surgery_md(tmp_path, monkeypatch):
     monkeypatch.setattr(rules, "_RULES", dict(rules._RULES))  # it registers one
     monkeypatch.chdir(tmp_path)
-    namespace = run("surgery.md", 13)
+    namespace = run("surgery.md", 14)
     assert {"model.safetensors", "squeezenet.pt", "squeezenet", "model.pt2"} == {
         path.name for path in tmp_path.iterdir()
     }

@@ -1,4 +1,4 @@
-"""Round the learned positions to whole pixels, then fine-tune the weights."""
+"""Round the learned positions to whole pixels or to dilations, then fine-tune the weights."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from ..training import (
     Schedule,
     check_collision,
     check_finite,
+    check_fold_after_rounding,
+    compute_as_plain,
     drop_gradients_,
     find_schedule,
     keep_rounded_,
@@ -86,6 +88,9 @@ class RoundThenFinetune(PositionCallback):
             get the same rounded positions. The averages named above are found without.
         to: "pixels", each tap to its nearest; or "dilation": each layer, or position group, becomes the nearest plain
             dilated convolution (see :meth:`ACUConv2d.round_`), whose fold costs what the plain one did.
+        fold_after_rounding: with "dilation", compute as those plain convolutions from then on, at their speed (see
+            :meth:`ACUConv2d.compute_as_plain`). Parameters and checkpoints stay as they are;
+            :func:`lightning_acu.fold_acu` at the end makes the model plain.
 
     Raises:
         ValueError: not exactly one of the first three arguments is given, or it is out of range.
@@ -115,10 +120,12 @@ class RoundThenFinetune(PositionCallback):
         keep: bool = True,
         copies: Sequence[str] = (),
         to: RoundTo = "pixels",
+        fold_after_rounding: bool = False,
     ) -> None:
         self.moment = Moment(at_step, at_epoch, at_fraction)
         check_collision(collision)
         check_round_to("to", to)
+        check_fold_after_rounding(fold_after_rounding, "to", to)
         if finetune_lr is not None and at_least("finetune_lr", finetune_lr) == 0:
             raise ValueError(f"`finetune_lr` (={finetune_lr}) must be positive; with None the scheduler goes on")
         if finetune_lr is None and finetune_schedule != "cosine":
@@ -127,6 +134,7 @@ class RoundThenFinetune(PositionCallback):
         self.finetune_schedule = find_schedule("finetune_schedule", finetune_schedule)
         self.collision = collision
         self.to = to
+        self.fold_after_rounding = fold_after_rounding
         self.keep = keep
         if isinstance(copies, str):
             raise TypeError(f"`copies` (={copies!r}) must be a list of names; write [{copies!r}]")
@@ -192,6 +200,7 @@ class RoundThenFinetune(PositionCallback):
                     f"positions were rounded to {self.rounded_to!r}; give that, or resume from one before rounding"
                 )
             rank_zero_info(f"RoundThenFinetune: positions were rounded at step {self.rounded_at} and stay frozen")
+            self._fold(pl_module)
             self._promise.rounded(trainer, pl_module, resumed=True)
             self._restart_rates(trainer)
             return
@@ -301,6 +310,7 @@ class RoundThenFinetune(PositionCallback):
         self.report = report = round_and_freeze(layers, trainer.optimizers, self.collision, self.to)
         self.learned, self.rounded_at, self.rounded_to = learned, trainer.global_step, self.to
         self._hold(trainer, pl_module)
+        self._fold(pl_module)
         self._promise.rounded(trainer, pl_module)
         rank_zero_info(f"RoundThenFinetune: rounded the positions at step {self.rounded_at}; {report}")
         if report.nothing_learned:
@@ -310,6 +320,13 @@ class RoundThenFinetune(PositionCallback):
             )
         self._keep(trainer, pl_module, "rounded")
         self._ratios = [rate_ratios(optimizer) for optimizer in trainer.optimizers]
+
+    def _fold(self, pl_module: pl.LightningModule) -> None:
+        if self.fold_after_rounding and (active := compute_as_plain(require_layers(self, pl_module))):
+            rank_zero_info(
+                f"RoundThenFinetune: {few(active)} are not computed as plain convolutions, because their position "
+                "groups have different dilations"
+            )
 
     def _hold(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Only in a fit: the same trainer may validate another model later.

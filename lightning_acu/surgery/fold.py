@@ -1,4 +1,4 @@
-"""Fold a whole model back into plain convolutions, or round its positions to whole pixels."""
+"""Fold a whole model back into plain convolutions, or round its positions to whole pixels or to dilations."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["fold_acu", "round_acu"]
 
 #: What an active convolution has and its fold does not.
 _OWN_PARAMETERS = frozenset(("weight", "bias", "gain", "offsets"))
-_OWN_ATTRIBUTES = frozenset(("position_groups", "backend", "start", "fixed_tap"))
+_OWN_ATTRIBUTES = frozenset(("position_groups", "backend", "start", "fixed_tap", "plain_dilation"))
 
 #: Where nn.Module keeps hooks; a folded layer keeps those of the active one.
 _HOOKS = tuple(

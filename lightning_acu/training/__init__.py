@@ -48,6 +48,8 @@ from .rounding import (
     RoundingReport,
     check_collision,
     check_finite,
+    check_fold_after_rounding,
+    compute_as_plain,
     round_and_freeze,
     round_layers,
 )
@@ -80,6 +82,8 @@ __all__ = [
     "averaged_models",
     "check_collision",
     "check_finite",
+    "check_fold_after_rounding",
+    "compute_as_plain",
     "confine_positions_",
     "copied_positions",
     "drop_gradients_",

@@ -24,7 +24,14 @@ from .gradients import drop_gradients_
 from .position_gradients import Normalize, PositionGradients, find_normalize, unused_positions
 from .position_plan import PositionPlan, check_model, check_schedulers, finite
 from .position_rates import Multiplier, PositionRates
-from .rounding import Collision, RoundingReport, check_collision, round_and_freeze
+from .rounding import (
+    Collision,
+    RoundingReport,
+    check_collision,
+    check_fold_after_rounding,
+    compute_as_plain,
+    round_and_freeze,
+)
 from .schedules import Schedule
 from .step_hooks import StepHooks, check_optimizer
 
@@ -62,6 +69,9 @@ class PositionTrainer:
             1.0); None: only by :meth:`round_and_freeze`.
         round_to: "pixels", each tap to its nearest; or "dilation": each layer, or position group, becomes the nearest
             plain dilated convolution (see :meth:`ACUConv2d.round_`), whose fold costs what the plain one did.
+        fold_after_rounding: with "dilation", compute as those plain convolutions from then on, at their speed (see
+            :meth:`ACUConv2d.compute_as_plain`). The layers, the optimizer and what is saved stay as they are;
+            :func:`lightning_acu.fold_acu` at the end makes the model plain.
         max_displacement: maximum distance in pixels of a tap from where it started, while positions learn.
         target_displacement: with ``multiplier="auto"`` how far taps should end from where they started, on average, in
             pixels; 0.5 by default.
@@ -101,6 +111,7 @@ class PositionTrainer:
         total_steps: int | None = None,
         round_at: int | float | None = None,
         round_to: RoundTo = "pixels",
+        fold_after_rounding: bool = False,
         max_displacement: float | None = None,
         target_displacement: float | None = None,
         weight_decay: float = 0.0,
@@ -113,6 +124,7 @@ class PositionTrainer:
         check_schedulers(optimizer, schedulers)
         check_collision(collision)
         check_round_to("round_to", round_to)
+        check_fold_after_rounding(fold_after_rounding, "round_to", round_to)
         if not isinstance(copies, (list, tuple)):
             raise TypeError(f"`copies` must be a list of models or dicts, got {type(copies).__name__}; write [copies]")
         self._copies = [*averaged_models(model.modules()), *averaged_models(vars(model).values()), *copies]
@@ -130,6 +142,7 @@ class PositionTrainer:
         self.weight_decay = finite("weight_decay", weight_decay)
         self.collision = collision
         self.round_to = round_to
+        self.fold_after_rounding = fold_after_rounding
         self.plan = PositionPlan.make(schedule, warmup_steps, total_steps, round_at)
         steps = self.plan.phase.length
         if rates.auto:
@@ -143,6 +156,9 @@ class PositionTrainer:
             check_grids(trained_layers(model))
         self._unused: list[str] | None = None  # layers without a gradient in the first step in which they should learn
         self._groups = CountedGroups(optimizer, model, list(schedulers or ()), rates, steps, self.weight_decay)
+        self._handles = []
+        if fold_after_rounding:
+            self._handles.append(optimizer.register_load_state_dict_post_hook(lambda _: self._fold()))
         self._hooks = StepHooks(optimizer, self._tie, self._transform, self._end_step, self._offsets)
 
     @property
@@ -184,6 +200,7 @@ class PositionTrainer:
         """
         report = round_and_freeze(self._groups.layers, [self.optimizer], self.collision, self.round_to)
         self._groups.write(self.step, True)
+        self._fold()
         self.hold_copies()
         if report.nothing_learned:
             warnings.warn(
@@ -228,10 +245,13 @@ class PositionTrainer:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there. Load the optimizer before, as its state has these numbers, too."""
         self._groups.write(whole_number("step", state_dict["step"]), bool(state_dict["rounded"]))
+        self._fold()
 
     def remove(self) -> None:
         """Remove the hooks. Rounded positions get requires_grad=False, to stay so; the parameter groups are kept."""
         self._hooks.remove()
+        for handle in self._handles:
+            handle.remove()
         if self.rounded:
             for _, layer in self._groups.layers:
                 layer.offsets.requires_grad_(False).grad = None
@@ -241,6 +261,11 @@ class PositionTrainer:
 
     def __exit__(self, *exception: object) -> None:
         self.remove()
+
+    def _fold(self) -> None:
+        # Also when a state is loaded; positions that are loaded later are noticed by the layers.
+        if self.fold_after_rounding and self._groups.rounded:
+            compute_as_plain(self._groups.layers)
 
     def _offsets(self) -> Iterator[Tensor]:
         return (layer.offsets for _, layer in self._groups.layers)

@@ -24,6 +24,8 @@ __all__ = [
     "RoundingReport",
     "check_collision",
     "check_finite",
+    "check_fold_after_rounding",
+    "compute_as_plain",
     "round_and_freeze",
     "round_layers",
 ]
@@ -113,6 +115,28 @@ def check_collision(collision: str) -> None:
     """
     if collision not in get_args(Collision):
         raise ValueError(f"`collision` (={collision!r}) must be 'report', 'error' or 'separate'")
+
+
+def check_fold_after_rounding(fold: bool, name: str, to: RoundTo) -> None:
+    """Check that layers that are rounded ``to`` (the argument ``name``) can compute as their folds, if they should.
+
+    Raises:
+        ValueError: they should, and are rounded to pixels.
+    """
+    if fold and to != "dilation":
+        raise ValueError(
+            f"`fold_after_rounding` needs `{name}`='dilation': on whole pixels the fold has a larger kernel, most of "
+            "whose weights are zeros that would be trained, or a sum of them"
+        )
+
+
+def compute_as_plain(layers: Iterable[tuple[str, ACUConv2d]]) -> list[str]:
+    """Let each of ``layers`` compute as the plain convolution that its taps are on; see the layer's method.
+
+    Returns:
+        The names of those that stay active: their position groups have different dilations.
+    """
+    return [name for name, layer in layers if not layer.compute_as_plain()]
 
 
 @torch.no_grad()

@@ -29,15 +29,18 @@ def train(tmp_path, stop=3, ckpt_path=None, **arguments):
 
 
 @pytest.mark.filterwarnings("ignore:RoundThenFinetune. training ended at step")
+@pytest.mark.parametrize("fold", [False, True])
 @pytest.mark.parametrize("stop", [1, 2])
-def test_resume_before_and_after_rounding_equals_an_uninterrupted_run(tmp_path, stop):
-    whole, _ = train(tmp_path)
+def test_resume_before_and_after_rounding_equals_an_uninterrupted_run(tmp_path, monkeypatch, stop, fold):
+    whole, _ = train(tmp_path, fold_after_rounding=fold)
     found = report_acu(whole).dilations
     assert set(found) == {"net.0", "net.2"}
     assert set(found.values()) != {(1, 1)}
-    _, trainer = train(tmp_path, stop)
+    _, trainer = train(tmp_path, stop, fold_after_rounding=fold)
     trainer.save_checkpoint(path := tmp_path / "stopped.ckpt")
-    resumed, _ = train(tmp_path, ckpt_path=path)
+    if fold and stop == 2:
+        monkeypatch.setattr("lightning_acu.conv.acu_conv2d", None)  # it is not needed any more
+    resumed, _ = train(tmp_path, ckpt_path=path, fold_after_rounding=fold)
     assert torch.equal(resumed.offsets, whole.offsets)
     assert torch.equal(resumed.weights, whole.weights)
 

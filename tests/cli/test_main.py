@@ -12,7 +12,7 @@ import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lightning_acu import ImageClassifier
+from lightning_acu import ImageClassifier, report_acu
 from lightning_acu.cli import main
 from lightning_acu.cli.commands import configs_directory
 
@@ -171,6 +171,14 @@ def test_a_wrong_key_or_value_is_named(tmp_path, monkeypatch, capsys, arguments,
     text = capsys.readouterr().err + str(caught.value)
     assert message in text
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:RoundThenFinetune. after rounding all taps are where they started")
+def test_the_search_ends_in_dilations(tmp_path, monkeypatch):
+    directory = fit_quickstart(tmp_path, monkeypatch, "search_dilation")
+    module = ImageClassifier.load_from_checkpoint(directory / "final.ckpt", map_location="cpu")
+    assert len(report_acu(module).dilations) == 7
 
 
 def test_callbacks_can_be_added_by_dotted_path(tmp_path, monkeypatch):

@@ -3,14 +3,22 @@
 import copy
 
 import pytest
+import timm
 import torch
 from helpers.tiny import TinyModule, fit, loader
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_acu import ACUConv2d, acu_layers, fold_acu, report_acu
+from lightning_acu import ACUConv2d, acu_layers, convert_to_acu, fold_acu, report_acu
 from lightning_acu.callbacks import PositionLRSchedule, RoundThenFinetune
-from lightning_acu.training import DilationDecay, LayerRounding, PositionTrainer, confine_positions_, round_layers
+from lightning_acu.training import (
+    DilationDecay,
+    LayerRounding,
+    PositionTrainer,
+    compute_as_plain,
+    confine_positions_,
+    round_layers,
+)
 
 
 def moved(layer, apart, noise=0.0):
@@ -156,6 +164,85 @@ def test_it_is_the_callbacks_to_the_last_bit(tmp_path):
     assert torch.equal(module.weights, expected.weights)
     assert rounding.report.dilations == report_acu(expected).dilations
     assert rounding.report.away > 0
+
+
+@pytest.mark.parametrize("optimizer_first", [False, True])
+@pytest.mark.parametrize("stop", [4, 9], ids=["learning", "after"])
+def test_a_training_that_goes_on_as_plain_convolutions_resumes_exactly(monkeypatch, stop, optimizer_first):
+    arguments = {"round_at": 7, "round_to": "dilation", "fold_after_rounding": True}
+    net, optimizer, positions = trained(**arguments)
+    train(net, optimizer, stop)
+    states = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
+    train(net, optimizer, 11 - stop, start=stop)
+    again, optimizer, positions = trained(1, **arguments)
+    for load in [0, 1] if not optimizer_first else [1, 0]:
+        (again, optimizer)[load].load_state_dict(states[load])
+    if stop > 7:
+        monkeypatch.setattr("lightning_acu.conv.acu_conv2d", None)  # it is not needed any more
+    train(again, optimizer, 11 - stop, start=stop)
+    assert positions.rounded
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(again.parameters(), net.parameters(), strict=True))
+    assert [layer.plain_dilation for _, layer in acu_layers(net)] == [*report_acu(net).dilations.values()]
+    assert set(report_acu(net).dilations.values()) != {(1, 1)}
+
+
+def test_it_goes_on_with_the_weights_and_momentum_it_had():
+    ours, optimizer, _ = trained(round_at=7, round_to="dilation", fold_after_rounding=True)
+    train(ours, optimizer, 11)
+    theirs, optimizer, _ = trained(round_at=7, round_to="dilation")
+    train(theirs, optimizer, 11)
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-9)
+
+
+def test_plain_computation_ends_when_positions_change():
+    layer = moved(ACUConv2d(2, 4, 3, padding=1), (2.0, 1.0))
+    twin, x = copy.deepcopy(layer), torch.randn(1, 2, 6, 7)
+    assert layer.compute_as_plain()
+    assert layer.plain_dilation == (2, 1)
+    torch.testing.assert_close(layer(x), twin(x))
+    layer.load_state_dict(moved(ACUConv2d(2, 4, 3, padding=1), (1.0, 3.0)).state_dict())
+    assert layer.plain_dilation == (1, 3)
+    twin = moved(ACUConv2d(2, 4, 3, padding=1), (1.5, 1.0))
+    layer.load_state_dict(twin.state_dict())
+    assert layer.plain_dilation is None
+    torch.testing.assert_close(layer(x), twin(x))
+    layer.round_()
+    assert not moved(ACUConv2d(2, 4, 3), (1.5, 1.0)).compute_as_plain()
+    assert layer.compute_as_plain() == (layer.grid_dilations is not None)
+    layer.reset_parameters()
+    assert layer.plain_dilation is None
+    groups = ACUConv2d(2, 4, 3, padding=1, position_groups=2)
+    groups.offsets.data[18:] = groups.positions[0].flatten()
+    assert compute_as_plain([("groups", groups), ("reset", layer)]) == ["groups"]
+    assert "plain_dilation" not in vars(fold_acu(nn.Sequential(layer))[0])
+
+
+@pytest.mark.parametrize("make", [
+    lambda: ACUConv2d(2, 4, (4, 3), padding="same", dtype=torch.float64),
+    lambda: ACUConv2d(2, 4, 3, 2, 1, groups=2, padding_mode="reflect", dtype=torch.float64),
+    lambda: ACUConv2d(2, 4, 3, dilation=3, dtype=torch.float64),
+    lambda: convert_to_acu(nn.Sequential(timm.layers.StdConv2dSame(2, 4, 3, 2, dtype=torch.float64)))[0],
+])  # fmt: skip
+def test_any_layer_computes_as_plain_with_gradients_of_zero_for_positions(make):
+    layer, x = make(), torch.randn(1, 2, 12, 11, dtype=torch.float64, requires_grad=True)
+    layer.offsets.data.copy_((layer.positions[0] * (2 / torch.tensor(layer.dilation) - 1)).flatten())
+    layer.round_(to="dilation")
+    assert layer.grid_dilations == [(2, 2)]
+    expected = torch.autograd.grad(layer(x).square().sum(), [x, layer.weight])
+    assert layer.compute_as_plain()
+    *gradients, of_positions = torch.autograd.grad(layer(x).square().sum(), [x, layer.weight, layer.offsets])
+    for ours, theirs in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    assert not of_positions.any()
+
+
+def test_a_fold_after_rounding_to_pixels_is_refused():
+    net = TinyModule().net
+    with pytest.raises(ValueError, match="`fold_after_rounding` needs `round_to`='dilation'"):
+        PositionTrainer(torch.optim.SGD(net.parameters(), lr=0.1), net, fold_after_rounding=True)
+    with pytest.raises(ValueError, match="`fold_after_rounding` needs `to`='dilation'"):
+        RoundThenFinetune(at_step=3, fold_after_rounding=True)
 
 
 @pytest.mark.parametrize("arguments", [{"schedule": "dilation", "total_steps": 9}, {"round_to": "dilation"}])
