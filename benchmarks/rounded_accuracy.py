@@ -95,7 +95,7 @@ def measure(options, seed):
     torch.manual_seed(seed)
     data = DigitsDataModule(val_size=0, batch_size=64, num_workers=0, seed=seed)
     data.setup()
-    batches = [batch for _ in range(options.epochs) for batch in data.train_dataloader()]
+    batches = [batch for _ in range(options.epochs) for batch in data.train_dataloader()][: options.batches]
     test = list(data.test_dataloader())
     start, steps = network(), len(batches)
 
@@ -118,6 +118,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each kind")
     parser.add_argument("--epochs", type=int, default=8, help="each of 62 steps")
+    parser.add_argument("--batches", type=int, default=None, help="take only so many of these steps")
     parser.add_argument("--round_at", type=float, default=0.4, help="share of the steps after which taps are frozen")
     parser.add_argument(
         "--multiplier", type=float, default=50.0, help="learning rate of positions over that of weights"

@@ -199,3 +199,12 @@ def _wrong(methods, case, right, factor):
         return right(case.input, case.weight, case.offsets, **case.configuration) * factor
 
     return methods.Method(forward, [case.input, case.weight, case.offsets])
+
+
+def test_accuracy_of_rounded_networks_has_a_row_for_each_arm(run):
+    printed, status, rows = run("rounded_accuracy", "--seeds", "1", "--epochs", "1", "--batches", "10")
+    assert status == 0
+    arms = ["plain", "dilation 2", "fractional", "pixels", "dilations", "found, from scratch"]
+    assert [row["arm"] for row in rows] == arms
+    assert all(0 <= float(row["accuracy"]) <= 100 for row in rows)
+    assert all(f"| {arm} |" in printed for arm in arms)

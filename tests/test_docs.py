@@ -34,6 +34,7 @@ def test_surgery_md(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`isinstance")
+@pytest.mark.filterwarnings("ignore:RoundThenFinetune. after rounding all taps are where they started")
 def test_training_md(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = run("training.md", 12)
