@@ -16,7 +16,7 @@ from .dilation import RoundTo, check_round_to, dilated_offsets, grid_dilations, 
 from .folded import FoldedConv2d, fold_conv2d, padding_layer
 from .functional import acu_conv2d
 from .geometry import ConvGeometry, Padding, pair, resolve_padding
-from .grid_fold import conv2d_at, fold_onto_grids
+from .grid_fold import conv2d_as_plain, fold_onto_grids
 from .ops import check_backend
 from .plain import (
     CONFIGURATION,
@@ -31,6 +31,7 @@ from .sharded import copy_whole_, like_sharded, whole
 __all__ = ["ACUConv2d", "acu_layers", "check_grids"]
 
 torch.fx.wrap("acu_conv2d")  # torch.fx (torchvision's create_feature_extractor) records the call, not what is inside
+torch.fx.wrap("conv2d_as_plain")
 torch.fx.wrap("whole")  # asks what kind of tensor it has, which torch.fx does not know while it traces
 
 #: Precisions in which small steps of a position are lost.
@@ -466,12 +467,9 @@ class ACUConv2d(nn.Conv2d):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         input, padding = self._pad(input)
         if self.plain_dilation is not None:
-            if torch.is_grad_enabled() and self.offsets.requires_grad:
-                weight = weight + 0 * self.offsets.sum()  # DDP waits for the gradients of all parameters
-            kernel_size, stride, dilation = map(pair, (self.kernel_size, self.stride, self.dilation))
-            sides = resolve_padding(padding, kernel_size, stride, dilation)
-            geometry = ConvGeometry(kernel_size, stride, sides, dilation, self.groups)
-            return conv2d_at(self.plain_dilation, input, weight, bias, geometry)
+            return conv2d_as_plain(
+                input, weight, self.offsets, bias, self.stride, padding, self.dilation, self.groups, self.plain_dilation
+            )
         return acu_conv2d(
             input, weight, self.active_offsets(), bias, self.stride, padding, self.dilation, self.groups,
             backend=self.backend,

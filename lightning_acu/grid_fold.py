@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,22 +12,59 @@ from torch import Tensor, nn
 from .dilation import grid_dilations, padding_at
 from .expansion import pad_or_crop
 from .folded import FoldedConv2d
-from .geometry import ConvGeometry, resolve_padding
+from .geometry import ConvGeometry, Padding, pair, resolve_padding
 
-__all__ = ["SplitConv2d", "conv2d_at", "fold_onto_grids"]
+__all__ = ["SplitConv2d", "conv2d_as_plain", "fold_onto_grids"]
 
 _NO_SIDES = (0, 0, 0, 0)
 
 
-def conv2d_at(
-    dilation: tuple[int, int], input: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry
+class _WithPositions(torch.autograd.Function):
+    """The weight itself, in a graph that gives positions gradients of zero: DDP waits for those of all parameters."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, offsets: Tensor) -> Tensor:
+        return weight.view_as(weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.positions = inputs[1].shape, inputs[1].dtype, inputs[1].device
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        shape, dtype, device = ctx.positions
+        return grad, torch.zeros(shape, dtype=dtype, device=device)
+
+
+def conv2d_as_plain(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    bias: Tensor | None,
+    stride: int | Sequence[int],
+    padding: Padding,
+    dilation: int | Sequence[int],
+    groups: int,
+    at: tuple[int, int],
 ) -> Tensor:
-    """``F.conv2d`` at ``dilation``, with the output size and centre of ``geometry``, whose own dilation is another."""
-    sides = padding_at(dilation, geometry)
+    """What ``acu_conv2d`` computes for taps on the grid of dilation ``at`` (dy, dx), by ``F.conv2d``.
+
+    Args:
+        input, weight, bias, stride, padding, dilation, groups: as there.
+        offsets: not read; they get gradients of zero.
+        at: the dilation that is computed with. Output size and centre are those of ``dilation``.
+    """
+    if torch.is_grad_enabled() and offsets.requires_grad:
+        weight = _WithPositions.apply(weight, offsets)  # type: ignore[no-untyped-call]
+    kernel_size, stride, dilation = pair(weight.shape[-2:]), pair(stride), pair(dilation)
+    sides = resolve_padding(padding, kernel_size, stride, dilation)
+    sides = padding_at(at, ConvGeometry(kernel_size, stride, sides, dilation, groups))
     top, left, bottom, right = sides
     if top == bottom >= 0 and left == right >= 0:
-        return F.conv2d(input, weight, bias, geometry.stride, (top, left), dilation, geometry.groups)
-    return F.conv2d(pad_or_crop(input, sides), weight, bias, geometry.stride, 0, dilation, geometry.groups)
+        return F.conv2d(input, weight, bias, stride, (top, left), at, groups)
+    return F.conv2d(pad_or_crop(input, sides), weight, bias, stride, 0, at, groups)
 
 
 class SplitConv2d(FoldedConv2d):

@@ -232,6 +232,8 @@ def test_any_layer_computes_as_plain_with_gradients_of_zero_for_positions(make):
     expected = torch.autograd.grad(layer(x).square().sum(), [x, layer.weight])
     assert layer.compute_as_plain()
     *gradients, of_positions = torch.autograd.grad(layer(x).square().sum(), [x, layer.weight, layer.offsets])
+    traced = torch.fx.symbolic_trace(nn.Sequential(layer))
+    assert torch.equal(traced(x), layer(x))
     for ours, theirs in zip(gradients, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
     assert not of_positions.any()
