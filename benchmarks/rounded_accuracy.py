@@ -4,8 +4,9 @@
 
 For each seed a small network learns its shapes until ``--round_at`` of the steps. From there it is continued three
 times, with the same weights, moments of the optimizer and batches, and its taps frozen: where they are, on the nearest
-pixels, and on the nearest dilations. Beside them, trained from scratch for as many steps: the plain network, the same
-with a fixed dilation of 2, and the plain network with the dilations that were found.
+pixels, and on the nearest dilations. "dilations, annealed" is another search, whose taps the schedule "dilation" brings
+onto those grids by themselves. Beside them, trained from scratch for as many steps: the plain network, the same with a
+fixed dilation of 2, and the plain network with the dilations that the first search found.
 """
 
 import argparse
@@ -45,13 +46,13 @@ def weights(model):
 class Run:
     """A training that can be stopped and continued: a model, its optimizer, and the batches of one seed."""
 
-    def __init__(self, model, options, batches):
+    def __init__(self, model, options, batches, **arguments):
         self.model, self.options, self.batches = model.train(), options, batches
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.05)
         self.positions = None
         if list(acu_layers(model)):
             self.positions = PositionTrainer(
-                self.optimizer, model, multiplier=options.multiplier, warmup_steps=len(batches) // 10
+                self.optimizer, model, multiplier=options.multiplier, warmup_steps=len(batches) // 10, **arguments
             )
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, len(batches))
         self.step = 0
@@ -106,10 +107,14 @@ def measure(options, seed):
     accuracy = {"plain": scratch()}
     convolutions = [name for name, module in start.named_modules() if isinstance(module, nn.Conv2d)]
     accuracy["dilation 2"] = scratch(lambda model: apply_dilations(model, dict.fromkeys(convolutions, 2)))
-    search = Run(convert_to_acu(copy.deepcopy(start)), options, batches).train(int(options.round_at * steps))
+    end = int(options.round_at * steps)
+    search = Run(convert_to_acu(copy.deepcopy(start)), options, batches).train(end)
     for arm, to in {"fractional": None, "pixels": "pixels", "dilations": "dilation"}.items():
         run, report = search.frozen(to)
         accuracy[arm] = run.train(steps).accuracy(test)
+    arguments = {"schedule": "dilation", "total_steps": end}
+    annealed, _ = Run(convert_to_acu(copy.deepcopy(start)), options, batches, **arguments).train(end).frozen("dilation")
+    accuracy["dilations, annealed"] = annealed.train(steps).accuracy(test)
     accuracy["found, from scratch"] = scratch(lambda model: apply_dilations(model, report.dilations))
     return accuracy, report.dilations
 

@@ -204,7 +204,7 @@ def _wrong(methods, case, right, factor):
 def test_accuracy_of_rounded_networks_has_a_row_for_each_arm(run):
     printed, status, rows = run("rounded_accuracy", "--seeds", "1", "--epochs", "1", "--batches", "10")
     assert status == 0
-    arms = ["plain", "dilation 2", "fractional", "pixels", "dilations", "found, from scratch"]
+    arms = ["plain", "dilation 2", "fractional", "pixels", "dilations", "dilations, annealed", "found, from scratch"]
     assert [row["arm"] for row in rows] == arms
     assert all(0 <= float(row["accuracy"]) <= 100 for row in rows)
     assert all(f"| {arm} |" in printed for arm in arms)

@@ -1,16 +1,23 @@
 """Training towards dilated grids: rounding many layers, the schedule that anneals, PositionTrainer."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from helpers.tiny import TinyModule, fit, loader
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 from lightning_acu import ACUConv2d, acu_layers, convert_to_acu, fold_acu, report_acu
 from lightning_acu.callbacks import PositionLRSchedule, RoundThenFinetune
+from lightning_acu.sharded import whole
 from lightning_acu.training import (
     DilationDecay,
     LayerRounding,
@@ -19,6 +26,8 @@ from lightning_acu.training import (
     confine_positions_,
     round_layers,
 )
+
+TESTS = Path(__file__).parents[1]
 
 
 def moved(layer, apart, noise=0.0):
@@ -193,6 +202,64 @@ def test_it_goes_on_with_the_weights_and_momentum_it_had():
     train(theirs, optimizer, 11)
     for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(mine, other, rtol=0, atol=1e-9)
+
+
+SCRIPT = """
+import os, sys
+import torch.distributed as dist
+from helpers.processes import run_forked
+
+def run():
+    from training.test_dilations import half_of_each_batch
+    rank = int(os.environ["LOCAL_RANK"])
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    for strategy in ("ddp", "fsdp2"):
+        half_of_each_batch(rank, strategy, f"{sys.argv[1]}/{strategy}{rank}.pt")
+    dist.destroy_process_group()
+
+sys.exit(run_forked(run, processes=2))
+"""
+
+SEARCH = {"round_at": 5, "round_to": "dilation", "fold_after_rounding": True}
+
+
+def half_of_each_batch(rank, strategy, path):
+    """What one of two processes does: a search of 9 steps."""
+    torch.manual_seed(0)
+    net = TinyModule().net.double()
+    if strategy == "ddp":
+        model = nn.parallel.DistributedDataParallel(net)
+    else:
+        model = fully_shard(net, mesh=init_device_mesh("cpu", (2,)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    PositionTrainer(optimizer, model, multiplier=5.0, warmup_steps=1, **SEARCH)
+    for images, labels in (list(loader(dtype=torch.float64)) * 2)[:9]:
+        own = slice(2 * rank, 2 * rank + 2)
+        optimizer.zero_grad()
+        F.cross_entropy(model(images[own]).mean((2, 3)), labels[own]).backward()
+        optimizer.step()
+    plain = [layer.plain_dilation for _, layer in acu_layers(net)]
+    torch.save((plain, [whole(parameter.detach()) for parameter in net.parameters()]), path)
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_does(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MASTER_", "LOCAL_"))}
+    paths = os.pathsep.join([str(TESTS), str(TESTS.parent), environment.get("PYTHONPATH", "")])
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], env=environment, check=True, timeout=300)
+    torch.manual_seed(0)
+    net = TinyModule().net.double()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    PositionTrainer(optimizer, net, multiplier=5.0, warmup_steps=1, **SEARCH)
+    train(net, optimizer, 9)
+    plain = [layer.plain_dilation for _, layer in acu_layers(net)]
+    assert plain != [(1, 1), (1, 1)]
+    for name in ("ddp0", "ddp1", "fsdp20", "fsdp21"):
+        found, parameters = torch.load(tmp_path / f"{name}.pt", weights_only=True)
+        assert found == plain
+        for ours, theirs in zip(parameters, net.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
 
 
 def test_plain_computation_ends_when_positions_change():
