@@ -305,11 +305,14 @@ class ACUConv2d(nn.Conv2d):
         return self
 
     def check_has_grid(self) -> None:
-        """Check that the layer has a regular grid, as dilations need.
+        """Check that the layer has a regular grid that its taps can be rounded to, as dilations need.
 
         Raises:
-            ValueError: it has a free shape (``from_positions``), or dilation 0.
+            ValueError: it has a free shape (``from_positions``), dilation 0, or a single tap that can move: a shift,
+                which no dilation keeps.
         """
+        if self.geometry.taps == 1 and self.fixed_tap is None:
+            raise ValueError("it has one tap, a shift, which no dilation keeps; round it to pixels with `to`='pixels'")
         if self.start is not None or 0 in pair(self.dilation):
             raise ValueError(
                 "it has a free shape (ACUConv2d.from_positions), which no dilated convolution has; round it to whole "

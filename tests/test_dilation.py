@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from helpers.oracle import assert_close
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
@@ -42,6 +42,7 @@ def layers(draw):
         fixed_centre=draw(st.booleans()),
         backend="reference",
     )
+    assume(layer.geometry.taps > 1 or layer.fixed_tap is not None)
     (kh, kw), scale = layer.kernel_size, 1 + 1.5 * torch.rand(layer.position_groups, 1, 2, dtype=torch.float64)
     centred = torch.tensor([(i - (kh - 1) / 2, j - (kw - 1) / 2) for i in range(kh) for j in range(kw)])
     apart = centred * torch.tensor(layer.dilation) * (scale - 1 - draw(st.sampled_from([0.0, 0.6])))
@@ -188,6 +189,8 @@ def test_folded_models_keep_their_face():
 def test_shapes_without_a_grid_and_bad_arguments_are_refused():
     free = ACUConv2d.from_positions(2, 4, [(0.5, 1.0), (-1.0, 0.0)])
     near = ACUConv2d(4, 4, 3)
+    with pytest.raises(ValueError, match=r"it has one tap, a shift, which no dilation keeps"):
+        ACUConv2d(2, 4, 1, fixed_centre=False).round_(to="dilation")
     nn.init.uniform_(near.offsets, -0.4, 0.4)
     before = near.offsets.clone()
     with pytest.raises(ValueError, match=r"1: it has a free shape .*`to`='pixels'"):
