@@ -312,7 +312,10 @@ class ACUConv2d(nn.Conv2d):
                 which no dilation keeps.
         """
         if self.geometry.taps == 1 and self.fixed_tap is None:
-            raise ValueError("it has one tap, a shift, which no dilation keeps; round it to pixels with `to`='pixels'")
+            raise ValueError(
+                "it has one tap, a shift, which no dilation keeps; round to whole pixels (`to`='pixels'), or leave it "
+                "as it is when you convert (`exclude_modules`)"
+            )
         if self.start is not None or 0 in pair(self.dilation):
             raise ValueError(
                 "it has a free shape (ACUConv2d.from_positions), which no dilated convolution has; round it to whole "

@@ -143,7 +143,7 @@ class ReshapedConv2d(nn.Conv2d):
     plain_class: type[nn.Conv2d]
     if TYPE_CHECKING:  # (as annotations of the class they would be strings, which torch.jit.script cannot read)
         #: The padding and dilation of ``own``.
-        own_padding: tuple[int, int]
+        own_padding: tuple[int, int] | str
         own_dilation: tuple[int, int]
         #: The layer that pads the image first, or None.
         image_pad: nn.Module | None

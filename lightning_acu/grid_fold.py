@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -83,8 +84,11 @@ class SplitConv2d(FoldedConv2d):
         pad: a layer that pads the image first, or None.
     """
 
-    #: The part and place of each output channel; None if they are in order.
-    places: Tensor | None
+    if TYPE_CHECKING:  # (as annotations of the class they would be strings, which torch.jit.script cannot read)
+        #: The input channels that the parts read, one part after the other.
+        inputs: Tensor
+        #: The place of each output channel among those of the parts; None if they are in order.
+        places: Tensor | None
 
     def __init__(
         self,
@@ -104,8 +108,10 @@ class SplitConv2d(FoldedConv2d):
             tensor = None if channels is None else torch.tensor(channels, dtype=torch.int64, device=device)
             self.register_buffer(name, tensor, persistent=False)
 
-        for part, channels in enumerate(inputs):
-            index(f"inputs_{part}", channels)
+        ends = list(accumulate(len(channels or ()) for channels in inputs))
+        #: Where in ``inputs`` the channels of each part are; an empty range for a part that reads all.
+        self.ranges = list(pairwise([0, *ends]))
+        index("inputs", [channel for channels in inputs for channel in channels or ()])
         order = [channel for part in outputs for channel in part]
         places = sorted(range(len(order)), key=order.__getitem__)
         index("places", None if places == list(range(len(order))) else places)
@@ -114,11 +120,12 @@ class SplitConv2d(FoldedConv2d):
         """(N, C_in, H, W) or (C_in, H, W) to the convolution's output."""
         if self.pad is not None:
             input = self.pad(input)
-        outputs = []
-        for part, (conv, sides) in enumerate(zip(self.convs, self.sides, strict=True)):
-            channels: Tensor | None = getattr(self, f"inputs_{part}")
-            own = input if channels is None else input.index_select(-3, channels)
-            outputs.append(conv(pad_or_crop(own, sides) if any(sides) else own))
+        outputs: list[Tensor] = []
+        for index, conv in enumerate(self.convs):  # (zip and comprehensions are beyond torch.jit.script)
+            first, last = self.ranges[index]
+            part = input if first == last else input.index_select(-3, self.inputs[first:last])
+            sides = self.sides[index]
+            outputs.append(conv(part if sides == (0, 0, 0, 0) else pad_or_crop(part, sides)))
         output = torch.cat(outputs, -3)
         return output if self.places is None else output.index_select(-3, self.places)
 

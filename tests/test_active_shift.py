@@ -246,6 +246,20 @@ def test_it_learns_a_shift_and_ends_on_whole_pixels():
     assert torch.equal(layer.fold()(images), goal)
 
 
+def test_shifts_are_not_rounded_to_dilations():
+    model = nn.Sequential(ACUConv2d(3, 4, 3), nn.Sequential(ActiveShift2d(4), nn.Conv2d(4, 2, 1)))
+    nn.init.uniform_(model[0].offsets, -0.4, 0.4)
+    before = copy.deepcopy(model.state_dict())
+    message = r"1\.0: it has one tap, a shift, which no dilation keeps; round to whole pixels .*`exclude_modules`"
+    with pytest.raises(ValueError, match=message):
+        round_acu(model, to="dilation")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=message):
+        PositionTrainer(optimizer, model, round_to="dilation", round_at=5)
+    assert len(optimizer.param_groups) == 1
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_it_trains_under_lightning(tmp_path):
     module = TinyModule()
     module.net.insert(0, ActiveShift2d(module.net[0].in_channels))

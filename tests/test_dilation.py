@@ -4,14 +4,25 @@ import copy
 import pickle
 
 import pytest
+import timm
 import torch
 from helpers.oracle import assert_close
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 
-from lightning_acu import ACUConv2d, FoldedConv2d, fold_acu, report_acu, round_acu
+from lightning_acu import (
+    ACUConv2d,
+    FoldedConv2d,
+    acu_layers,
+    convert_to_acu,
+    fold_acu,
+    load_acu,
+    report_acu,
+    round_acu,
+    save_acu,
+)
 from lightning_acu.grid_fold import SplitConv2d
 
 #: Torch's, of the plain convolution too, where "same" pads the sides differently.
@@ -136,6 +147,15 @@ def split(groups=1, dilations=(1, 2, 1, 3), **arguments):
     return layer
 
 
+def moved_to(dilation, layer):
+    """``layer`` with its taps on the grid of ``dilation``, exactly."""
+    spacing = torch.tensor(dilation) / torch.tensor(layer.dilation) - 1
+    layer.offsets.data.copy_((layer.positions * spacing).expand(layer.position_groups, -1, 2).flatten())
+    layer.offsets.data.round_()
+    assert set(layer.grid_dilations) == {dilation}
+    return layer
+
+
 @pytest.mark.parametrize(
     ("groups", "dilations", "convs"),
     [
@@ -175,6 +195,55 @@ def test_split_folds_can_be_copied_loaded_and_traced(clone):
     assert torch.equal(other(x), model(x))
     exported = torch.export.export(model, (x,)).module()
     assert_close(exported(x), expected, 1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning", "ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("way", [torch.jit.script, fx.symbolic_trace], ids=["script", "fx"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: split(2, (1, 1, 2, 2, 1, 2, 2, 2)),  # parts of the input channels, in another order
+        lambda: split(padding_mode="reflect"),
+        lambda: moved_to((2, 3), ACUConv2d(8, 4, 3, padding="same")),
+        lambda: moved_to((2, 2), ACUConv2d(8, 4, (3, 5), padding="same", dilation=3)),
+    ],
+    ids=["split", "split reflect", "same", "same inside"],
+)
+def test_folds_can_be_scripted_and_traced_by_fx(make, way):
+    model = nn.Sequential(make().double(), nn.ReLU())
+    images = [torch.randn(2, 8, *size, dtype=torch.float64) for size in [(9, 8), (13, 17)]]
+    expected = [model(image) for image in images]
+    found = way(fold_acu(model))
+    for image, value in zip(images, expected, strict=True):
+        assert_close(found(image), value)
+
+
+def test_depthwise_layers_with_positions_of_each_channel():
+    layer = ACUConv2d(6, 6, 3, padding=1, groups=6, position_groups="channels", dtype=torch.float64)
+    apart = torch.tensor([[0.0, 1.1], [0.9, 0.0], [0.1, 0.9], [1.9, 2.2], [0.1, 0.1], [2.0, 2.0]])
+    layer.offsets.data.copy_((apart[:, None] * layer.positions[0]).flatten())
+    assert layer.round_(to="dilation").grid_dilations == [(1, 2), (2, 1), (1, 2), (3, 3), (1, 1), (3, 3)]
+    folded, x = layer.fold(), torch.randn(2, 6, 7, 9, dtype=torch.float64)
+    assert [conv.groups for conv in folded.convs] == [2, 1, 2, 1]
+    assert_close(folded(x), layer(x))
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_layers_that_compute_as_plain_are_saved_and_loaded(suffix, tmp_path):
+    model = timm.create_model("test_resnet", num_classes=3).eval()
+    convert_to_acu(model, position_groups=1)
+    layers = [layer for _, layer in acu_layers(model)]
+    for layer in layers:
+        moved_to((2, 1), layer)
+    assert all(layer.compute_as_plain() for layer in layers)
+    save_acu(model, path := tmp_path / f"model{suffix}")
+    loaded = load_acu(path).eval()
+    assert report_acu(loaded).dilations == report_acu(model).dilations == {n: (2, 1) for n, _ in acu_layers(model)}
+    image = torch.randn(2, 3, 32, 40)
+    assert_close(loaded(image), model(image), 1e-5)
+    assert all(layer.compute_as_plain() for _, layer in acu_layers(loaded))
+    assert torch.equal(loaded(image), model(image))
+    assert torch.equal(fold_acu(loaded)(image), fold_acu(model)(image))
 
 
 def test_folded_models_keep_their_face():

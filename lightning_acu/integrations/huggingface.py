@@ -85,7 +85,8 @@ class PositionCallback(TrainerCallback):
             if not all(on_whole_pixels(layer.offsets.detach()) for _, layer in layers):
                 warnings.warn(
                     f"the best checkpoint ({state.best_model_checkpoint}) is from before positions were rounded, so "
-                    "they are not on whole pixels; set load_best_model_at_end=False, or call lightning_acu.round_acu",
+                    "they are not on whole pixels; set load_best_model_at_end=False, or call "
+                    f"lightning_acu.round_acu(model, to={self.positions.round_to!r})",
                     stacklevel=2,
                 )
 

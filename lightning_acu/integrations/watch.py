@@ -96,8 +96,12 @@ class ScriptWatch:
                 state = f"they did not learn: their warm-up lasts until step {start:.0f}"
             elif trainer.rounded:
                 layers = trained_layers(trainer.model)
-                whole = all(on_whole_pixels(layer.offsets.detach()) for _, layer in layers)
-                state = "they are on whole pixels" if whole else "they were rounded, but something has MOVED them since"
+                if trainer.round_to == "dilation":
+                    there, where = all(layer.grid_dilations for _, layer in layers), "on the grids of dilations"
+                else:
+                    there = all(on_whole_pixels(layer.offsets.detach()) for _, layer in layers)
+                    where = "on whole pixels"
+                state = f"they are {where}" if there else "they were rounded, but something has MOVED them since"
             elif round_at is not None:
                 state = f"they are NOT rounded: that would have been after step {round_at}"
             else:

@@ -129,6 +129,26 @@ def test_an_optimizer_around_another_leaves_positions_to_that(capsys, monkeypatc
     assert moved.endswith("they were rounded, but something has MOVED them since")
 
 
+@pytest.mark.parametrize("fold_after_rounding", [False, True])
+def test_positions_that_are_rounded_to_dilations(capsys, fold_after_rounding):
+    positions = POSITIONS | {"round_to": "dilation", "fold_after_rounding": fold_after_rounding}
+    with ScriptWatch(positions=positions) as watch:
+        model = make()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        for _ in range(4):
+            step(model, optimizer)
+    watch.check_and_report()
+    layers = [layer for _, layer in acu_layers(model)]
+    assert all(layer.grid_dilations for layer in layers)
+    assert all((layer.plain_dilation is not None) == fold_after_rounding for layer in layers)
+    with torch.no_grad():
+        layers[0].offsets[0] += 1  # to a whole pixel, but off the grid
+    watch.check_and_report()
+    *_, good, moved = capsys.readouterr().err.splitlines()
+    assert good.endswith("they are on the grids of dilations")
+    assert moved.endswith("they were rounded, but something has MOVED them since")
+
+
 def test_a_wrong_argument_is_an_error_when_the_optimizer_is_made():
     with ScriptWatch(positions={"round_at": 0.5}), pytest.raises(ValueError, match=r"`round_at` .*`total_steps`"):
         create_optimizer_v2(make(), "sgd", lr=0.1)
