@@ -5,7 +5,8 @@ import torch
 from helpers.oracle import assert_close
 from torch import nn
 
-from lightning_acu import acu_layers, convert_to_acu, fold_acu
+from lightning_acu import acu_layers, convert_to_acu, fold_acu, round_acu
+from lightning_acu.folded import ReshapedConv2d
 from lightning_acu.surgery.merges import merge_branches
 
 
@@ -101,6 +102,18 @@ def test_blocks_are_merged_whatever_the_kernels_sizes(kernel_sizes, with_example
     assert_close(model(x), expected)
 
 
+def test_blocks_are_merged_after_rounding_to_dilations():
+    model = moved(Model(RepVGGDW(), RepConv()))
+    for _, layer in acu_layers(model):
+        layer.offsets.data.add_(layer.positions.flatten() * torch.tensor([0.9, 2.1]).repeat(layer.geometry.taps))
+    x = torch.randn(2, 4, 15, 18, dtype=torch.float64)
+    expected = fold_acu(round_acu(model, to="dilation"))(x)
+    assert [conv.own["dilation"] for conv in model.modules() if isinstance(conv, ReshapedConv2d)] == [(2, 3)] * 2
+    model.fuse()
+    assert [block.conv.kernel_size for block in model] == [(7, 7), (5, 7)]
+    assert_close(model(x), expected)
+
+
 def test_a_block_with_kernels_of_its_own_sizes_merges_by_itself():
     model = moved(Model(RepVGGDW()))
     for _, layer in acu_layers(model):
@@ -111,7 +124,7 @@ def test_a_block_with_kernels_of_its_own_sizes_merges_by_itself():
 
 def test_branches_that_cannot_be_added_are_refused_and_left_alone():
     model = moved(Model(RepConv()))
-    model[0].conv2.conv.dilation = (2, 2)
+    model[0].conv2.conv.padding_mode = "circular"
     x = torch.randn(2, 4, 15, 18, dtype=torch.float64)
     expected = fold_acu(model)(x)
     with pytest.raises(RuntimeError, match=r"fails \(ValueError: cannot add the kernels .* Nothing was changed"):
@@ -121,10 +134,16 @@ def test_branches_that_cannot_be_added_are_refused_and_left_alone():
 
 @pytest.mark.parametrize("stride", [(1, 1), (2, 1)], ids=str)
 def test_sums_of_any_branches(stride):
-    sizes = [((3, 5), (1, 2)), ((1, 1), (0, 0)), ((5, 1), (2, 0)), ((4, 3), (2, 1))]
+    sizes = [
+        ((3, 5), (1, 2), (1, 1)),
+        ((1, 1), (0, 0), (1, 1)),
+        ((5, 1), (2, 0), (1, 3)),
+        ((4, 3), (2, 1), (1, 1)),
+        ((3, 3), (3, 2), (3, 2)),
+    ]
     branches = [
-        (nn.Conv2d(4, 6, size, stride, padding, groups=2, bias=index % 2 == 0).double(), norm(6))
-        for index, (size, padding) in enumerate(sizes)
+        (nn.Conv2d(4, 6, size, stride, padding, dilation, groups=2, bias=index % 2 == 0).double(), norm(6))
+        for index, (size, padding, dilation) in enumerate(sizes)
     ]
     merged = merge_branches(branches)
     assert not merged.weight.requires_grad
@@ -136,7 +155,7 @@ def test_sums_of_any_branches(stride):
 
 @pytest.mark.parametrize(
     "change",
-    [{"stride": 2}, {"groups": 1}, {"padding": "same"}, {"padding_mode": "circular"}, {"dilation": 2}],
+    [{"stride": 2}, {"groups": 1}, {"padding": "same"}, {"padding_mode": "circular"}],
     ids=str,
 )
 def test_what_no_single_kernel_computes_is_an_error(change):
