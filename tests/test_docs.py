@@ -37,7 +37,7 @@ def test_surgery_md(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore:RoundThenFinetune. after rounding all taps are where they started")
 def test_training_md(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    namespace = run("training.md", 12)
+    namespace = run("training.md", 13)
     assert {"shapes.png", "shapes.gif", "rounded.ckpt"} <= {path.name for path in tmp_path.iterdir()}
     assert list(namespace["stages"]) == ["before rounding", "after rounding", "after fine-tuning"]
     assert all((offsets == offsets.round()).all() for offsets in namespace["offsets"])
