@@ -72,7 +72,14 @@ def save_acu(
             as a lambda; positions that are not finite.
         OSError: the file cannot be written; an earlier file of that name is as it was.
     """
-    write_file(model, path, name, builder, (kwargs or {}) | more_kwargs)
+    write_file(model, path, name, builder, merged(kwargs, more_kwargs))
+
+
+def merged(kwargs: dict[str, Any] | None, more: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of the builder, given in both ways; a TypeError if ``kwargs`` is not a dict."""
+    if kwargs is not None and not isinstance(kwargs, dict):
+        raise TypeError(f"`kwargs` (={kwargs!r}) must be a dict of arguments by name, not a {type(kwargs).__name__}")
+    return (kwargs or {}) | more
 
 
 def write_file(

@@ -15,7 +15,7 @@ from ..checks import require_package
 from ..files import write_whole_folder
 from .builders import Builder
 from .card import write_card
-from .files import load_acu, one_way, write_file
+from .files import load_acu, merged, one_way, write_file
 from .transformers_folder import load_transformers, transformers_record
 
 __all__ = ["from_pretrained", "push_to_hub", "save_pretrained"]
@@ -52,7 +52,7 @@ def save_pretrained(
         TypeError, ValueError, OSError: as in :func:`lightning_acu.save_acu`.
     """
     folder = Path(folder)
-    _save(model, folder, folder.resolve().name, folder.name, name, builder, (kwargs or {}) | more_kwargs)
+    _save(model, folder, folder.resolve().name, folder.name, name, builder, merged(kwargs, more_kwargs))
 
 
 def push_to_hub(
@@ -90,7 +90,7 @@ def push_to_hub(
     api = _api("push_to_hub", token, endpoint)
     with tempfile.TemporaryDirectory() as outer:
         folder = Path(outer, "model")
-        _save(model, folder, repo_id.rpartition("/")[2], repo_id, name, builder, kwargs or {})
+        _save(model, folder, repo_id.rpartition("/")[2], repo_id, name, builder, merged(kwargs, {}))
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id  # with the user's name
         keep = api.file_exists(repo_id, CARD, revision=revision)
         commit = api.upload_folder(

@@ -30,7 +30,7 @@ def transformers_record(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter for lists nested too deeply
         raise ValueError(f"{path} is damaged: {error}") from error
     ours = isinstance(config, dict) and config.get("model_type") != "lightning_acu" and CONFIG_KEY in config
     return config if ours else None

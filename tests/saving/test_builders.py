@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_acu import acu_layers, convert_to_acu, create_model, fold_acu
-from lightning_acu.saving import load_acu, save_acu
+from lightning_acu.saving import load_acu, save_acu, save_pretrained
 from lightning_acu.saving.checkpoint import load_any
 
 IMAGE = torch.linspace(-1, 1, 2 * 3 * 12 * 17).view(2, 3, 12, 17)
@@ -151,6 +151,12 @@ def test_builders_that_no_file_can_name(model, tmp_path):
     with pytest.raises(ValueError, match=r"does not state its architecture; .*builder=\"package.module:function\""):
         save_acu(model, path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("save", [save_acu, save_pretrained])
+def test_arguments_of_a_builder_that_are_no_dict(save, model, tmp_path):
+    with pytest.raises(TypeError, match=r"`kwargs` \(=\[5\]\) must be a dict of arguments by name, not a list"):
+        save(model, tmp_path / "model.pt", builder=build, kwargs=[5])
 
 
 def test_what_the_builder_builds_is_compared(model, tmp_path):

@@ -111,6 +111,12 @@ def test_what_is_not_such_a_folder(model, tmp_path):
         save_pretrained(model, tmp_path / "file", builder=build, kwargs=KWARGS)
 
 
+def test_a_record_nested_too_deeply_is_damage(tmp_path):
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"config\.json is damaged: maximum recursion depth"):
+        from_pretrained(tmp_path)
+
+
 HOSTILE = "from pathlib import Path\nPath(__file__).with_name('imported').touch()\n"
 
 
