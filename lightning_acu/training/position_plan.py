@@ -135,9 +135,14 @@ def check_schedulers(optimizer: Optimizer, schedulers: Sequence[Any] | None) -> 
     """Check that the schedulers of ``optimizer`` are known: their lists have an entry for each parameter group.
 
     Raises:
+        TypeError: ``schedulers`` is not a list.
         ValueError: one of ``schedulers`` is that of another optimizer.
         RuntimeError: a scheduler was made and ``schedulers`` is None.
     """
+    if schedulers is not None and not isinstance(schedulers, (list, tuple)):
+        raise TypeError(
+            f"`schedulers` must be a list of schedulers, got {type(schedulers).__name__}; write [scheduler]"
+        )
     for scheduler in schedulers or ():
         if getattr(scheduler, "optimizer", None) is not optimizer:
             raise ValueError(f"`schedulers`: {type(scheduler).__name__} is not a scheduler of `optimizer`")

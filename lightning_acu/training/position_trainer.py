@@ -156,10 +156,25 @@ class PositionTrainer:
             check_grids(trained_layers(model))
         self._unused: list[str] | None = None  # layers without a gradient in the first step in which they should learn
         self._groups = CountedGroups(optimizer, model, list(schedulers or ()), rates, steps, self.weight_decay)
+        self._hooks: StepHooks | None = None
+        self._hook()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Whether there are hooks, in place of them: a copy of the optimizer has none."""
+        return vars(self) | {"_hooks": self._hooks is not None, "_handles": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """For a copy (deepcopy, pickle): hooks on its own optimizer, unless they were removed."""
+        hooked = state["_hooks"]
+        vars(self).update(state | {"_hooks": None})
+        if hooked:
+            self._hook()
+
+    def _hook(self) -> None:
         self._handles = []
-        if fold_after_rounding:
-            self._handles.append(optimizer.register_load_state_dict_post_hook(lambda _: self._fold()))
-        self._hooks = StepHooks(optimizer, self._tie, self._transform, self._end_step, self._offsets)
+        if self.fold_after_rounding:
+            self._handles.append(self.optimizer.register_load_state_dict_post_hook(lambda _: self._fold()))
+        self._hooks = StepHooks(self.optimizer, self._tie, self._transform, self._end_step, self._offsets)
 
     @property
     def step(self) -> int:
@@ -249,9 +264,12 @@ class PositionTrainer:
 
     def remove(self) -> None:
         """Remove the hooks. Rounded positions get requires_grad=False, to stay so; the parameter groups are kept."""
-        self._hooks.remove()
+        if self._hooks is not None:
+            self._hooks.remove()
+            self._hooks = None
         for handle in self._handles:
             handle.remove()
+        self._handles = []
         if self.rounded:
             for _, layer in self._groups.layers:
                 layer.offsets.requires_grad_(False).grad = None

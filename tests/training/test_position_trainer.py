@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -743,3 +744,24 @@ def test_an_optimizer_that_does_not_run_torchs_hooks_is_an_error(net):
     train(net, lookahead, STEPS_PER_EPOCH + 2)
     assert trainer.rounded
     assert torch.equal(offsets(net), offsets(net).round())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+def test_a_copy_trains_the_positions_of_its_own_model(net, copied):
+    """Torch copies no hooks with an optimizer, so that positions would be stepped along their raw gradients."""
+    optimizer = sgd(net)
+    trainer = PositionTrainer(optimizer, net, multiplier=10.0, warmup_steps=4, round_at=7)
+    train(net, optimizer, steps=2)
+    other, other_optimizer, other_trainer = copied((net, optimizer, trainer))
+    train(other, other_optimizer, steps=6, start=2)
+    assert (trainer.step, other_trainer.step, other_trainer.rounded) == (2, 8, True)
+    train(net, optimizer, steps=6, start=2)
+    assert trainer.rounded
+    assert torch.equal(offsets(net), offsets(other))
+    trainer.remove()
+    assert not copied(trainer).optimizer._optimizer_step_pre_hooks  # removed ones stay removed
+
+
+def test_schedulers_that_are_no_list_are_an_error(net):
+    with pytest.raises(TypeError, match=r"`schedulers` must be a list of schedulers, got int; write \[scheduler\]"):
+        PositionTrainer(sgd(net), net, schedulers=3)
