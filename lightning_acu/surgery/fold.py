@@ -167,13 +167,20 @@ def round_acu(model: nn.Module, *, to: RoundTo = "pixels", separate: bool = Fals
     Raises:
         TypeError: ``model`` is not a module, or torch.fx has traced it from active convolutions.
         ModuleNotFoundError: ``separate`` and taps that would meet, and SciPy is not installed.
-        ValueError: with ``separate`` or "dilation", positions are not finite; ``to`` is neither; or it is "dilation"
-            and a layer has a free shape, and nothing has been rounded then.
+        ValueError: positions are nan or inf; ``to`` is neither; or it is "dilation" and a layer has a free shape.
+            Nothing has been rounded then.
     """
     require_module(model)
     check_not_traced(model)
     check_round_to("to", to)
     layers = list(acu_layers(model))
+    for name, layer in layers:
+        offsets = layer.active_offsets().detach()
+        if not offsets.is_meta and not offsets.isfinite().all():
+            raise ValueError(
+                f"the positions of {name or 'the model'} are not finite and cannot be rounded; the training has "
+                "diverged: load an earlier checkpoint"
+            )
     if to == "dilation":
         check_grids(layers)
     for _, layer in layers:

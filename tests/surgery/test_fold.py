@@ -185,3 +185,15 @@ def test_a_model_compiled_in_place_is_traced_anew(model, image):
         model.eval().compile(backend="aot_eager")
         expected = model(image)
         assert_close(fold_acu(model)(image), expected)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_positions_that_are_not_finite_are_not_rounded(value):
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Conv2d(3, 2, 3))
+    convert_to_acu(model)
+    with torch.no_grad():
+        model[0].offsets[0] = 0.3
+        model[1].offsets[0] = value
+    with pytest.raises(ValueError, match=r"the positions of 1 are not finite and cannot be rounded"):
+        round_acu(model)
+    assert model[0].offsets[0] == torch.tensor(0.3)
