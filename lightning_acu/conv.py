@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .checks import refuse_peft
-from .folded import FoldedConv2d, fold_conv2d, padding_layer
+from .folded import FoldedConv2d, padding_layer
+from .forms import fold_in_form
 from .functional import acu_conv2d
 from .geometry import ConvGeometry, Padding, pair, resolve_padding
 from .ops import check_backend
@@ -339,15 +340,18 @@ class ACUConv2d(nn.Conv2d):
             warnings.warn(_FROM_PLAIN if key in state_dict else _FROM_PLAIN_TOO_LATE, stacklevel=2)
         super()._load_from_state_dict(state_dict, prefix, *others)
 
-    def fold(self) -> nn.Conv2d | FoldedConv2d:
+    def fold(self, form: str = "auto") -> nn.Conv2d | FoldedConv2d:
         """The same function as plain convolutions, exactly, at any positions; the layer itself is not changed.
 
         One ``nn.Conv2d`` if the taps lie close together (of the original kernel size and dilation if they are on
         that grid), else a :class:`~lightning_acu.folded.FoldedConv2d`, a sum of small ones.
 
+        Args:
+            form: "auto", as above, or another of :data:`lightning_acu.forms.FORMS`.
+
         Raises:
             ValueError: ``offsets`` are not finite or on the meta device, or a hook recomputes the weight (old weight
-                norm, pruning).
+                norm, pruning); an unknown ``form``, or taps too far apart for it.
         """
         if not parametrize.is_parametrized(self):  # then self.weight is computed when it is read
             check_own_parameters(self)
@@ -359,11 +363,18 @@ class ACUConv2d(nn.Conv2d):
         with torch.enable_grad():  # a parametrized weight asks for gradients only where they are recorded
             trainable, bias = self.weight.requires_grad, self.bias
         weight = self.effective_weight().detach().requires_grad_(trainable)
+        return self._fold(weight, bias, form).train(self.training)
+
+    def fold_without_numbers(self, form: str = "auto") -> nn.Conv2d | FoldedConv2d:
+        """:meth:`fold` with its parameters on the meta device: to count what it computes."""
+        return self._fold(self.weight.detach().to("meta"), None if self.bias is None else self.bias.to("meta"), form)
+
+    def _fold(self, weight: Tensor, bias: Tensor | None, form: str) -> nn.Conv2d | FoldedConv2d:
         offsets = self.active_offsets().detach()
-        folded = fold_conv2d(weight, offsets, bias, self.geometry, self._padding_layer())
-        if isinstance(folded, FoldedConv2d) and len(folded.convs) == 1:
+        folded = fold_in_form(weight, offsets, bias, self.geometry, self._padding_layer(), form)
+        if type(folded) is FoldedConv2d and len(folded.convs) == 1 and isinstance(folded.convs[0], nn.Conv2d):
             folded = self._merge_padding(folded)
-        return folded.train(self.training)
+        return folded
 
     def effective_weight(self) -> Tensor:
         """(C_out, C_in/groups, kh, kw), differentiable: the numbers at the taps; subclasses may standardise them."""

@@ -78,9 +78,12 @@ def pad_or_crop(image: Tensor, sides: tuple[int, int, int, int]) -> Tensor:
     ``sides`` as :meth:`Window.padding` gives them; they may remove all pixels of the image.
     """
     top, left, bottom, right = sides
-    height, width = image.shape[-2:]
-    if max(-top, -bottom) >= height or max(-left, -right) >= width:  # no pixel of the image is left
-        return image.new_zeros(*image.shape[:-2], height + top + bottom, width + left + right)
+    if top == left == bottom == right == 0:
+        return image
+    if min(top, left, bottom, right) < 0:  # (the size of an image may not be known while a program is exported)
+        height, width = image.size(-2), image.size(-1)
+        if max(-top, -bottom) >= height or max(-left, -right) >= width:  # no pixel of the image is left
+            return F.pad(image[..., :0, :0], (0, width + left + right, 0, height + top + bottom))
     return F.pad(image, (left, right, top, bottom))
 
 
@@ -134,6 +137,7 @@ def plan_windows(
     input_size: Sequence[int] | None = None,
     *,
     gradient: bool = False,
+    one: bool | None = None,
 ) -> Plan:
     """The fewest and smallest plain convolutions that hold every tap of ``offsets`` (P, K, 2), on the CPU.
 
@@ -145,6 +149,7 @@ def plan_windows(
         geometry: the convolution the offsets belong to.
         input_size: (height, width) of the image; cells that never meet it are dropped. None keeps all.
         gradient: keep all 4 neighbours of a tap on the lattice. Their weight is 0 there, their derivative is not.
+        one: True asks for one window, False for one for each distinct cell; None for what holds fewer cells.
     """
     whole, fraction = split_offsets(offsets.detach().cpu())
     grid, steps = _constants(geometry)
@@ -168,7 +173,7 @@ def plan_windows(
     origins = {cell: place for place, cell in enumerate(dict.fromkeys(cells))}
     box_height, box_width = (1 + bool((used & (steps[:, axis] == 1)).any()) for axis in (0, 1))
     area = box_height * box_width
-    if span.area <= _SPARSE_FACTOR * len(origins) * area:
+    if span.area <= _SPARSE_FACTOR * len(origins) * area if one is None else one:
         first_cell = _integers((span.top, span.left))
         place = (neighbours - first_cell).div(_integers(span.dilation), rounding_mode="floor")
         windows: tuple[Window, ...] = (span,)

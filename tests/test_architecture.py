@@ -18,6 +18,7 @@ LEVELS = [
     {"ops"},
     {"functional"},
     {"folded", "plain"},
+    {"forms"},
     {"conv"},
     {"derived", "timm_convs", "statistics"},
     {"efficientnet_convs"},

@@ -1,0 +1,120 @@
+"""Which form of a fold is cheapest: a rule that counts arithmetic and memory traffic, fitted to measurements.
+
+A form is run on the meta device, and every operation is counted by its kind: multiply-accumulates of convolutions
+(with a larger kernel, 1x1, depthwise), numbers read and written by what only moves them, and calls. A weighted sum of
+the counts estimates the time. ``benchmarks/fold_forms.py`` measures all forms of many layers, and fits the weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..conv import ACUConv2d
+from ..forms import FORMS
+from .outputs import Arguments
+
+__all__ = ["KINDS", "RUNTIMES", "WEIGHTS", "candidates", "cheapest_form", "count", "price", "prices"]
+
+#: What can be asked to compute a fold.
+RUNTIMES = ("torch", "onnxruntime")
+
+#: What is counted: multiply-accumulates of three kinds of convolutions, the numbers that they read and write, those
+#: that padding, that cropping and that concatenating or interpolating do, those that are added up, and calls.
+KINDS = ("dense", "pointwise", "depthwise", "passes", "pad", "crop", "copy", "add", "calls")
+
+#: Nanoseconds for each of ``KINDS``, of one thread; ``benchmarks/fold_forms.py`` gives them.
+WEIGHTS: Mapping[str, tuple[float, ...]] = {
+    "torch": (0.0125, 0.0125, 0.05, 0.2, 0.4, 0.4, 0.4, 0.3, 6000.0),
+    "onnxruntime": (0.0105, 0.0105, 0.02, 0.1, 0.0, 0.5, 0.4, 0.05, 1000.0),
+}
+
+#: Another form than "auto" has to be cheaper by this factor: one convolution is easier to work with afterwards.
+_GAIN = 0.9
+
+
+class _Counter(TorchDispatchMode):
+    """Counts by ``KINDS`` what is computed in this block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = dict.fromkeys(KINDS, 0)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name == "convolution":
+            image, weight = args[0], args[1]
+            kind = "dense" if math.prod(weight.shape[2:]) > 1 else "pointwise"
+            kind = "depthwise" if weight.shape[1] == 1 else kind
+            self._add(kind, output.numel() * math.prod(weight.shape[1:]))
+            self._add("passes", image.numel() + output.numel())
+        elif name == "constant_pad_nd":
+            self._add("crop" if min(args[1]) < 0 else "pad", output.numel())
+        elif name in ("cat", "lerp"):
+            self._add("copy", output.numel())
+        elif name == "add":
+            self._add("add", output.numel())
+        else:
+            return output  # a view
+        self._add("calls", 1)
+        return output
+
+    def _add(self, kind: str, number: int) -> None:
+        self.counts[kind] += number
+
+
+def count(module: nn.Module, *args: Any, **kwargs: Any) -> dict[str, int]:
+    """The counts by ``KINDS`` of ``module``, on the meta device, called with these arguments."""
+    counter = _Counter()
+    with torch.no_grad(), counter:
+        module(*args, **kwargs)
+    return counter.counts
+
+
+def price(counts: Mapping[str, int], runtime: str) -> float:
+    """Estimated time in nanoseconds, of one thread."""
+    return sum(weight * counts[kind] for weight, kind in zip(WEIGHTS[runtime], KINDS, strict=True))
+
+
+def candidates(layer: ACUConv2d) -> dict[str, nn.Module]:
+    """The forms that ``layer`` can take, without numbers; those equal to an earlier one left out."""
+    found: dict[str, nn.Module] = {}
+    for form in FORMS:
+        try:
+            found[form] = layer.fold_without_numbers(form)
+        except ValueError:  # taps too far apart for it
+            continue
+    return {form: module for form, module in found.items() if form == "auto" or repr(module) != repr(found["auto"])}
+
+
+def prices(layer: ACUConv2d, arguments: Arguments, runtime: str | None) -> dict[str, float]:
+    """The price of every candidate, called with ``arguments`` on the meta device; see :func:`cheapest_form`."""
+    found = {}
+    for form, module in candidates(layer).items():
+        counts = count(module, *arguments[0], **arguments[1])
+        each = [price(counts, name) for name in (RUNTIMES if runtime is None else (runtime,))]
+        found[form] = math.prod(each) ** (1 / len(each))
+    return found
+
+
+def cheapest_form(layer: ACUConv2d, arguments: Arguments, runtime: str | None) -> str:
+    """The form with the lowest price; "auto" where no other is cheaper by a tenth.
+
+    Args:
+        layer: an active convolution.
+        arguments: what it is called with, on the meta device.
+        runtime: one of ``RUNTIMES``; None: the geometric mean of their prices.
+    """
+    found = prices(layer, arguments, runtime)
+    best = min(found, key=found.__getitem__)
+    return best if found[best] < _GAIN * found["auto"] else "auto"
+
+
