@@ -100,16 +100,17 @@ def report(rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--only", default="", help="layers whose name has this")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="layers whose name has one of these")
     parser.add_argument("--taps", nargs="+", choices=TAPS, default=list(TAPS))
     parser.add_argument("--runtimes", nargs="+", choices=fold_rule.RUNTIMES, default=list(fold_rule.RUNTIMES))
     parser.add_argument("--budget", type=float, default=0.6, help="seconds for the forms of a layer in a runtime")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--fit", type=Path, metavar="FILE", help="a CSV file of an earlier run, instead of measuring")
+    parser.add_argument(
+        "--fit", type=Path, nargs="+", metavar="FILE", help="files of earlier runs, instead of measuring"
+    )
     options = parser.parse_args()
     if options.fit:
-        with options.fit.open(newline="") as file:
-            report([*csv.DictReader(file)])
+        report([row for path in options.fit for row in csv.DictReader(path.read_text().splitlines())])
         return 0
     torch.set_num_threads(options.threads)
     print(device_name("cpu"), versions("torch", "onnxruntime"))
@@ -120,7 +121,7 @@ def main():
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         for layer in LAYERS:
-            for taps in options.taps if options.only in layer.name else ():
+            for taps in options.taps if any(text in layer.name for text in options.only) else ():
                 for runtime in options.runtimes:
                     for form, milliseconds, ratio, counts in measure(layer, taps, runtime, options.budget):
                         name = (runtime, layer.name, taps, form, f"{milliseconds:.4f}", f"{ratio:.3f}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -134,13 +134,14 @@ class ReshapedConv2d(nn.Conv2d):
     :func:`lightning_acu.fold_acu` makes it in place; :meth:`plain` gives an ordinary ``nn.Conv2d``.
     """
 
-    #: The attributes of the fold itself, as in ``GEOMETRY``.
-    own: dict[str, Any]
-    #: ``nn.Conv2d``, or timm's ``Conv2dSame``: what the fold is without the attributes of the active layer.
-    plain_class: type[nn.Conv2d]
-    #: The layer that pads the image first, or None.
-    pad: nn.Module | None
+    if TYPE_CHECKING:  # TorchScript wants to understand annotations
+        #: The attributes of the fold itself, as in ``GEOMETRY``.
+        own: dict[str, Any]
+        #: ``nn.Conv2d``, or timm's ``Conv2dSame``: what the fold is without the attributes of the active layer.
+        plain_class: type[nn.Conv2d]
 
+    # What ``forward`` reads is in attributes of their own, as TorchScript wants it: ``fold_padding`` and
+    # ``fold_dilation`` of ``own``, and ``fold_pad``, the layer that pads the image first, or None.
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """An ordinary ``nn.Conv2d`` for code that builds more layers by ``type(conv)(...)``."""
         if not args and not kwargs:  # copied or pickled
@@ -149,12 +150,13 @@ class ReshapedConv2d(nn.Conv2d):
         return nn.Conv2d(*args, **kwargs)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.conv2d(input, weight, bias, self.stride, self.own["padding"], self.own["dilation"], self.groups)
+        return F.conv2d(input, weight, bias, self.stride, self.fold_padding, self.fold_dilation, self.groups)
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C_in, H, W) or (C_in, H, W) to the convolution's output."""
-        pad = self._modules["pad"]  # an attribute `pad` may be the user's own
-        return self._conv_forward(input if pad is None else pad(input), self.weight, self.bias)
+        if self.fold_pad is not None:
+            input = self.fold_pad(input)
+        return self._conv_forward(input, self.weight, self.bias)
 
     def plain(self) -> nn.Conv2d:
         """The same convolution with attributes of its own; it shares ``weight`` and ``bias``."""
@@ -164,11 +166,6 @@ class ReshapedConv2d(nn.Conv2d):
         for name in ("weight", "bias"):
             conv.register_parameter(name, self._parameters[name])
         return conv.train(self.training)
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        """An ordinary convolution for ``torch.jit.script``, which cannot read this class."""
-        pad = self._modules["pad"]
-        return self.plain() if pad is None else nn.Sequential(pad, self.plain())
 
     def show_own_geometry(self) -> None:
         """Become ``plain_class``, in place, until :meth:`show_former_geometry`, for code that merges weights."""
@@ -190,9 +187,10 @@ class ReshapedConv2d(nn.Conv2d):
         conv.__class__ = nn.Conv2d  # (the padding layer stays outside)
         for name in ("weight", "bias"):
             del self._parameters[name]
-        for name in ("own", "plain_class"):
+        for name in ("own", "plain_class", "fold_padding", "fold_dilation"):
             del vars(self)[name]
         self.__class__ = FoldedConv2d  # type: ignore[assignment]
+        self.pad = self._modules.pop("fold_pad")
         self.convs, self.sides = nn.ModuleList([conv]), [(0, 0, 0, 0)]
         return self  # type: ignore[return-value]
 

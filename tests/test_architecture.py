@@ -42,7 +42,7 @@ ALLOWED = {
     "triton": {"ops"},
     "matplotlib": {"figures"},
     "rich": {"surgery", "cli"},
-    "onnxruntime": {"export"},
+    "onnxruntime": {"surgery", "export"},
     "safetensors": {"saving", "data"},
 }
 

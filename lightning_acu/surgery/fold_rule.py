@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..conv import ACUConv2d
 from ..forms import FORMS
-from .outputs import Arguments
+from .outputs import Arguments, map_tensors
 
 __all__ = ["KINDS", "RUNTIMES", "WEIGHTS", "candidates", "cheapest_form", "count", "price", "prices"]
 
@@ -98,6 +98,8 @@ def candidates(layer: ACUConv2d) -> dict[str, nn.Module]:
 def prices(layer: ACUConv2d, arguments: Arguments, runtime: str | None) -> dict[str, float]:
     """The price of every candidate, called with ``arguments`` on the meta device; see :func:`cheapest_form`."""
     found = {}
+    dtype = layer.weight.dtype  # (under autocast images come in another one)
+    arguments = map_tensors(lambda tensor: tensor.to(dtype), arguments)
     for form, module in candidates(layer).items():
         counts = count(module, *arguments[0], **arguments[1])
         each = [price(counts, name) for name in (RUNTIMES if runtime is None else (runtime,))]
@@ -116,5 +118,3 @@ def cheapest_form(layer: ACUConv2d, arguments: Arguments, runtime: str | None) -
     found = prices(layer, arguments, runtime)
     best = min(found, key=found.__getitem__)
     return best if found[best] < _GAIN * found["auto"] else "auto"
-
-

@@ -76,7 +76,7 @@ def runner(module: nn.Module, image: Tensor, runtime: str) -> Callable[[], objec
     return lambda: session.run(None, feed)
 
 
-def onnx_session(network: nn.Module, image: Tensor):  # type: ignore[no-untyped-def]  # noqa: ANN201
+def onnx_session(network: nn.Module, image: Tensor):  # type: ignore[no-untyped-def]
     """An ``onnxruntime.InferenceSession`` of ``network`` for one size of image, with as many threads as torch has."""
     for name in ("onnx", "onnxscript", "onnxruntime"):
         require_package(name, "folding for ONNX Runtime")
