@@ -363,14 +363,20 @@ class ACUConv2d(nn.Conv2d):
         with torch.enable_grad():  # a parametrized weight asks for gradients only where they are recorded
             trainable, bias = self.weight.requires_grad, self.bias
         weight = self.effective_weight().detach().requires_grad_(trainable)
-        return self._fold(weight, bias, form).train(self.training)
+        return self._fold(weight, self.active_offsets().detach(), bias, form).train(self.training)
 
-    def fold_without_numbers(self, form: str = "auto") -> nn.Conv2d | FoldedConv2d:
-        """:meth:`fold` with its parameters on the meta device: to count what it computes."""
-        return self._fold(self.weight.detach().to("meta"), None if self.bias is None else self.bias.to("meta"), form)
+    def fold_without_numbers(self, form: str = "auto", *, moved: bool = True) -> nn.Conv2d | FoldedConv2d:
+        """:meth:`fold` with its parameters on the meta device, to count what it computes.
 
-    def _fold(self, weight: Tensor, bias: Tensor | None, form: str) -> nn.Conv2d | FoldedConv2d:
-        offsets = self.active_offsets().detach()
+        Args:
+            form: as in :meth:`fold`.
+            moved: False: at the positions where the taps started.
+        """
+        offsets = self.active_offsets().detach() if moved else self.starting_offsets()
+        bias = None if self.bias is None else self.bias.to("meta")
+        return self._fold(self.weight.detach().to("meta"), offsets, bias, form)
+
+    def _fold(self, weight: Tensor, offsets: Tensor, bias: Tensor | None, form: str) -> nn.Conv2d | FoldedConv2d:
         folded = fold_in_form(weight, offsets, bias, self.geometry, self._padding_layer(), form)
         if type(folded) is FoldedConv2d and len(folded.convs) == 1 and isinstance(folded.convs[0], nn.Conv2d):
             folded = self._merge_padding(folded)

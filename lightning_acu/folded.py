@@ -139,9 +139,12 @@ class ReshapedConv2d(nn.Conv2d):
         own: dict[str, Any]
         #: ``nn.Conv2d``, or timm's ``Conv2dSame``: what the fold is without the attributes of the active layer.
         plain_class: type[nn.Conv2d]
+        #: Those of ``own`` that ``forward`` reads, where TorchScript can read them, too.
+        fold_padding: tuple[int, int]
+        fold_dilation: tuple[int, int]
+        #: The layer that pads the image first, or None.
+        fold_pad: nn.Module | None
 
-    # What ``forward`` reads is in attributes of their own, as TorchScript wants it: ``fold_padding`` and
-    # ``fold_dilation`` of ``own``, and ``fold_pad``, the layer that pads the image first, or None.
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """An ordinary ``nn.Conv2d`` for code that builds more layers by ``type(conv)(...)``."""
         if not args and not kwargs:  # copied or pickled

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -22,7 +22,7 @@ from .guards import guard_merging, may_be_merged
 from .marks import FOLDED, RESHAPED, SKIP_REASON
 from .outputs import Arguments, difference, recorded_arguments, run, tolerance
 
-__all__ = ["fold_acu", "fold_by", "round_acu"]
+__all__ = ["fold_acu", "fold_by", "fold_layers", "round_acu"]
 
 #: Gives the form of a layer, by what it is called with.
 Choice = Callable[[ACUConv2d, Arguments], str]
@@ -100,17 +100,9 @@ def fold_acu(
 
 
 def fold_by(model: nn.Module, example_input: Any, form: str, choose: Choice | None) -> nn.Module:
-    """:func:`fold_acu` with a form for each layer that ``choose`` gives, where ``example_input`` calls it.
-
-    Args:
-        model, example_input: as in :func:`fold_acu`.
-        form: of all other layers.
-        choose: from a layer, and what it is called with on the meta device, to its form.
-    """
-    layers = dict(acu_layers(model))
-    folds = {name: _fold(name, layer, form) for name, layer in layers.items()}
+    """:func:`fold_acu` with a form for each layer that ``choose`` gives, where ``example_input`` calls it."""
     if example_input is None:
-        _replace([(layers[name], folded) for name, folded in folds.items()])
+        fold_layers(model, form, {})
         guard_merging(model)
         return model
     args = example_input if isinstance(example_input, tuple) else (example_input,)
@@ -118,12 +110,11 @@ def fold_by(model: nn.Module, example_input: Any, form: str, choose: Choice | No
         expected = run(model, args)
     if not expected:
         raise ValueError(f"`example_input`: the output of {type(model).__name__} for it has no tensors to compare")
-    for name, layer in layers.items():
-        if choose is not None and layer in called and (chosen := choose(layer, called[layer])) != form:
-            folds[name] = _fold(name, layer, chosen)
-    before = [(layer, type(layer), dict(vars(layer))) for layer in layers.values()]
-    _replace([(layers[name], folded) for name, folded in folds.items()])
+    layers = [layer for _, layer in acu_layers(model)]
+    forms = {layer: choose(layer, called[layer]) for layer in layers if choose is not None and layer in called}
+    before = [(layer, type(layer), dict(vars(layer))) for layer in layers]
     try:
+        fold_layers(model, form, forms)
         with recorded_arguments(model) as arguments:
             got = run(model, args)
         worst, limit = difference(got, expected), tolerance(expected)
@@ -143,11 +134,19 @@ def fold_by(model: nn.Module, example_input: Any, form: str, choose: Choice | No
     return model
 
 
-def _fold(name: str, layer: ACUConv2d, form: str) -> nn.Conv2d | FoldedConv2d:
-    try:
-        return layer.fold(form)
-    except ValueError as error:
-        raise ValueError(f"{name or 'the model'}: {error}") from error
+def fold_layers(model: nn.Module, form: str, forms: Mapping[ACUConv2d, str]) -> None:
+    """Turn each active convolution of ``model`` into its fold, in the form given for it in ``forms``, or ``form``.
+
+    Raises:
+        ValueError: one cannot be folded, or not in this form; nothing has been folded.
+    """
+    folds: list[tuple[ACUConv2d, nn.Conv2d | FoldedConv2d]] = []
+    for name, layer in acu_layers(model):
+        try:
+            folds.append((layer, layer.fold(forms.get(layer, form))))
+        except ValueError as error:
+            raise ValueError(f"{name or 'the model'}: {error}") from error
+    _replace(folds)
 
 
 def _replace(folds: list[tuple[ACUConv2d, nn.Conv2d | FoldedConv2d]]) -> None:

@@ -19,7 +19,7 @@ from ..conv import ACUConv2d
 from ..forms import FORMS
 from .outputs import Arguments, map_tensors
 
-__all__ = ["KINDS", "RUNTIMES", "WEIGHTS", "candidates", "cheapest_form", "count", "price", "prices"]
+__all__ = ["KINDS", "RUNTIMES", "WEIGHTS", "candidates", "cheapest_form", "count", "mean_price", "price", "prices"]
 
 #: What can be asked to compute a fold.
 RUNTIMES = ("torch", "onnxruntime")
@@ -28,10 +28,11 @@ RUNTIMES = ("torch", "onnxruntime")
 #: that padding, that cropping and that concatenating or interpolating do, those that are added up, and calls.
 KINDS = ("dense", "pointwise", "depthwise", "passes", "pad", "crop", "copy", "add", "calls")
 
-#: Nanoseconds for each of ``KINDS``, of one thread; ``benchmarks/fold_forms.py`` gives them.
+#: Nanoseconds for each of ``KINDS``, of one thread; ``benchmarks/fold_forms.py`` gives them. (Each depthwise pass of an
+#: image comes with a sum, and ONNX Runtime pads within a convolution: there the fit puts all on the sums.)
 WEIGHTS: Mapping[str, tuple[float, ...]] = {
-    "torch": (0.0125, 0.0125, 0.05, 0.2, 0.4, 0.4, 0.4, 0.3, 6000.0),
-    "onnxruntime": (0.0105, 0.0105, 0.02, 0.1, 0.0, 0.5, 0.4, 0.05, 1000.0),
+    "torch": (0.017, 0.013, 0.015, 1.3, 1.7, 0.93, 0.61, 0.0, 4300.0),
+    "onnxruntime": (0.011, 0.011, 0.0, 0.0, 0.0, 0.83, 2.2, 0.45, 100.0),
 }
 
 #: Another form than "auto" has to be cheaper by this factor: one convolution is easier to work with afterwards.
@@ -95,16 +96,18 @@ def candidates(layer: ACUConv2d) -> dict[str, nn.Module]:
     return {form: module for form, module in found.items() if form == "auto" or repr(module) != repr(found["auto"])}
 
 
+def mean_price(module: nn.Module, arguments: Arguments, runtime: str | None) -> float:
+    """The price of ``module``, a fold on the meta device; without ``runtime`` the geometric mean of all."""
+    dtype = next(module.parameters()).dtype  # (under autocast images come in another one)
+    args, kwargs = map_tensors(lambda tensor: tensor.to(dtype), arguments)
+    counts = count(module, *args, **kwargs)
+    each = [price(counts, name) for name in (RUNTIMES if runtime is None else (runtime,))]
+    return math.prod(each) ** (1 / len(each))
+
+
 def prices(layer: ACUConv2d, arguments: Arguments, runtime: str | None) -> dict[str, float]:
     """The price of every candidate, called with ``arguments`` on the meta device; see :func:`cheapest_form`."""
-    found = {}
-    dtype = layer.weight.dtype  # (under autocast images come in another one)
-    arguments = map_tensors(lambda tensor: tensor.to(dtype), arguments)
-    for form, module in candidates(layer).items():
-        counts = count(module, *arguments[0], **arguments[1])
-        each = [price(counts, name) for name in (RUNTIMES if runtime is None else (runtime,))]
-        found[form] = math.prod(each) ** (1 / len(each))
-    return found
+    return {form: mean_price(module, arguments, runtime) for form, module in candidates(layer).items()}
 
 
 def cheapest_form(layer: ACUConv2d, arguments: Arguments, runtime: str | None) -> str:

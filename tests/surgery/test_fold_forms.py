@@ -11,7 +11,7 @@ from helpers.layers import CROSS, RING
 from helpers.oracle import assert_close
 from torch import nn
 
-from lightning_acu import ACUConv2d, FoldedConv2d, acu_layers, convert_to_acu, fold_acu, round_acu
+from lightning_acu import ACUConv2d, FoldedConv2d, acu_layers, convert_to_acu, fold_acu, report_acu, round_acu
 from lightning_acu.folded import ReshapedConv2d
 from lightning_acu.forms import FORMS, ShiftedConv2d
 from lightning_acu.surgery import fold_rule, fold_times
@@ -121,7 +121,7 @@ def test_arguments_that_cannot_be_meant():
     with pytest.raises(ValueError, match=r"`runtime` \(='tensorrt'\) must be one of 'torch', 'onnxruntime', or None"):
         fold_acu(model, x, runtime="tensorrt")
     for arguments in ({"runtime": "torch"}, {"runtime": "torch", "form": "sum", "example_input": x}):
-        with pytest.raises(ValueError, match="`runtime`.*needs `example_input`"):
+        with pytest.raises(ValueError, match=r"`runtime`.*needs `example_input`"):
             fold_acu(model, **arguments)
     assert list(acu_layers(model))
 
@@ -201,6 +201,27 @@ def test_forms_are_measured_in_onnx_runtime():
     fold_acu(model, x, runtime="onnxruntime")
     assert_close(model(x), expected, 1e-5)
     assert not list(acu_layers(model))
+
+
+def test_a_report_prices_every_form_of_every_fold():
+    model = nn.Sequential(nn.Conv2d(256, 256, 3, padding=1), nn.Conv2d(256, 256, 3, padding=1, groups=256))
+    model.append(ACUConv2d.from_positions(256, 8, CROSS))
+    convert_to_acu(model)
+    assert not any(row.form_prices for row in report_acu(model, (256, 14, 10)).rows)
+    with pytest.raises(ValueError, match=r"`forms`=True: .* give `input_size`"):
+        report_acu(model, forms=True)
+    dense, depthwise, free = report_acu(model, (256, 14, 10), forms=True).rows
+    assert dense.form_prices["auto"] == depthwise.form_prices["auto"] == 1
+    assert free.form_prices == {}
+    nn.init.uniform_(model[0].offsets, -1.2, 1.2)
+    nn.init.uniform_(model[1].offsets, -1.2, 1.2)
+    report = report_acu(model, (256, 14, 10), forms=True)
+    dense, depthwise, _ = report.rows
+    assert 1 < min(dense.form_prices.values()) < dense.form_prices["auto"]
+    assert min(depthwise.form_prices, key=depthwise.form_prices.get) == "auto"
+    text = str(report)
+    assert "cheapest fold" in text
+    assert "auto, " in text
 
 
 def test_a_count_is_what_a_form_computes():
