@@ -63,7 +63,13 @@ def runner(module: nn.Module, image: Tensor, runtime: str) -> Callable[[], objec
     runtime's own layout, which some operations have to undo.
     """
     if runtime == "torch":
-        return lambda: module(image)
+
+        def call() -> None:
+            module(image)
+            if image.is_cuda:
+                torch.cuda.synchronize(image.device)
+
+        return call
     image = image.cpu().float()
     module = module.cpu().float()
     before, after = (
