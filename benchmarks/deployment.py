@@ -45,6 +45,9 @@ def variants(name, by):
     """{variant: network in eval mode}, before any fold."""
     torch.manual_seed(0)
     plain = timm.create_model(name, num_classes=1000).eval()
+    for norm in plain.modules():
+        if isinstance(norm, nn.BatchNorm2d):  # some start at 0, so that the branch would not count in the output
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
     if name.startswith("repvgg"):
         plain = reparameterize_model(plain)
     found = {"plain": plain, "fractional": convert_to_acu(copy.deepcopy(plain))}

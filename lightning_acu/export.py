@@ -55,7 +55,7 @@ def export_model(
     """Write ``model`` in eval mode to a file that runs without this package, and compare the file with the model.
 
     The model itself is not changed: a copy is folded (:func:`lightning_acu.fold_acu`) and exported. The file is run on
-    random images of two kinds (ONNX by ONNX Runtime), with a dynamic batch also at another batch size, with dynamic
+    several images (ONNX by ONNX Runtime), with a dynamic batch also at another batch size, with dynamic
     height and width also at other sizes.
 
     Args:
@@ -149,7 +149,7 @@ def export_model(
 
 
 def _examples(size: tuple[int, int, int], like: Tensor, dynamic_batch: bool, dynamic_size: bool) -> list[Tensor]:
-    """Batches to compare a file with, the first of them to trace with: normal noise, and a dark image with a spot."""
+    """Batches to compare a file with, the first of them to trace with: noise, its negative, a spot in the dark."""
     channels, height, width = size
     generator = torch.Generator().manual_seed(0)
     sizes = [(2 if dynamic_batch else 1, height, width)]
@@ -161,7 +161,7 @@ def _examples(size: tuple[int, int, int], like: Tensor, dynamic_batch: bool, dyn
     spot = torch.zeros(1, channels, height, width, dtype=torch.float32)
     spot[..., height // 3, width // 4] = 1
     # (The last one has the size of the first: what the layers were called with then decides about their forms.)
-    return [images.to(like) for images in (*found, spot if dynamic_batch else spot[:1])]
+    return [images.to(like) for images in (*found, -found[0], spot)]
 
 
 def _outputs(model: nn.Module, images: Tensor, own_size: bool) -> list[Tensor]:

@@ -209,7 +209,7 @@ def test_the_largest_difference_over_all_images_is_returned(tmp_path, monkeypatc
     monkeypatch.setitem(export_module._WRITERS, "pt2", write_with_a_small_error)
     worst = export_model(network("dense"), tmp_path / "net.pt2", input_size=SIZE)
     assert 4e-5 < worst < 6e-5
-    assert seen == [(2, *SIZE), (3, *SIZE), (1, *SIZE)]
+    assert seen == [(2, *SIZE), (3, *SIZE), (2, *SIZE), (1, *SIZE)]
 
 
 def test_outputs_without_a_number_are_refused(tmp_path):
@@ -293,9 +293,11 @@ class DependsOnValues(nn.Module):
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_a_model_that_cannot_be_exported_says_so_and_leaves_nothing(tmp_path, to, dynamic):
     model = convert_to_acu(DependsOnValues())
-    with pytest.raises(RuntimeError, match=f"DependsOnValues cannot be exported to {to}: ") as caught:
+    # A trace holds one of the branches: the file is found to be wrong.
+    message = "would differ" if to == "torchscript" else f"DependsOnValues cannot be exported to {to}: "
+    with pytest.raises(RuntimeError, match=message) as caught:
         export_model(model, tmp_path / f"net.{to}", input_size=SIZE, dynamic_batch=dynamic)
-    assert ("try `dynamic_batch`=False" in str(caught.value)) is dynamic
+    assert to == "torchscript" or ("try `dynamic_batch`=False" in str(caught.value)) is dynamic
     assert not list(tmp_path.iterdir())
 
 
