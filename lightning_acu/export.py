@@ -157,8 +157,10 @@ def _examples(size: tuple[int, int, int], like: Tensor, dynamic_batch: bool, dyn
         sizes += [(sizes[0][0], height + 64, width), (sizes[0][0], height, width + 128)]
     if dynamic_batch:
         sizes.append((3, height, width))
-    found = [torch.randn(n, channels, h, w, generator=generator, dtype=torch.float32) for n, h, w in sizes]
-    spot = torch.zeros(1, channels, height, width, dtype=torch.float32)
+    found = [
+        torch.randn(n, channels, h, w, generator=generator, dtype=torch.float32, device="cpu") for n, h, w in sizes
+    ]
+    spot = torch.zeros(1, channels, height, width, dtype=torch.float32, device="cpu")
     spot[..., height // 3, width // 4] = 1
     # (The last one has the size of the first: what the layers were called with then decides about their forms.)
     return [images.to(like) for images in (*found, -found[0], spot)]

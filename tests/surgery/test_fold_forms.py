@@ -20,6 +20,7 @@ SHOWN = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dil
 KIND = {"single": ReshapedConv2d, "sum": FoldedConv2d, "depthwise": FoldedConv2d, "shifts": ShiftedConv2d}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(3))
 def test_every_form_of_any_layer_computes_the_same(part):
     for seed in range(part * 50, part * 50 + 50):  # scripts/check_folds.py goes on
