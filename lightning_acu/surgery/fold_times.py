@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import statistics
 import time
@@ -92,12 +91,12 @@ def onnx_session(network: nn.Module, image: Tensor):  # type: ignore[no-untyped-
         # (ONNX Runtime does not fuse the padding that the older exporter writes.)
         program = torch.onnx.export(network, (image,), dynamo=True, verbose=False)
     assert program is not None
-    buffer = io.BytesIO()
-    program.save(buffer)  # type: ignore[arg-type]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
-    return onnxruntime.InferenceSession(buffer.getvalue(), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(
+        program.model_proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
 
 
 @contextmanager
