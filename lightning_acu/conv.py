@@ -13,10 +13,11 @@ from torch.nn.utils import parametrize
 
 from .checks import refuse_peft
 from .dilation import RoundTo, check_round_to, dilated_offsets, grid_dilations, nearest_dilations
-from .folded import FoldedConv2d, fold_conv2d, padding_layer
+from .folded import FoldedConv2d, padding_layer
+from .forms import fold_in_form
 from .functional import acu_conv2d
 from .geometry import ConvGeometry, Padding, pair, resolve_padding
-from .grid_fold import conv2d_as_plain, fold_onto_grids
+from .grid_fold import SplitConv2d, conv2d_as_plain, fold_onto_grids
 from .ops import check_backend
 from .plain import (
     CONFIGURATION,
@@ -410,16 +411,19 @@ class ACUConv2d(nn.Conv2d):
         if self.plain_dilation is not None:
             self.compute_as_plain()
 
-    def fold(self) -> nn.Conv2d | FoldedConv2d:
+    def fold(self, form: str = "auto") -> nn.Conv2d | FoldedConv2d:
         """The same function as plain convolutions, exactly, at any positions; the layer itself is not changed.
 
         One ``nn.Conv2d`` of the original kernel size if the taps are on a plain dilated grid (with different dilations
         for each position group: a :class:`~lightning_acu.grid_fold.SplitConv2d`); a larger one if they lie close
         together; else a :class:`~lightning_acu.folded.FoldedConv2d`, a sum of small ones.
 
+        Args:
+            form: "auto", as above, or another of :data:`lightning_acu.forms.FORMS`.
+
         Raises:
             ValueError: ``offsets`` are not finite or on the meta device, or a hook recomputes the weight (old weight
-                norm, pruning).
+                norm, pruning); an unknown ``form``, or taps too far apart for it.
         """
         # (a parametrized weight is computed when it is read, and one in a buffer is its own)
         if not parametrize.is_parametrized(self) and "weight" not in self._buffers:
@@ -432,14 +436,27 @@ class ACUConv2d(nn.Conv2d):
         with torch.enable_grad():  # a parametrized weight asks for gradients only where they are recorded
             trainable, bias = self.weight.requires_grad, self.bias
         weight = self.effective_weight().detach().requires_grad_(trainable)
-        offsets = self.active_offsets().detach()
+        return self._fold(weight, self.active_offsets().detach(), bias, form).train(self.training)
+
+    def fold_without_numbers(self, form: str = "auto", *, moved: bool = True) -> nn.Conv2d | FoldedConv2d:
+        """:meth:`fold` with its parameters on the meta device, to count what it computes.
+
+        Args:
+            form: as in :meth:`fold`.
+            moved: False: at the positions where the taps started.
+        """
+        offsets = self.active_offsets().detach() if moved else self.starting_offsets()
+        bias = None if self.bias is None else self.bias.to("meta")
+        return self._fold(self.weight.detach().to("meta"), offsets, bias, form)
+
+    def _fold(self, weight: Tensor, offsets: Tensor, bias: Tensor | None, form: str) -> nn.Conv2d | FoldedConv2d:
         arguments = weight, offsets, bias, self.geometry, self._padding_layer()
-        folded = fold_onto_grids(*arguments)
-        if folded is None:
-            folded = fold_conv2d(*arguments)
-        if isinstance(folded, FoldedConv2d) and len(folded.convs) == 1:
+        folded = fold_onto_grids(*arguments) if form in ("auto", "single") else None
+        if folded is None or (form == "single" and isinstance(folded, SplitConv2d)):
+            folded = fold_in_form(*arguments, form)
+        if type(folded) is FoldedConv2d and len(folded.convs) == 1 and isinstance(folded.convs[0], nn.Conv2d):
             folded = self._merge_padding(folded)
-        return folded.train(self.training)
+        return folded
 
     def __prepare_scriptable__(self) -> NoReturn:
         """torch.jit.script calls this before it compiles; better than its message about a type annotation."""

@@ -58,9 +58,9 @@ class DerivedACUConv2d(ACUConv2d):
     #: The one of those that the class is made from.
     derived_base: ClassVar[type[DerivedACUConv2d]]
 
-    def fold(self) -> nn.Conv2d | FoldedConv2d:
+    def fold(self, form: str = "auto") -> nn.Conv2d | FoldedConv2d:
         """As in :class:`ACUConv2d`; of the class that the layer was converted from, if the shape is as it was."""
-        folded = super().fold()
+        folded = super().fold(form)
         if type(folded) is nn.Conv2d and self._has_the_shape_of(folded):
             folded.__class__ = self.plain_class
             vars(folded).update({key: value for key, value in vars(self).items() if key not in vars(folded)})

@@ -81,12 +81,15 @@ def pad_or_crop(image: Tensor, sides: tuple[int, int, int, int]) -> Tensor:
     ``sides`` as :meth:`Window.padding` gives them; they may remove all pixels of the image.
     """
     top, left, bottom, right = sides
+    if sides == (0, 0, 0, 0):
+        return image
     if is_tracing():  # slower, but a trace records no decisions on sizes
         padded = F.pad(image, (max(left, 0), max(right, 0), max(top, 0), max(bottom, 0)))
         return F.pad(padded, (min(left, 0), min(right, 0), min(top, 0), min(bottom, 0)))
-    height, width = image.shape[-2:]
-    if max(-top, -bottom) >= height or max(-left, -right) >= width:  # no pixel of the image is left
-        return image.new_zeros(image.shape[:-2] + (height + top + bottom, width + left + right))  # noqa: RUF005 (for scripts)
+    if min(top, left, bottom, right) < 0:  # (the size of an image may not be known while a program is exported)
+        height, width = image.shape[-2:]
+        if max(-top, -bottom) >= height or max(-left, -right) >= width:  # no pixel of the image is left
+            return image.new_zeros(image.shape[:-2] + (height + top + bottom, width + left + right))  # noqa: RUF005 (for scripts)
     return F.pad(image, (left, right, top, bottom))
 
 
@@ -140,6 +143,7 @@ def plan_windows(
     input_size: Sequence[int] | None = None,
     *,
     gradient: bool = False,
+    one: bool | None = None,
 ) -> Plan:
     """The fewest and smallest plain convolutions that hold every tap of ``offsets`` (P, K, 2), on the CPU.
 
@@ -151,6 +155,7 @@ def plan_windows(
         geometry: the convolution the offsets belong to.
         input_size: (height, width) of the image; cells that never meet it are dropped. None keeps all.
         gradient: keep all 4 neighbours of a tap on the lattice. Their weight is 0 there, their derivative is not.
+        one: True asks for one window, False for one for each distinct cell; None for what holds fewer cells.
     """
     whole, fraction = split_offsets(offsets.detach().cpu())
     # Of the two neighbours of a tap along each axis, (2, P, K).
@@ -177,8 +182,9 @@ def plan_windows(
     codes = tap_rows * (1 << 32) + tap_columns  # one number for each cell: columns lie in a range of less than 2^32
     box_height, box_width = 1 + bool(used[1].any()), 1 + bool(used[:, 1].any())
     area = box_height * box_width
-    # (the first taps usually have enough cells already)
-    if any(span.area <= _SPARSE_FACTOR * area * len(set(some.tolist())) for some in (codes[:1024], codes)):
+    if one is None:  # (the first taps usually have enough cells already)
+        one = any(span.area <= _SPARSE_FACTOR * area * len(set(some.tolist())) for some in (codes[:1024], codes))
+    if one:
         windows: tuple[Window, ...] = (span,)
         row, column = (
             (cells - first).div(step, rounding_mode="floor")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -17,6 +18,7 @@ __all__ = [
     "FoldedConv2d",
     "PadSame2d",
     "ReshapedConv2d",
+    "check_finite",
     "fold_conv2d",
     "kernel_size_of",
     "padding_layer",
@@ -34,6 +36,9 @@ GEOMETRY = (
     "padding_mode",
     "_reversed_padding_repeated_twice",
 )
+
+#: A kernel of more cells is a mistake rather than a fold: with one tap far away it would be larger than any image.
+_MOST_CELLS = 128 * 128
 
 # These depend on numbers that torch.fx does not know while it traces.
 torch.fx.wrap("same_sides")
@@ -89,19 +94,21 @@ def sum_parts(parts: list[Tensor]) -> Tensor:
 class FoldedConv2d(nn.Module):
     """A sum of plain convolutions, each of which pads or crops the input in its own way.
 
-    An active convolution folds into it if no single ``nn.Conv2d`` of reasonable size covers its taps: at large
-    dilations, or with taps far apart. It consists of ``nn.Conv2d`` and padding only, so any runtime can run it;
-    ``torch.jit.script`` compiles it.
+    An active convolution folds into it if no single ``nn.Conv2d`` of reasonable size covers its taps, at large
+    dilations or with taps far apart; or where it is cheaper (:mod:`lightning_acu.forms`). It consists of ``nn.Conv2d``
+    and padding only, so any runtime can run it; ``torch.jit.script`` compiles it. :func:`lightning_acu.fold_acu` gives
+    it the attributes of the active layer (kernel_size, stride, padding, dilation, groups, channels), which code around
+    it may read.
 
     Args:
-        convs: the summands; the first may have a bias.
+        convs: the summands, ``nn.Conv2d`` or sequences of them; the first may have a bias.
         sides: (top, left, bottom, right) for each of ``convs``: zeros to add, or pixels to crop if negative.
         pad: a layer that pads the image first, or None.
     """
 
     def __init__(
         self,
-        convs: list[nn.Conv2d],
+        convs: Sequence[nn.Module],
         sides: list[tuple[int, int, int, int]],
         pad: nn.Module | None = None,
     ) -> None:
@@ -218,20 +225,24 @@ def fold_conv2d(
     bias: Tensor | None,
     geometry: ConvGeometry,
     pad: nn.Module | None = None,
+    one: bool | None = None,
 ) -> nn.Conv2d | FoldedConv2d:
     """The plain convolution that equals ``acu_conv2d`` with these arguments, for every image.
 
     The kernel is expanded in float64 and stored in the precision of ``weight``. The parameters are new, with the
-    ``requires_grad`` of the old ones. ``pad`` is a layer that comes first, or None.
+    ``requires_grad`` of the old ones. ``pad`` is a layer that comes first, or None. ``one`` asks for one convolution,
+    False for a small one for each distinct cell; None leaves it to :func:`.expansion.plan_windows`.
 
     Raises:
-        ValueError: ``offsets`` are not finite.
+        ValueError: ``offsets`` are not finite, or too far apart for one convolution.
     """
-    if not offsets.isfinite().all():
+    check_finite(offsets)
+    plan = plan_windows(offsets, geometry, one=one)
+    if one and plan.cells > _MOST_CELLS:
         raise ValueError(
-            f"`offsets` has {int((~offsets.isfinite()).sum())} values that are not finite and cannot be folded"
+            f"`form`='single' would be a kernel of {plan.windows[0].height}x{plan.windows[0].width} cells, because the "
+            "taps are far apart; use 'sum'"
         )
-    plan = plan_windows(offsets, geometry)
     kernels = _kernels(weight, offsets, plan)
     convs: list[nn.Conv2d] = []
     sides: list[tuple[int, int, int, int]] = []
@@ -260,7 +271,17 @@ def fold_conv2d(
     return FoldedConv2d(convs, sides, pad)
 
 
+def check_finite(offsets: Tensor) -> None:
+    """Raise a ValueError if some ``offsets`` are NaN or infinite."""
+    if not offsets.isfinite().all():
+        raise ValueError(
+            f"`offsets` has {int((~offsets.isfinite()).sum())} values that are not finite and cannot be folded"
+        )
+
+
 def _kernels(weight: Tensor, offsets: Tensor, plan: Plan) -> list[Tensor]:
+    if weight.is_meta:
+        return [weight.new_empty(*weight.shape[:2], window.height, window.width) for window in plan.windows]
     memory_format = torch.contiguous_format
     if weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous():
         memory_format = torch.channels_last

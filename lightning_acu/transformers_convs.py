@@ -39,9 +39,9 @@ class WeightStandardized(DynamicSamePadding):
     def _padding_layer(self) -> nn.Module | None:
         return None if self.pad is None else super()._padding_layer()
 
-    def fold(self) -> nn.Conv2d | FoldedConv2d:
+    def fold(self, form: str = "auto") -> nn.Conv2d | FoldedConv2d:
         """As in :class:`ACUConv2d`: not of BiT's class, which would standardise the weight again."""
-        return ACUConv2d.fold(self)
+        return ACUConv2d.fold(self, form)
 
 
 class ZeroPadded(StaticSamePadding):

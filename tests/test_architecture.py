@@ -18,7 +18,7 @@ LEVELS = [
     {"ops"},
     {"functional"},
     {"folded", "plain"},
-    {"grid_fold"},
+    {"grid_fold", "forms"},
     {"conv"},
     {"active_shift", "derived", "timm_convs", "statistics"},
     {"efficientnet_convs"},
@@ -44,7 +44,7 @@ ALLOWED = {
     "triton": {"ops"},
     "matplotlib": {"figures"},
     "rich": {"surgery", "cli"},
-    "onnxruntime": {"export"},
+    "onnxruntime": {"surgery", "export"},
     "safetensors": {"saving", "data"},
     "huggingface_hub": {"saving"},
 }

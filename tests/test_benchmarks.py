@@ -208,3 +208,28 @@ def test_accuracy_of_rounded_networks_has_a_row_for_each_arm(run):
     assert [row["arm"] for row in rows] == arms
     assert all(0 <= float(row["accuracy"]) <= 100 for row in rows)
     assert all(f"| {arm} |" in printed for arm in arms)
+
+
+def test_forms_of_a_fold_are_measured_and_a_rule_is_fitted(run):
+    printed, status, rows = run(
+        "fold_forms", "--only", "GoogLeNet 16", "--taps", "whole", "--runtimes", "torch", "--budget", "0.01"
+    )
+    assert status == 0
+    assert [row["form"] for row in rows] == ["plain", "auto", "sum", "depthwise", "shifts"]
+    assert float(rows[0]["ratio"]) == 1
+    assert '"torch": (' in printed
+    assert "1 layers: the rule's choice takes" in printed
+
+
+def test_a_folded_network_is_measured_as_it_is_shipped(run, modules, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    monkeypatch.setattr(modules("deployment"), "MODELS", {"tiny": "test_resnet"})
+    _, status, rows = run(
+        "deployment", "--models", "tiny", "--runtimes", "torch", "onnxruntime", "--size", "32", "--budget", "0.01"
+    )
+    assert status == 0
+    assert {row["runtime"] for row in rows} == {"torch", "onnxruntime"}
+    assert [row["variant"] for row in rows][:3] == ["plain", "fractional", "pixels"]
+    assert all(float(row["difference"]) < 1e-4 for row in rows)
+    assert all(float(row["megabytes"]) > 0 for row in rows if row["runtime"] == "onnxruntime")

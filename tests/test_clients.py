@@ -525,7 +525,7 @@ def test_functional_call(moved, image):
 def test_quantization_of_a_folded_model(moved, image):
     quantize_fx = pytest.importorskip("torch.ao.quantization.quantize_fx")
     moved, image = moved.float(), image.float()
-    fold_acu(moved, image)
+    fold_acu(moved, image, form="single")  # one nn.Conv2d for each layer
     expected = moved(image)
     for name, layer in list(moved.named_modules()):
         if isinstance(layer, ReshapedConv2d):  # quantisation looks for nn.Conv2d itself

@@ -23,7 +23,9 @@ from lightning_acu import (
     round_acu,
     save_acu,
 )
+from lightning_acu.forms import FORMS
 from lightning_acu.grid_fold import SplitConv2d
+from lightning_acu.surgery import fold_rule
 
 #: Torch's, of the plain convolution too, where "same" pads the sides differently.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
@@ -282,3 +284,18 @@ def test_taps_at_the_edge_of_what_is_representable():
     assert 2**19 - 3 < dilation < 2**19
     folded, x = layer.fold(), torch.randn(1, 1, 4, 5)
     assert_close(folded(x), layer(x), 1e-6)
+
+
+def test_forms_of_a_fold_on_grids_of_several_dilations():
+    layer, x = split(2), torch.randn(2, 8, 6, 7)
+    expected = layer(x)
+    assert type(layer.fold("auto")) is SplitConv2d
+    single = layer.fold("single")
+    assert type(single) is nn.Conv2d  # one convolution is what was asked for, at the price of a larger kernel
+    assert max(single.kernel_size) > 3
+    for form in FORMS:
+        assert_close(layer.fold(form)(x), expected, 1e-5)
+    counted = fold_rule.candidates(layer)
+    assert type(counted["auto"]) is SplitConv2d
+    assert all(parameter.is_meta for parameter in counted["auto"].parameters())
+    assert fold_rule.cheapest_form(layer, ((x.to("meta"),), {}), None) == "auto"

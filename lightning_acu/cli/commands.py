@@ -18,6 +18,7 @@ from torch import nn
 
 from ..export import FORMATS, export_model
 from ..files import write_whole
+from ..forms import FORMS
 from ..models import create_model
 from ..saving.checkpoint import load_any
 from ..surgery import ACUReport, ConvertConfig, NoEffectWarning, report_acu
@@ -102,6 +103,7 @@ def _report(arguments: Sequence[str]) -> None:
     conversion.add_argument("--position_groups", type=position_groups, metavar="P", help="a number, or channels")
     conversion.add_argument("--preset", help="all, or C23: all but the first stage")
     parser.add_argument("--every", action="store_true", help="one row for each skipped layer")
+    parser.add_argument("--forms", action="store_true", help="estimate which form of each fold is cheapest")
     options = parser.parse_args(arguments)
     names = ("kernel_sizes", "target_modules", "exclude_modules", "position_groups", "preset")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
@@ -117,14 +119,15 @@ def _report(arguments: Sequence[str]) -> None:
                 ConvertConfig(**given).apply(model)
             for warning in caught:
                 print(f"lightning-acu report: {warning.message}", file=sys.stderr)
-        report = report_acu(model, tuple(options.input_size)) if options.input_size else _report_at_its_size(model)
+        size = tuple(options.input_size) if options.input_size else None
+        report = report_acu(model, size, forms=options.forms) if size else _report_at_its_size(model, options.forms)
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         parser.exit(2, f"lightning-acu report: {error}\n")
     Console(width=None if sys.stdout.isatty() else 140).print(report.table(every=options.every))
 
 
 def _export(arguments: Sequence[str]) -> None:
-    """``lightning-acu export --ckpt FILE --to onnx|pt2``."""
+    """``lightning-acu export --ckpt FILE --to onnx|pt2|torchscript``."""
     parser = argparse.ArgumentParser(
         "lightning-acu export",
         description="fold a trained model into plain convolutions, write it for other runtimes, and check the file",
@@ -139,6 +142,10 @@ def _export(arguments: Sequence[str]) -> None:
     parser.add_argument("--trust", action="store_true", help=_TRUST)
     _add_input_size(parser)
     parser.add_argument("--no_fold", action="store_true", help="keep active convolutions (pt2 only)")
+    parser.add_argument(
+        "--form", choices=FORMS, default="auto", help="of the fold (default: what a rule expects to be fastest)"
+    )
+    parser.add_argument("--dynamic_size", action="store_true", help="leave height and width open")
     parser.add_argument("--one_image", action="store_true", help="fix the batch size to 1")
     options = parser.parse_args(arguments)
     output = options.output or options.ckpt.with_suffix(f".{options.to}")
@@ -153,7 +160,9 @@ def _export(arguments: Sequence[str]) -> None:
             to=options.to,
             input_size=size,  # type: ignore[arg-type]
             fold=not options.no_fold,
+            form=options.form,
             dynamic_batch=not options.one_image,
+            dynamic_size=options.dynamic_size,
         )
     except (ValueError, TypeError, RuntimeError, OSError, ModuleNotFoundError) as error:
         parser.exit(2, f"lightning-acu export: {error}\n")
@@ -162,9 +171,10 @@ def _export(arguments: Sequence[str]) -> None:
             f"assuming images of {'x'.join(map(str, size))}; pass --input_size C H W otherwise",
             file=sys.stderr,
         )
-    batch = "1" if options.one_image else "N"
+    axes = ["1" if options.one_image else "N", *(("C", "H", "W") if options.dynamic_size else map(str, size))]
+    axes[1] = str(size[0])
     print(
-        f"{output}: {os.path.getsize(output) / 1e6:.1f} MB, images ({batch}, {', '.join(map(str, size))}); "
+        f"{output}: {os.path.getsize(output) / 1e6:.1f} MB, images ({', '.join(axes)}); "
         f"differs from the model by {worst:.1e} of the largest value"
     )
 
@@ -186,10 +196,10 @@ def _create(name: str) -> nn.Module:
     return create_model(name)
 
 
-def _report_at_its_size(model: nn.Module) -> ACUReport:
+def _report_at_its_size(model: nn.Module, forms: bool) -> ACUReport:
     """At the default size; without the arithmetic, which it says, if the model takes something other than one image."""
     try:
-        return report_acu(model, default_input_size(model))
+        return report_acu(model, default_input_size(model), forms=forms)
     except ValueError as error:
         print(f"the arithmetic of the whole model is left out: {error}", file=sys.stderr)
         return report_acu(model)

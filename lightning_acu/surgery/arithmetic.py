@@ -43,10 +43,12 @@ class Call:
         size: (height, width) of the output.
         pixels: how often the kernel was applied: output pixels (input pixels of a transposed convolution), over the
             whole batch, which is larger than one image if the model cuts it into patches or regions.
+        shape: that of the input, ((N,) C, H, W).
     """
 
     size: tuple[int, int]
     pixels: int
+    shape: tuple[int, ...]
 
 
 def output_sizes(model: nn.Module, input_size: tuple[int, int, int]) -> dict[nn.Module, list[tuple[int, int]]]:
@@ -77,11 +79,11 @@ def convolution_calls(
     calls: dict[nn.Module, list[Call]] = {module: [] for module in modules}
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        applied_at = output
-        if isinstance(module, nn.ConvTranspose2d):  # its kernel is spread around each pixel of the input
-            applied_at = args[0] if args else kwargs["input"]
+        image = args[0] if args else kwargs["input"]
+        # The kernel of a transposed convolution is spread around each pixel of the input.
+        applied_at = image if isinstance(module, nn.ConvTranspose2d) else output
         pixels = applied_at.numel() // applied_at.shape[-3]
-        calls[module].append(Call((output.shape[-2], output.shape[-1]), pixels))
+        calls[module].append(Call((output.shape[-2], output.shape[-1]), pixels, tuple(image.shape)))
 
     training = {module: module.training for module in model.modules()}
     public = [(name, value) for module in training for name, value in vars(module).items() if not name.startswith("_")]

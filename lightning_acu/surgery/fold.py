@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -12,15 +13,21 @@ from ..conv import ACUConv2d, acu_layers, check_grids
 from ..derived import DerivedACUConv2d, reshaped_class
 from ..dilation import RoundTo, check_round_to
 from ..folded import GEOMETRY, FoldedConv2d, PadSame2d, ReshapedConv2d
+from ..forms import check_form
 from ..geometry import pair, resolve_padding
 from ..plain import CONFIGURATION
 from .checks import check_model, check_not_traced
-from .guards import guard_merging
+from .fold_rule import RUNTIMES, cheapest_form
+from .fold_times import fastest_form
+from .guards import guard_merging, may_be_merged
 from .marks import FOLDED, RESHAPED, SKIP_REASON
-from .outputs import difference, recorded_arguments, run, tolerance
+from .outputs import Arguments, difference, recorded_arguments, run, tolerance
 from .transformers_guards import guard_transformers
 
-__all__ = ["fold_acu", "round_acu"]
+__all__ = ["fold_acu", "fold_by", "fold_layers", "round_acu"]
+
+#: Gives the form of a layer, by what it is called with.
+Choice = Callable[[ACUConv2d, Arguments], str]
 
 #: What an active convolution has and its fold does not.
 _OWN_PARAMETERS = frozenset(("weight", "bias", "gain", "offsets"))
@@ -34,50 +41,83 @@ _HOOKS = tuple(
 )
 
 
-def fold_acu(model: nn.Module, example_input: Any = None) -> nn.Module:
+def fold_acu(
+    model: nn.Module, example_input: Any = None, *, form: str = "auto", runtime: str | None = None
+) -> nn.Module:
     """Replace every active convolution by plain ones that compute the same function, exactly, at any positions.
 
     In place: each layer becomes its fold (see :meth:`ACUConv2d.fold`) and keeps its identity, so that hooks, shared
     modules and a convolution that is itself ``model`` survive. It also keeps showing the kernel_size, stride, padding
     and dilation it had, which code around it may read (:class:`lightning_acu.folded.ReshapedConv2d`), except one of a
     free shape, which has no such grid. Parametrizations are folded in. The parameters are new; an existing optimizer
-    has the old ones. With taps between pixels the fold has a larger kernel than the layer: round first
-    (:func:`round_acu`) if that matters more than exactness.
+    has the old ones.
+
+    One convolution that holds taps off the grid has a larger kernel than the layer, and is not the cheapest form:
+    :mod:`lightning_acu.forms` lists the others, docs/deployment.md says which suits which runtime.
 
     Args:
         model: any module.
         example_input: what ``model`` takes, a tuple for several arguments. The output for it is then compared before
             and after, in eval mode, and methods that merge weights can later be tried with inputs of these shapes.
+            The sizes of images in this pass are those that "auto" counts with.
+        form: one of :data:`lightning_acu.forms.FORMS`. "auto" without ``example_input`` is one ``nn.Conv2d`` for each
+            layer unless its taps are far apart. With it, each layer takes the form with the least arithmetic and
+            memory traffic (:mod:`lightning_acu.surgery.fold_rule`), except in modules with a method that may merge
+            weights (``fuse``, ``reparameterize``, ...), which can only merge an ``nn.Conv2d``.
+        runtime: "torch" or "onnxruntime", to measure the forms there instead, on this machine and on images of each
+            layer's size, for some seconds a layer; the fastest is taken, in all modules. For "auto" with
+            ``example_input``.
 
     Returns:
         ``model``, now without active convolutions.
 
     Raises:
         TypeError: ``model`` is not a module, or a compiled, DDP- or FSDP-wrapped one.
-        ValueError: positions are not finite, or the output for ``example_input`` has no tensors; the message names
-            the layer. Nothing has been folded.
+        ValueError: an unknown ``form`` or ``runtime``, or a ``runtime`` without ``example_input`` or with another form
+            than "auto"; positions that are not finite, or too far apart for ``form``; or the output for
+            ``example_input`` has no tensors. The message names the layer. Nothing has been folded.
         RuntimeError: the output for ``example_input`` is another one after the fold, because code of the model reads
             more of a convolution than its output. The fold has been undone.
+        ModuleNotFoundError: ``runtime`` is "onnxruntime", and it or what exports to it is not installed.
     """
+    check_form(form)
+    if runtime is not None:
+        if runtime not in RUNTIMES:
+            raise ValueError(f"`runtime` (={runtime!r}) must be one of {', '.join(map(repr, RUNTIMES))}, or None")
+        if form != "auto" or example_input is None:
+            raise ValueError(
+                f"`runtime` (={runtime!r}) measures which form is fastest: it needs `example_input` and `form`='auto'"
+            )
     check_model(model)
-    folds: list[tuple[ACUConv2d, nn.Conv2d | FoldedConv2d]] = []
-    for name, layer in acu_layers(model):
-        try:
-            folds.append((layer, layer.fold()))
-        except ValueError as error:
-            raise ValueError(f"{name or 'the model'}: {error}") from error
+    choose: Choice | None = None
+    if form == "auto":
+        merged = may_be_merged(model) if runtime is None else set()
+
+        def choose(layer: ACUConv2d, arguments: Arguments) -> str:
+            if runtime is not None:
+                return fastest_form(layer, arguments, runtime)
+            return "auto" if layer in merged else cheapest_form(layer, arguments, None)
+
+    return fold_by(model, example_input, form, choose)
+
+
+def fold_by(model: nn.Module, example_input: Any, form: str, choose: Choice | None) -> nn.Module:
+    """:func:`fold_acu` with a form for each layer that ``choose`` gives, where ``example_input`` calls it."""
     if example_input is None:
-        _replace(folds)
+        fold_layers(model, form, {})
         guard_merging(model)
         guard_transformers(model)
         return model
     args = example_input if isinstance(example_input, tuple) else (example_input,)
-    expected = run(model, args)
+    with recorded_arguments(model) as called:
+        expected = run(model, args)
     if not expected:
         raise ValueError(f"`example_input`: the output of {type(model).__name__} for it has no tensors to compare")
-    before = [(layer, type(layer), dict(vars(layer))) for layer, _ in folds]
-    _replace(folds)
+    layers = [layer for _, layer in acu_layers(model)]
+    forms = {layer: choose(layer, called[layer]) for layer in layers if choose is not None and layer in called}
+    before = [(layer, type(layer), dict(vars(layer))) for layer in layers]
     try:
+        fold_layers(model, form, forms)
         with recorded_arguments(model) as arguments:
             got = run(model, args)
         worst, limit = difference(got, expected), tolerance(expected)
@@ -98,15 +138,31 @@ def fold_acu(model: nn.Module, example_input: Any = None) -> nn.Module:
     return model
 
 
+def fold_layers(model: nn.Module, form: str, forms: Mapping[ACUConv2d, str]) -> None:
+    """Turn each active convolution of ``model`` into its fold, in the form given for it in ``forms``, or ``form``.
+
+    Raises:
+        ValueError: one cannot be folded, or not in this form; nothing has been folded.
+    """
+    folds: list[tuple[ACUConv2d, nn.Conv2d | FoldedConv2d]] = []
+    for name, layer in acu_layers(model):
+        try:
+            folds.append((layer, layer.fold(forms.get(layer, form))))
+        except ValueError as error:
+            raise ValueError(f"{name or 'the model'}: {error}") from error
+    _replace(folds)
+
+
 def _replace(folds: list[tuple[ACUConv2d, nn.Conv2d | FoldedConv2d]]) -> None:
     """Turn each layer into its fold, in place."""
     for layer, folded in folds:
         state = vars(folded) | {name: vars(layer)[name] for name in _HOOKS if name in vars(layer)}
         cls, same_pad = type(folded), getattr(layer, "same_pad", False)
-        reshaped = issubclass(cls, FoldedConv2d) or _reshapes(folded, layer, same_pad)
+        is_sum = issubclass(cls, FoldedConv2d)
+        reshaped = is_sum or _reshapes(folded, layer, same_pad)
         if layer.start is None:  # else its kernel_size and dilation are how it is stored, not what it is
             state |= {name: vars(layer)[name] for name in GEOMETRY}
-            if reshaped and not issubclass(cls, FoldedConv2d):
+            if reshaped and not is_sum:
                 pad = PadSame2d(folded.kernel_size, folded.stride, folded.dilation) if same_pad else None  # type: ignore[arg-type]
                 state |= {"own": {name: vars(folded)[name] for name in GEOMETRY}, "plain_class": cls}
                 state |= {f"own_{name}": vars(folded)[name] for name in ("padding", "dilation")}
@@ -114,6 +170,8 @@ def _replace(folds: list[tuple[ACUConv2d, nn.Conv2d | FoldedConv2d]]) -> None:
                 cls = ReshapedConv2d
                 if isinstance(layer, DerivedACUConv2d):
                     cls = reshaped_class(layer.plain_class)
+        elif is_sum:
+            state |= {name: vars(layer)[name] for name in ("in_channels", "out_channels", "stride", "groups")}
         _keep_the_rest(layer, state)
         reshaped = reshaped or getattr(layer, RESHAPED, False)  # by an earlier fold
         layer.__class__ = cls  # type: ignore[assignment]

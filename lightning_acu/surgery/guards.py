@@ -35,7 +35,7 @@ from .merges import known_merge
 from .outputs import Arguments, difference, map_tensors, random_devices, run, tensors_in, tolerance
 from .watch import ParameterRead, WatchParameters, in_forward, modules_in_call
 
-__all__ = ["MergingGuard", "guard_merging"]
+__all__ = ["MergingGuard", "guard_merging", "may_be_merged"]
 
 #: Methods of such a name that can be called without arguments are looked at; most merge nothing.
 _MAY_MERGE = re.compile("_*(fuse|merge|.*reparam|(switch|convert)_to_deploy)")
@@ -221,6 +221,12 @@ def guard_merging(model: nn.Module, arguments: Mapping[nn.Module, Arguments] | N
         if candidates[type(module)] and any(_layers_to_guard(module)):
             for method in candidates[type(module)]:
                 setattr(module, method, MergingGuard(module, method, name, (arguments or {}).get(module, known)))
+
+
+def may_be_merged(model: nn.Module) -> set[nn.Module]:
+    """The active convolutions of ``model`` inside modules with a method that may merge their weights."""
+    owners = [module for module in model.modules() if _candidates(type(module))]
+    return {layer for owner in owners for layer in owner.modules() if isinstance(layer, ACUConv2d)}
 
 
 def _candidates(cls: type[nn.Module]) -> list[str]:

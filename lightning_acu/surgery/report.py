@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from ..checks import require_package
@@ -21,7 +22,9 @@ from .arithmetic import (
     macs_per_pixel,
 )
 from .dilations import found_dilations
+from .fold_rule import mean_price, prices
 from .marks import SKIP_REASON
+from .outputs import Arguments
 from .rows import ConvRow, ConvRows
 from .rules import is_conv2d, why_not_convertible
 
@@ -68,7 +71,7 @@ class ACUReport(ConvRows):
         return console.file.getvalue().rstrip()  # type: ignore[attr-defined, no-any-return]
 
 
-def report_acu(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> ACUReport:
+def report_acu(model: nn.Module, input_size: tuple[int, int, int] | None = None, *, forms: bool = False) -> ACUReport:
     """List every 2-D convolution of ``model``: active, or the reason why not; and its arithmetic.
 
     Before a conversion it tells which convolutions can be converted. Under FSDP2 it reads positions, so call it on
@@ -78,22 +81,26 @@ def report_acu(model: nn.Module, input_size: tuple[int, int, int] | None = None)
         model: any module, also a single convolution.
         input_size: (channels, height, width) of an image, to count multiply-accumulates in one forward pass of zeros.
             The model is not changed.
+        forms: also estimate the price of each form of each fold (:mod:`lightning_acu.forms`) at these sizes, which
+            takes a moment for large models; without ``input_size`` there are none.
 
     Raises:
         TypeError: ``input_size`` does not consist of ints.
-        ValueError: it is not three numbers >= 1, or the forward pass fails.
+        ValueError: it is not three numbers >= 1, or the forward pass fails; or ``forms`` without ``input_size``.
     """
+    if forms and input_size is None:
+        raise ValueError("`forms`=True: prices depend on the size of images; give `input_size`")
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if is_conv2d(module) or isinstance(module, nn.ConvTranspose2d):
             names.setdefault(module, []).append(name)
     calls = {} if input_size is None else convolution_calls(model, input_size, names)
-    rows = tuple(_row(module, own, calls.get(module)) for module, own in names.items())
+    rows = tuple(_row(module, own, calls.get(module), forms) for module, own in names.items())
     size = input_size and (input_size[0], input_size[1], input_size[2])
     return ACUReport(type(model).__name__, rows, size, found_dilations(model))
 
 
-def _row(module: nn.Module, names: list[str], calls: list[Call] | None) -> ConvRow:
+def _row(module: nn.Module, names: list[str], calls: list[Call] | None, forms: bool) -> ConvRow:
     active = isinstance(module, ACUConv2d)
     reason = "" if active else getattr(module, SKIP_REASON, None) or why_not_convertible(module) or "not converted yet"
 
@@ -120,4 +127,15 @@ def _row(module: nn.Module, names: list[str], calls: list[Call] | None) -> ConvR
         fractional_fold_macs=fractional_fold_macs_per_pixel(module) if isinstance(module, ACUConv2d) else None,
         output_sizes=tuple(call.size for call in calls or ()),
         pixels=None if calls is None else sum(call.pixels for call in calls),
+        form_prices=_form_prices(module, calls[0].shape) if forms and calls and isinstance(module, ACUConv2d) else {},
     )
+
+
+def _form_prices(layer: ACUConv2d, shape: tuple[int, ...]) -> dict[str, float]:
+    """The price of each form of the fold over that of the plain convolution, for an input of ``shape``."""
+    if layer.start is not None or folded_macs_per_pixel(layer) is None:  # (there is no plain one, or no fold)
+        return {}
+    plain = layer.fold_without_numbers("single", moved=False)
+    arguments: Arguments = ((torch.empty(shape, dtype=layer.weight.dtype, device="meta"),), {})
+    unit = mean_price(plain, arguments, None)
+    return {form: price / unit for form, price in prices(layer, arguments, None).items()}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 __all__ = ["ConvRow", "ConvRows"]
 
@@ -29,6 +29,8 @@ class ConvRow:
             it is not active.
         output_sizes: (height, width) of its output, for each call; empty if not measured or not called.
         pixels: number of output (input) pixels over all calls for one image; None if not measured.
+        form_prices: for each form that the fold can take at the present positions, its estimated time as a multiple of
+            the plain convolution's (:mod:`lightning_acu.surgery.fold_rule`); empty if not asked for or not known.
     """
 
     name: str
@@ -47,6 +49,7 @@ class ConvRow:
     fractional_fold_macs: int | None = None
     output_sizes: tuple[tuple[int, int], ...] = ()
     pixels: int | None = None
+    form_prices: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

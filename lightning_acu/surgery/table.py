@@ -24,6 +24,8 @@ def report_table(report: ConvRows, every: bool) -> Table:
     active = [[row] for row in report.converted]
     if active:
         columns = _COLUMNS | {"added": lambda row: f"+{row.added}", "fold x": _fold_ratio}
+        if any(row.form_prices for row in report.converted):
+            columns["cheapest fold"] = _cheapest
         whole.add_row(_part(report, "active layer", active, columns))
     skipped: dict[str, list[ConvRow]] = {}
     for row in report.skipped:
@@ -122,6 +124,14 @@ def _names(rows: list[ConvRow]) -> str:
 
 def _fold_ratio(row: ConvRow) -> str:
     return "not finite" if row.folded_macs is None else f"{row.folded_macs / row.macs:.2f}"
+
+
+def _cheapest(row: ConvRow) -> str:
+    """The form that is expected to take the least time, and how many times the plain convolution's."""
+    if not row.form_prices:
+        return ""
+    form, price = min(row.form_prices.items(), key=lambda item: item[1])
+    return f"{form}, {price:.1f}x"
 
 
 def _number(value: float) -> str:

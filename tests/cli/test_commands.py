@@ -1,6 +1,7 @@
 """``lightning-acu report`` and ``lightning-acu export``: what they print and write, and their errors in one line."""
 
 import sys
+import warnings
 
 import pytest
 import torch
@@ -220,6 +221,27 @@ def test_export_to_onnx(capsys, classifier, tmp_path):
     with torch.no_grad():
         assert_close(torch.from_numpy(scores), module(images), 1e-4)
     assert "`fold`=False" in fails(capsys, "export", "--ckpt", path, "--to", "onnx", "--no_fold")
+
+
+def test_report_prices_the_forms_of_a_fold(capsys):
+    arguments = ("report", "--model", "test_resnet", "--input_size", 3, 32, 32)
+    assert "cheapest fold" not in output(capsys, *arguments)
+    assert "cheapest fold" in output(capsys, *arguments, "--forms")
+
+
+def test_export_in_a_form_and_of_any_size(capsys, classifier, tmp_path):
+    module, path = classifier
+    file = tmp_path / "net.torchscript"
+    text = output(
+        capsys, "export", "--ckpt", path, "--to", "torchscript", "--form", "shifts", "--output", file, "--dynamic_size",
+        "--input_size", 2, 33, 40,
+    )  # fmt: skip
+    assert "images (N, 2, H, W); differs from the model by" in text
+    images = torch.randn(2, 2, 47, 36)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated
+        assert_close(torch.jit.load(file)(images), module(images), 1e-4)
+    assert "invalid choice: 'one'" in fails(capsys, "export", "--ckpt", path, "--to", "pt2", "--form", "one")
 
 
 def test_export_of_a_module_that_a_callback_converted(capsys, theirs, tmp_path):
