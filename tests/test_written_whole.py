@@ -18,6 +18,9 @@ WRITERS = {
 #: Functions that write whole what others write for them.
 SAFE = {"write_whole", "write_whole_folder"}
 
+#: Calls that only tell others to write their own files.
+OTHERS = {"logger.save"}  # of Lightning
+
 #: Modules that are not looked into, and why files are whole there.
 THEMSELVES = {
     "files.py": "it has write_whole",
@@ -43,7 +46,7 @@ def writing_calls(tree):
         name = ast.unparse(node.func)
         mode = [a.value for a in (*node.args[1:2], *(k.value for k in node.keywords)) if isinstance(a, ast.Constant)]
         opens = name.split(".")[-1] == "open" and any(isinstance(m, str) and set(m) & set("wax+") for m in mode)
-        if opens or (name.split(".")[-1] in WRITERS):
+        if opens or (name.split(".")[-1] in WRITERS and name not in OTHERS):
             yield node.lineno, name
 
 
