@@ -12,7 +12,6 @@ process's CPU time, which other programs on the machine disturb less. ONNX Runti
 import argparse
 import copy
 import csv
-import inspect
 import statistics
 import tempfile
 import time
@@ -54,8 +53,7 @@ def variants(name, by):
     for _, layer in acu_layers(found["fractional"]):
         nn.init.uniform_(layer.offsets, -by, by)
     found["pixels"] = round_acu(copy.deepcopy(found["fractional"]))
-    if "to" in inspect.signature(round_acu).parameters:
-        found["dilation"] = round_acu(copy.deepcopy(found["fractional"]), to="dilation")
+    found["dilation"] = round_acu(copy.deepcopy(found["fractional"]), to="dilation")
     return found
 
 
