@@ -92,7 +92,8 @@ class PositionTrainer:
 
     Warns:
         UserWarning: at the first step in which positions learn, if some have no gradient although the weights of their
-            layers do; when rounding, if all taps are where they started.
+            layers do; when rounding, if all taps are where they started; if an earlier PositionTrainer of ``optimizer``
+            has rounded.
 
     Example::
 
@@ -156,6 +157,12 @@ class PositionTrainer:
             check_grids(trained_layers(model))
         self._unused: list[str] | None = None  # layers without a gradient in the first step in which they should learn
         self._groups = CountedGroups(optimizer, model, list(schedulers or ()), rates, steps, self.weight_decay)
+        if self.rounded:
+            warnings.warn(
+                f"the positions in `optimizer` ({type(optimizer).__name__}) were rounded by an earlier PositionTrainer "
+                "and stay so; for them to learn again, call load_state_dict({'step': 0, 'rounded': False})",
+                stacklevel=2,
+            )
         self._hooks: StepHooks | None = None
         self._hook()
 

@@ -765,3 +765,17 @@ def test_a_copy_trains_the_positions_of_its_own_model(net, copied):
 def test_schedulers_that_are_no_list_are_an_error(net):
     with pytest.raises(TypeError, match=r"`schedulers` must be a list of schedulers, got int; write \[scheduler\]"):
         PositionTrainer(sgd(net), net, schedulers=3)
+
+
+def test_a_second_one_after_rounding_says_that_positions_stay_rounded(net):
+    optimizer = SGD(net.parameters(), lr=0.1)
+    with PositionTrainer(optimizer, net, multiplier=50.0, round_at=2):
+        train(net, optimizer, steps=2)
+    for _, layer in acu_layers(net):
+        layer.offsets.requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"rounded by an earlier PositionTrainer.*'rounded': False"):
+        positions = PositionTrainer(optimizer, net, multiplier=50.0)
+    positions.load_state_dict({"step": 0, "rounded": False})
+    before = net[0].offsets.detach().clone()
+    train(net, optimizer, steps=1)
+    assert not torch.equal(net[0].offsets, before)
