@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..checks import require_module
@@ -21,7 +21,7 @@ from .fold_rule import RUNTIMES, cheapest_form
 from .fold_times import fastest_form
 from .guards import guard_merging, may_be_merged
 from .marks import FOLDED, RESHAPED, SKIP_REASON
-from .outputs import Arguments, difference, recorded_arguments, run, tolerance
+from .outputs import Arguments, difference, recorded_arguments, recorded_outputs, run, tolerance
 from .transformers_guards import guard_transformers
 
 __all__ = ["fold_acu", "fold_by", "fold_layers", "round_acu"]
@@ -77,7 +77,8 @@ def fold_acu(
             than "auto"; positions that are not finite, or too far apart for ``form``; or the output for
             ``example_input`` has no tensors. The message names the layer. Nothing has been folded.
         RuntimeError: the output for ``example_input`` is another one after the fold, because code of the model reads
-            more of a convolution than its output. The fold has been undone.
+            more of a convolution than its output; the message names the first module that differs. The fold has been
+            undone.
         ModuleNotFoundError: ``runtime`` is "onnxruntime", and it or what exports to it is not installed.
     """
     check_form(form)
@@ -122,20 +123,42 @@ def fold_by(model: nn.Module, example_input: Any, form: str, choose: Choice | No
             got = run(model, args)
         worst, limit = difference(got, expected), tolerance(expected)
         if not worst <= limit:
+            with recorded_outputs(model) as after:
+                run(model, args)
+            _restore(before)
             raise RuntimeError(
                 f"the output of {type(model).__name__} for `example_input` would change by {worst:.1e} of its largest "
-                f"value (tolerance {limit:.1e}): its code reads the weight or an attribute of a convolution that the "
-                "fold changes. Nothing has been folded"
+                f"value (tolerance {limit:.1e}), first that of {_first_difference(model, args, after)}: its code reads "
+                "the weight or an attribute of a convolution that the fold changes. Nothing has been folded"
             )
     except BaseException:
-        for layer, cls, state in before:
-            layer.__class__ = cls
-            vars(layer).clear()
-            vars(layer).update(state)
+        _restore(before)
         raise
     guard_merging(model, arguments)
     guard_transformers(model)
     return model
+
+
+def _restore(before: list[tuple[ACUConv2d, type[ACUConv2d], dict[str, Any]]]) -> None:
+    """Turn folds into the active convolutions that they were."""
+    for layer, cls, state in before:
+        layer.__class__ = cls
+        vars(layer).clear()
+        vars(layer).update(state)
+
+
+def _first_difference(model: nn.Module, args: tuple[Any, ...], after: list[tuple[str, list[Tensor]]]) -> str:
+    """The first module of ``model``, not folded, that gives something else than ``after``, or is not called there."""
+    with recorded_outputs(model) as outputs:
+        run(model, args)
+    # A fold has modules of its own.
+    names = {name for name, _ in outputs}
+    folded = iter([(name, tensors) for name, tensors in after if name in names])
+    for name, tensors in outputs:
+        other, got = next(folded, (None, tensors))
+        if other != name or not difference(got, tensors) <= tolerance(tensors):
+            return name or "the model itself"
+    return "the model itself"
 
 
 def fold_layers(model: nn.Module, form: str, forms: Mapping[ACUConv2d, str]) -> None:

@@ -15,6 +15,7 @@ __all__ = [
     "map_tensors",
     "random_devices",
     "recorded_arguments",
+    "recorded_outputs",
     "run",
     "tensors_in",
     "tolerance",
@@ -97,6 +98,25 @@ def recorded_arguments(model: nn.Module) -> Iterator[dict[nn.Module, Arguments]]
         found[module] = map_tensors(lambda tensor: tensor.detach().to("meta"), (args, kwargs))
 
     handles = [module.register_forward_pre_hook(record, with_kwargs=True) for module in model.modules()]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def recorded_outputs(model: nn.Module) -> Iterator[list[tuple[str, list[Tensor]]]]:
+    """(name, tensors) of what each module of ``model`` gives in this block, in the order in which they end."""
+    found: list[tuple[str, list[Tensor]]] = []
+
+    def record(name: str, output: Any) -> None:
+        found.append((name, [tensor.detach().clone() for tensor in tensors_in(output)]))
+
+    handles = [
+        module.register_forward_hook(lambda _, __, output, name=name: record(name, output))
+        for name, module in model.named_modules()
+    ]
     try:
         yield found
     finally:
