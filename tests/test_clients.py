@@ -48,7 +48,7 @@ def check_gradients(model):
     assert all(layer.offsets.grad.isfinite().all() for _, layer in layers)
 
 
-def convert_and_fold(model, *args, active, before_fold=lambda model: None, **convert):
+def convert_and_fold(model, *args, active, before_fold=lambda model: None, form="auto", **convert):
     """Convert, differentiate, move and fold ``model``, and compare its outputs; gives those at the moved positions."""
     wake(model.double())
     args = tuple(arg.double() for arg in args)
@@ -64,7 +64,7 @@ def convert_and_fold(model, *args, active, before_fold=lambda model: None, **con
     moved = run(model, args)
     assert difference(moved, still) > 1e-4
     before_fold(model)
-    fold_acu(model, args)
+    fold_acu(model, args, form=form)
     assert not active_layers(model)
     assert difference(run(model, args), moved) < ROUNDING
     return moved
@@ -398,7 +398,7 @@ def test_lora_of_a_linear_layer_leaves_the_positions():
 def test_lora_of_a_folded_model():
     peft = pytest.importorskip("peft")
     model, image = torchvision.models.resnet18(num_classes=5), torch.rand(2, 3, 64, 64, dtype=torch.float64)
-    convert_and_fold(model, image, active=16)
+    convert_and_fold(model, image, active=16, form="single")
     for name, layer in list(model.named_modules()):
         if isinstance(layer, ReshapedConv2d):
             model.set_submodule(name, layer.plain())
