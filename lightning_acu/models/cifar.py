@@ -127,6 +127,10 @@ class PlainNet(_CIFARNet):
         drop_rate: dropout before the head.
         kernel_size3: kernel size of the two convolutions conv3/1 and conv3/2; 5 in Base-F5.
         dilation3: dilation of the two; 2 in Base-D2.
+        width: factor of the number of channels of all layers but the first, rounded to whole channels.
+
+    Raises:
+        ValueError: ``width`` leaves a layer without channels.
     """
 
     stages = ("conv1", "conv2", "conv3", "conv4")
@@ -140,20 +144,24 @@ class PlainNet(_CIFARNet):
         drop_rate: float = 0.0,
         kernel_size3: int = 3,
         dilation3: int = 1,
+        width: float = 1.0,
     ) -> None:
+        one, two, three, four = (round(width * channels) for channels in (48, 96, 192, 1000))
+        if one < 1:
+            raise ValueError(f"`width` (={width}) leaves no channel of conv1's 48; it must be above 1/96")
         super().__init__()
-        self.conv1 = _named(ConvNormAct(in_chans, 16, 1), ConvNormAct(16, 48, 3), ConvNormAct(48, 48, 3), start=0)
-        self.conv2 = _named(ConvNormAct(48, 96, 3, stride=2), ConvNormAct(96, 96, 3))
+        self.conv1 = _named(ConvNormAct(in_chans, 16, 1), ConvNormAct(16, one, 3), ConvNormAct(one, one, 3), start=0)
+        self.conv2 = _named(ConvNormAct(one, two, 3, stride=2), ConvNormAct(two, two, 3))
         self.conv3 = _named(
-            ConvNormAct(96, 192, kernel_size3, 2, dilation3), ConvNormAct(192, 192, kernel_size3, 1, dilation3)
+            ConvNormAct(two, three, kernel_size3, 2, dilation3), ConvNormAct(three, three, kernel_size3, 1, dilation3)
         )
-        self.conv4 = ConvNormAct(192, 1000, 1)
-        channels = {"conv1": 48, "conv2": 96, "conv3": 192, "conv4": 1000}
+        self.conv4 = ConvNormAct(three, four, 1)
+        channels = {"conv1": one, "conv2": two, "conv3": three, "conv4": four}
         reductions = {"conv1": 1, "conv2": 2, "conv3": 4, "conv4": 4}
         self.feature_info = [
             {"num_chs": channels[stage], "reduction": reductions[stage], "module": stage} for stage in self.stages
         ]
-        self._finish(1000, num_classes, in_chans, global_pool, drop_rate)
+        self._finish(four, num_classes, in_chans, global_pool, drop_rate)
 
 
 class BasicBlock(nn.Module):
