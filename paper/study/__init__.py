@@ -1,0 +1,1 @@
+"""Where active convolutions pay: one narrow or wide network, trained in many ways on the same batches."""
