@@ -74,14 +74,23 @@ def require_module(model: Any) -> None:
         raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__} (={model!r})")
 
 
-def require_package(name: str, purpose: str) -> None:
+def require_package(name: str, purpose: str, module: str | None = None) -> None:
     """Check that the package ``name`` is installed, which ``purpose`` needs ("saving as .safetensors").
+
+    ``module``: what it installs, where that has another name.
 
     Raises:
         ModuleNotFoundError: it is not; the message says how to install it.
     """
-    if find_spec(name) is None:
+    if not _installed(module or name):
         raise ModuleNotFoundError(f"{purpose} needs {name}, which is not installed: pip install {name}", name=name)
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent is missing
+        return False
 
 
 def refuse_peft(cls: type, advice: str) -> None:
