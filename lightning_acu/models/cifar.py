@@ -1,4 +1,4 @@
-"""The networks of the paper's CIFAR experiments, in timm's registry.
+"""The networks of the paper's CIFAR experiments, and one for a quick start, in timm's registry.
 
 ==================  ================================================================================  ===============
 name                what                                                                               parameters
@@ -8,6 +8,7 @@ name                what                                                        
 ``acu_plain_d2``    the same with dilation 2 in conv3/x ("Base-D2")                                   855,162
 ``acu_plain_f5``    the same with 5x5 in conv3/x ("Base-F5")                                          1,739,898
 ``acu_resnet32``    3x3 16; 3 stages of 5 basic blocks with 16, 32, 64 channels; 10 classes           464,154
+``acu_small``       3x3 8; 16 (stride 2); 32 (stride 2); global average; 10 classes; sees 9x9 pixels    6,378
 ==================  ================================================================================  ===============
 
 All have plain convolutions; ``convert_to_acu`` turns them into the paper's active ones. Importing this module registers
@@ -29,7 +30,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["CIFARResNet", "PlainNet"]
+__all__ = ["CIFARResNet", "PlainNet", "SmallNet"]
 
 #: Mean and standard deviation of CIFAR-10's training images.
 _MEAN, _STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -164,6 +165,29 @@ class PlainNet(_CIFARNet):
         self._finish(four, num_classes, in_chans, global_pool, drop_rate)
 
 
+class SmallNet(_CIFARNet):
+    """Three 3x3 convolutions of 8, 16 and 32 channels, and a classifier of their averages over the image.
+
+    It sees 9x9 pixels at a time (1 + 2 + 2 + 4), less than a digit: what it can learn depends on its reach.
+    """
+
+    stages = ("conv1", "conv2", "conv3")
+    stem = r"^conv1\."
+
+    def __init__(
+        self, num_classes: int = 10, in_chans: int = 3, global_pool: str = "avg", drop_rate: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.feature_info = []
+        before = in_chans
+        for stage, channels, stride in (("conv1", 8, 1), ("conv2", 16, 2), ("conv3", 32, 2)):
+            self.add_module(stage, ConvNormAct(before, channels, 3, stride))
+            reduction = 2 * self.feature_info[-1]["reduction"] if self.feature_info else 1
+            self.feature_info.append({"num_chs": channels, "reduction": reduction, "module": stage})
+            before = channels
+        self._finish(32, num_classes, in_chans, global_pool, drop_rate)
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions beside a shortcut without parameters (every second pixel, and zeros for new channels)."""
 
@@ -255,6 +279,7 @@ default_cfgs = generate_default_cfgs(
         "acu_plain_d2.untrained": _cfg("conv1.0.conv"),
         "acu_plain_f5.untrained": _cfg("conv1.0.conv"),
         "acu_resnet32.untrained": _cfg("conv1.conv"),
+        "acu_small.untrained": _cfg("conv1.conv"),
     }
 )
 
@@ -287,3 +312,9 @@ def acu_plain_f5(pretrained: bool = False, **kwargs: Any) -> PlainNet:
 def acu_resnet32(pretrained: bool = False, **kwargs: Any) -> CIFARResNet:
     """The residual network of 32 layers for CIFAR."""
     return _build(CIFARResNet, "acu_resnet32", pretrained, **{"blocks": 5, **kwargs})
+
+
+@register_model
+def acu_small(pretrained: bool = False, **kwargs: Any) -> SmallNet:
+    """Three 3x3 convolutions, for a quick start."""
+    return _build(SmallNet, "acu_small", pretrained, **kwargs)
