@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import sys
 from collections.abc import Sequence
@@ -37,15 +38,17 @@ NUMBERS: Any = numbers.Real
 
 
 def at_least(name: str, value: Any, minimum: float = 0) -> Any:
-    """Return ``value``, checked to be a number of at least ``minimum``.
+    """Return ``value``, checked to be a finite number of at least ``minimum``.
 
     Raises:
         TypeError: ``value`` is not a number.
-        ValueError: it is smaller.
+        ValueError: it is smaller, infinite or NaN.
     """
     if isinstance(value, bool) or not isinstance(value, NUMBERS):
         raise TypeError(f"`{name}` (={value!r}) must be a number")
-    if not value >= minimum:
+    if not math.isfinite(value):
+        raise ValueError(f"`{name}` (={value}) must be finite")
+    if value < minimum:
         limit = "not be negative" if minimum == 0 else f"be at least {minimum}"
         raise ValueError(f"`{name}` (={value}) must {limit}")
     return value

@@ -13,6 +13,7 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from .choices import one_of
 from .models import create_model
 from .surgery import ConvertConfig, report_acu
 
@@ -90,12 +91,8 @@ class ImageClassifier(pl.LightningModule):
         compile_mode: str | None = None,
     ) -> None:
         super().__init__()
-        if compile_mode not in (None, *_COMPILE_MODES):
-            raise ValueError(
-                f"`compile_mode` (={compile_mode!r}) must be one of {', '.join(map(repr, _COMPILE_MODES))}, or None"
-            )
-        if lr_scheduler_interval not in ("epoch", "step"):
-            raise ValueError(f"`lr_scheduler_interval` (={lr_scheduler_interval!r}) must be 'epoch' or 'step'")
+        one_of("compile_mode", compile_mode, _COMPILE_MODES, or_none=True)
+        one_of("lr_scheduler_interval", lr_scheduler_interval, ("epoch", "step"))
         # Not the callables: they may be lambdas, and a restored model that only predicts does not need them.
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         self.model = create_model(
@@ -129,6 +126,8 @@ class ImageClassifier(pl.LightningModule):
     def setup(self, stage: str) -> None:
         """Compare with ``num_classes`` and ``in_chans`` of the data module, if it has them; compile the model.
 
+        Its ``image_size`` gives the summary of the model an image to count FLOPs with.
+
         Raises:
             ValueError: the data have more classes than ``num_classes``, or not ``in_chans`` channels.
         """
@@ -142,6 +141,11 @@ class ImageClassifier(pl.LightningModule):
             raise ValueError(
                 f"`in_chans` (={self.hparams['in_chans']}) does not match the data: images have {channels} channels"
             )
+        size = getattr(data, "image_size", None)
+        if self.example_input_array is None and size is not None and self.compile_mode is None:
+            # For the FLOPs in Lightning's summary. (Compiling for a single image would only take time.)
+            shape = (1, self.hparams["in_chans"], *size)
+            self.example_input_array = torch.zeros(shape, dtype=torch.float32, device="cpu")
         if self.compile_mode is not None and not self._compiled:
             # In place, so that names and checkpoints stay the same; only now, as a callback may have converted it.
             self.model.compile(mode=self.compile_mode)

@@ -15,6 +15,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from .choices import one_of
 from .geometry import LIMIT, ConvGeometry
 
 __all__ = [
@@ -46,8 +47,7 @@ def check_round_to(name: str, to: str) -> None:
     Raises:
         ValueError: it is not.
     """
-    if to not in get_args(RoundTo):
-        raise ValueError(f"`{name}` (={to!r}) must be 'pixels' or 'dilation'")
+    one_of(name, to, get_args(RoundTo))
 
 
 @torch.no_grad()

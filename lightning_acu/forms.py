@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .choices import one_of
 from .expansion import Window, split_offsets
 from .folded import FoldedConv2d, check_finite, fold_conv2d
 from .geometry import ConvGeometry
@@ -102,8 +103,7 @@ class ShiftedConv2d(FoldedConv2d):
 
 def check_form(form: str) -> None:
     """Raise a ValueError unless ``form`` is one of ``FORMS``."""
-    if form not in FORMS:
-        raise ValueError(f"`form` (={form!r}) must be one of {', '.join(map(repr, FORMS))}")
+    one_of("form", form, FORMS)
 
 
 @torch.no_grad()

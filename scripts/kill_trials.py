@@ -275,7 +275,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="number of the first trial")
     parser.add_argument("--work", type=Path, help="folder for all files, which are kept; default: a temporary one")
     options = parser.parse_args()
-    for module in ("lightning_acu.cli.main", "lightning_acu.figures", "timm", "matplotlib.pyplot"):
+    for module in ("lightning_acu.cli.training", "lightning_acu.figures", "timm", "matplotlib.pyplot"):
         importlib.import_module(module)  # before the forks, so that each costs no imports
 
     torch.set_num_threads(1)

@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 #: From the ground up: a module may import those of its own level's room and of lower levels.
 LEVELS = [
-    {"checks", "files", "geometry", "sharded"},
+    {"checks", "choices", "files", "geometry", "sharded"},
     {"dilation", "expansion", "rounding"},
     {"ops"},
     {"functional"},
@@ -30,6 +30,7 @@ LEVELS = [
     {"saving"},
     {"checkpoint", "cifar_models"},
     {"cli"},
+    {"__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 

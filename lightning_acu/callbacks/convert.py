@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import warnings
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torchmetrics import Metric
 
+from ..choices import did_you_mean
 from ..conv import acu_layers
 from ..folded import FoldedConv2d
 from ..surgery import ConvertConfig, NoEffectWarning, report_acu, was_folded
@@ -72,9 +72,8 @@ class ConvertToACU(PositionCallback):
         valid = [field.name for field in fields(ConvertConfig)]
         for name in arguments:
             if name not in valid:
-                near = difflib.get_close_matches(name, valid, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(valid)} and filter_fn"
-                raise TypeError(f"ConvertToACU has no argument {name!r}; {hint}")
+                hint = did_you_mean(name, valid) or f"; choose from {', '.join(valid)} and filter_fn"
+                raise TypeError(f"ConvertToACU has no argument {name!r}{hint}")
         self.config = ConvertConfig(target_modules=target_modules, **arguments)
         self.filter_fn = filter_fn
         self._spawned = False

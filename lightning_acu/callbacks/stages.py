@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
+from ..choices import one_of
 from ._trainer import averaging_callbacks, callbacks_of
 from .round_then_finetune import RoundThenFinetune
 
@@ -61,8 +62,7 @@ def evaluate_stages(
         trainer.fit(module, datamodule=data)
         evaluate_stages(trainer, module, rounding, datamodule=data)
     """
-    if method not in ("validate", "test"):
-        raise ValueError(f"`method` (={method!r}) must be 'test' or 'validate'")
+    one_of("method", method, ("test", "validate"))
 
     def evaluate() -> dict[str, float]:
         results = getattr(trainer, method)(module, dataloaders=dataloaders, datamodule=datamodule, verbose=False)

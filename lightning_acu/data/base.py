@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -12,7 +12,10 @@ from lightning.fabric.utilities import suggested_max_num_workers
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
-__all__ = ["ImageDataModule"]
+__all__ = ["RECORD", "ImageDataModule", "squeezed"]
+
+#: The key in a data module's state, and so in checkpoints, of what is known about its images.
+RECORD = "images"
 
 #: More worker processes than this rarely help a single device, and each holds memory.
 _MAX_DEFAULT_WORKERS = 8
@@ -86,6 +89,26 @@ class ImageDataModule(LightningDataModule, ABC):
             stage: "fit", "validate", "test" or "predict"; None for all.
         """
 
+    @property
+    def class_names(self) -> Sequence[str] | None:
+        """Names of the classes, in the order of the labels, if they have names."""
+        return None
+
+    @property
+    def file_transform(self) -> dict[str, Any] | None:
+        """How an image file becomes an input: arguments of timm's ``create_transform``; None if files cannot."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """For checkpoints: what ``lightning-acu predict`` and ``export`` ask about the images."""
+        return {
+            RECORD: {
+                "input_size": [self.in_chans, *self.image_size],
+                "classes": None if self.class_names is None else list(self.class_names),
+                "transform": self.file_transform,
+            }
+        }
+
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled. An incomplete last batch is dropped: a batch of one or two images upsets batch normalisation."""
         dataset = self._require("train_set")
@@ -147,3 +170,17 @@ class ImageDataModule(LightningDataModule, ABC):
 def _length(dataset: Dataset[Any]) -> int:
     # torch leaves `__len__` out of Dataset, but all of ours have one.
     return len(cast(Sized, dataset))
+
+
+def squeezed(
+    channels: int, size: tuple[int, int], mean: Sequence[float], std: Sequence[float], crop_pct: float = 1.0
+) -> dict[str, Any]:
+    """Arguments of timm's ``create_transform``: the whole image at ``size`` over ``crop_pct``, and ``size`` cut out."""
+    return {
+        "input_size": [channels, *size],
+        "mean": list(mean),
+        "std": list(std),
+        "interpolation": "bilinear",
+        "crop_pct": crop_pct,
+        "crop_mode": "squash",
+    }

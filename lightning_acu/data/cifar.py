@@ -11,6 +11,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import check_integrity
 
+from .base import squeezed
 from .in_memory import InMemoryDataModule, Preprocessing
 from .memory import ImageTransform, TensorImages
 from .whitening import ZCAWhitening
@@ -80,6 +81,13 @@ class CIFARDataModule(InMemoryDataModule):
         self.augment = augment
         self.download = download
         self._source, self.mean, self.std = _VARIANTS[num_classes]
+
+    @property
+    def file_transform(self) -> dict[str, Any] | None:
+        """Squeezed to 32 x 32 pixels; None where images are whitened, which is fitted on the training images."""
+        if self.preprocessing == "whiten":
+            return None
+        return squeezed(self.in_chans, self.image_size, self.mean, self.std)
 
     def prepare_data(self) -> None:
         """Download the data, or unpack an archive that is in ``root`` already, if ``download`` is set.

@@ -12,6 +12,7 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..choices import did_you_mean
 from .base import ImageDataModule
 from .image_files import ImageFiles, class_names
 
@@ -40,11 +41,16 @@ class ClassFoldersDataModule(ImageDataModule):
         """The number of class folders."""
         return len(self.classes)
 
+    @property
+    def class_names(self) -> list[str]:
+        """As ``classes``."""
+        return self.classes
+
     @cached_property
     def classes(self) -> list[str]:
         """Names of the classes, in the order of the labels: of the first of the three folders that exists."""
         present = (argument for argument, folder in self.folders.items() if (self.root / folder).is_dir())
-        return class_names(self._folder(next(present, "train")))
+        return class_names(self._folder(next(present, next(iter(self.folders)))))
 
     def setup(self, stage: str | None = None) -> None:
         """List the images that the stage needs, once. Only fitting needs the training images.
@@ -81,8 +87,16 @@ class ClassFoldersDataModule(ImageDataModule):
     def _folder(self, argument: str) -> Path:
         folder = (self.root / self.folders[argument]).absolute()
         if not folder.is_dir() or not any(entry.is_dir() for entry in folder.iterdir()):
-            raise FileNotFoundError(
-                f"`{argument}` (={self.folders[argument]!r}): {folder} "
-                f"{'has no class folders' if folder.is_dir() else 'does not exist'}; expected {folder}/CLASS/*.jpg"
-            )
+            what = "has no class folders" if folder.is_dir() else "does not exist"
+            given = f"`{argument}` (={(str(self.root) if argument == 'root' else self.folders[argument])!r})"
+            raise FileNotFoundError(f"{given}: {folder} {what}; expected {folder}/CLASS/*.jpg{self._advice_on(folder)}")
         return folder
+
+    def _advice_on(self, folder: Path) -> str:
+        """What may have been meant by a ``folder`` that is not there."""
+        for parent in (self.root, folder):  # whichever is missing
+            if not parent.exists() and parent.parent.is_dir():
+                others = [entry.name for entry in parent.parent.iterdir() if entry.is_dir()]
+                if near := did_you_mean(parent.name, others):
+                    return near
+        return ""

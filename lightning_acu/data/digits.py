@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import ImageDataModule
+from .base import ImageDataModule, squeezed
 from .memory import ImageTransform, TensorImages, subset
 from .split import resolve_size, stratified_order
 
@@ -51,6 +51,11 @@ class DigitsDataModule(ImageDataModule):
         self.val_size = val_size
         self.test_size = test_size
         self.augment = augment
+
+    @property
+    def file_transform(self) -> dict[str, Any]:
+        """Grey, squeezed to 28 x 28 pixels: light digits on dark ground."""
+        return squeezed(self.in_chans, self.image_size, _MEAN, _STD)
 
     def setup(self, stage: str | None = None) -> None:
         """Read and split the digits, once and whatever the stage.

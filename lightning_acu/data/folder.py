@@ -8,18 +8,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL.Image import Image
 from torch import Tensor
+from torch.utils.data import Subset
 from torchvision.transforms import InterpolationMode
 
-from ..checks import require_package
+from ..checks import few, require_package
+from ..choices import did_you_mean, one_of
 from .class_folders import ClassFoldersDataModule
+from .image_files import ImageFiles
+from .split import resolve_size, stratified_order
 
 __all__ = ["ImageFolderDataModule"]
 
 
 class ImageFolderDataModule(ClassFoldersDataModule):
     """Images in folders, one for each class: ``root/train/CLASS/*.jpg`` and ``root/val/CLASS/*.jpg``.
+
+    With ``val_size`` they are in ``root/CLASS/*.jpg`` and split here, by ``seed``, with each class in proportion.
 
     Training images are cropped, resized and mirrored at random; others are resized and cropped at the centre. Settings
     left None are those that the authors of ``transforms_of`` published; without that, those of ImageNet.
@@ -29,6 +36,8 @@ class ImageFolderDataModule(ClassFoldersDataModule):
         train: folder of the training images, in ``root``.
         val: folder of the validation images, in ``root``.
         test: folder of the test images, in ``root``. None: ``val``, as the labels of ImageNet's test images are secret.
+        val_size: images for validation, of those in ``root/CLASS``; a float is a share of them. None: in ``val``.
+        test_size: images for testing, given in the same way. None: those for validation.
         image_size: pixels, or (height, width). None: of ``transforms_of``, or 224.
         mean: per channel, of images in [0, 1]. None: of ``transforms_of``, or of ImageNet.
         std: per channel, of images in [0, 1]. None: of ``transforms_of``, or of ImageNet.
@@ -41,12 +50,12 @@ class ImageFolderDataModule(ClassFoldersDataModule):
         color_jitter: strength of random changes of brightness, contrast and saturation; timm leaves them out with
             most policies of ``auto_augment``. None: none.
         **loader: ``batch_size``, ``num_workers``, ``pin_memory`` and ``seed`` of :class:`ImageDataModule`; the seed has
-            no effect here: the folders are the split.
+            no effect without ``val_size``: the folders are the split.
 
     Raises:
         ModuleNotFoundError: timm, whose transforms these are, is not installed.
-        ValueError: ``transforms_of`` is not a timm model, or ``mean``, ``std``, ``interpolation`` or ``crop_pct`` does
-            not fit.
+        ValueError: ``test_size`` is given without ``val_size``, ``transforms_of`` is not a timm model, or ``mean``,
+            ``std``, ``interpolation`` or ``crop_pct`` does not fit.
     """
 
     def __init__(
@@ -55,6 +64,8 @@ class ImageFolderDataModule(ClassFoldersDataModule):
         train: str = "train",
         val: str = "val",
         test: str | None = None,
+        val_size: int | float | None = None,
+        test_size: int | float | None = None,
         image_size: int | tuple[int, int] | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
@@ -74,12 +85,19 @@ class ImageFolderDataModule(ClassFoldersDataModule):
             if value is not None and len(value) != 3:
                 raise ValueError(f"`{name}` (={value}) must have one number for each of the 3 channels")
         modes = [mode.value for mode in InterpolationMode]
-        if interpolation is not None and interpolation not in modes:
-            raise ValueError(f"`interpolation` (={interpolation!r}) must be one of {modes}")
+        one_of("interpolation", interpolation, modes, or_none=True)
+        if test_size is not None and val_size is None:
+            raise ValueError(
+                f"`test_size` (={test_size}) splits what `val_size` splits; give both, or the folder `test`"
+            )
         if crop_pct is not None and not 0 < crop_pct <= 1:
             raise ValueError(f"`crop_pct` (={crop_pct}) must be a share of a side: above 0 and at most 1")
         folders = {"train": train, "val": val} | ({} if test is None else {"test": test})
+        if val_size is not None:
+            folders = {"root": "."}
         super().__init__(root=root, folders=folders, **loader)
+        self.val_size = val_size
+        self.test_size = test_size
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
         #: Arguments of timm's ``create_transform`` that training and evaluation share.
         self.preprocessing: dict[str, Any] = resolve_data_config(  # type: ignore[no-untyped-call]
@@ -106,6 +124,32 @@ class ImageFolderDataModule(ClassFoldersDataModule):
         height, width = self.preprocessing["input_size"][1:]
         return height, width
 
+    def setup(self, stage: str | None = None) -> None:
+        """As :class:`ClassFoldersDataModule`, or a seeded split of ``root/CLASS``, the same in every stage.
+
+        Raises:
+            ValueError: ``val_size`` and ``test_size`` leave no image for training.
+        """
+        if self.val_size is None:
+            super().setup(stage)
+            return
+        if self.train_set is not None:
+            return
+        plain = ImageFiles(self._folder("root"), self._transform(training=False))
+        augmented = ImageFiles(self._folder("root"), self._transform(training=True))
+        labels = torch.tensor(plain.targets, dtype=torch.int64, device="cpu")
+        tests = 0 if self.test_size is None else resolve_size("test_size", self.test_size, len(labels), of="images")
+        vals = resolve_size("val_size", self.val_size, len(labels) - tests)
+        parts = stratified_order(labels, self.seed).tensor_split([tests, tests + vals])
+        test, val, train = (part.tolist() for part in parts)
+        self.train_set, self.val_set = Subset(augmented, train), Subset(plain, val)
+        self.test_set = self.val_set if self.test_size is None else Subset(plain, test)
+
+    @property
+    def file_transform(self) -> dict[str, Any]:
+        """That of evaluation."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in self.preprocessing.items()}
+
     def _transform(self, training: bool) -> Callable[[Image], Tensor]:
         """From an image of any size to (3, height, width)."""
         from timm.data import create_transform  # type: ignore[attr-defined]
@@ -116,6 +160,13 @@ class ImageFolderDataModule(ClassFoldersDataModule):
         )
         return transform
 
+    def _advice_on(self, folder: Path) -> str:
+        near = super()._advice_on(folder)
+        if near or self.val_size is not None or not self.root.is_dir():
+            return near
+        flat = [entry.name for entry in self.root.iterdir() if entry.is_dir()]
+        return f"; if {few(sorted(flat))} are the classes, `val_size`=0.2 splits them" if flat else ""
+
 
 def _published(model: str) -> dict[str, Any]:
     """How the authors of ``model`` prepared their images, as timm records it."""
@@ -125,5 +176,6 @@ def _published(model: str) -> dict[str, Any]:
     with suppress(RuntimeError):  # which timm raises for a wrong tag, while a wrong name gives None
         config = timm.get_pretrained_cfg(model)
     if config is None:
-        raise ValueError(f"`transforms_of` (={model!r}) must be one of timm.list_models(pretrained=True)")
+        hint = did_you_mean(model, timm.list_models()) or "; timm.list_models(pretrained=True) lists them"
+        raise ValueError(f"`transforms_of` (={model!r}) is not a timm model with published weights{hint}")
     return asdict(config)

@@ -11,7 +11,7 @@ from PIL.Image import Image
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader, has_file_allowed_extension
 
-__all__ = ["ImageFiles", "class_names", "read_image"]
+__all__ = ["ImageFiles", "class_names", "images_below", "read_image"]
 
 
 class ImageFiles(ImageFolder):
@@ -49,7 +49,7 @@ class ImageFiles(ImageFolder):
         """(path, label) of each image; the arguments are torchvision's, which has the same for all uses here."""
         samples: list[tuple[str, int]] = []
         for name, label in sorted(class_to_idx.items()):
-            images = _images_below(os.path.join(directory, name))
+            images = images_below(os.path.join(directory, name))
             if not images:
                 raise FileNotFoundError(
                     f"the class folder {os.path.join(directory, name)} has no images; supported are files that end in "
@@ -70,7 +70,7 @@ def class_names(root: str | Path) -> list[str]:
         return sorted(entry.name for entry in entries if _is_folder(entry))
 
 
-def _images_below(root: str) -> list[str]:
+def images_below(root: str) -> list[str]:
     """The image files in ``root`` and in the folders below, folder by folder, sorted."""
     # By identity, as a link has another name. With all parents, so that a link to one is not followed first.
     seen = {_identity(parent): str(parent) for parent in (*Path(root).parents, *Path(root).resolve().parents)}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..choices import one_of
 from .base import ImageDataModule
 from .device_loader import DeviceLoader
 from .memory import ImageTransform, TensorImages, subset
@@ -52,8 +53,7 @@ class InMemoryDataModule(ImageDataModule):
         val_size: int | float = 0,
         **loader: Any,
     ) -> None:
-        if preprocessing not in get_args(Preprocessing):
-            raise ValueError(f"`preprocessing` (={preprocessing!r}) must be 'normalize' or 'whiten'")
+        one_of("preprocessing", preprocessing, get_args(Preprocessing))
         super().__init__(**loader)
         for name in ("num_workers", "pin_memory"):
             if on_device and getattr(self, name):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL.Image import Image
@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets import Places365
 from torchvision.transforms import InterpolationMode, v2
 
+from .base import squeezed
 from .class_folders import ClassFoldersDataModule
 from .image_files import read_image
 
@@ -83,6 +84,19 @@ class Places365DataModule(ClassFoldersDataModule):
     def num_classes(self) -> int:
         """As given, so that it is known before the data exist; ``setup`` compares it with them."""
         return self._num_classes
+
+    @property
+    def class_names(self) -> list[str]:
+        """In the order of the labels: of the folders, or of the list of an opened archive."""
+        if self._has_folders:
+            return self.classes
+        opened = self.train_set or self.val_set or self.test_set
+        return [] if opened is None else cast(Places365, opened).classes
+
+    @property
+    def file_transform(self) -> dict[str, Any]:
+        """That of evaluation."""
+        return squeezed(self.in_chans, self.image_size, self.mean, self.std, self.image_size[0] / _RESIZED)
 
     @property
     def _has_folders(self) -> bool:

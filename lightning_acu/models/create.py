@@ -6,7 +6,6 @@ If timm is installed, importing this module also registers the networks of the p
 
 from __future__ import annotations
 
-import difflib
 import logging
 from importlib.util import find_spec
 from typing import Any
@@ -16,6 +15,7 @@ import torchvision
 from torch import nn
 
 from ..checks import require_package
+from ..choices import did_you_mean
 
 _HAS_TIMM = find_spec("timm") is not None
 if _HAS_TIMM:
@@ -74,9 +74,8 @@ def _unknown(name: str) -> str:
     if name in torchvision_names:
         return f"`model` (={name!r}) is a torchvision model, not a timm model; write {_TORCHVISION + name!r}"
     known = [*(timm.list_models() if _HAS_TIMM else ()), *(_TORCHVISION + known for known in torchvision_names)]
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "timm.list_models() lists timm's"
-    return f"`model` (={name!r}) is neither a timm model nor {_TORCHVISION!r} and a torchvision model; {hint}"
+    hint = did_you_mean(name, known, most=3) or "; timm.list_models() lists timm's"
+    return f"`model` (={name!r}) is neither a timm model nor {_TORCHVISION!r} and a torchvision model{hint}"
 
 
 def _torchvision_model(

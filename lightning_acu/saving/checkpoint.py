@@ -17,12 +17,13 @@ import torch
 from torch import nn
 
 from ..classifier import ImageClassifier
+from ..data.base import RECORD
 from ..surgery import convert_like
 from .architecture import SOURCES
 from .files import load_acu
 from .limits import BuildLimit
 
-__all__ = ["load_any", "load_converted"]
+__all__ = ["classifier_arguments", "load_any", "load_converted", "recorded_images"]
 
 #: Under which names LightningCLI may have stored ImageClassifier.
 _OWN_PATHS = ("lightning_acu.ImageClassifier", "lightning_acu.classifier.ImageClassifier")
@@ -113,6 +114,33 @@ def load_any(path: str | os.PathLike[str], class_path: str | None = None, *, tru
         raise ValueError(f"{path} does not fit {cls.__name__}: {error}{hint}") from error
     module.eval()
     return module.model if isinstance(module, ImageClassifier) else module
+
+
+def classifier_arguments(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The arguments of the :class:`ImageClassifier` that wrote the checkpoint, or None if another module did.
+
+    Raises:
+        ValueError: the file cannot be read without running code in it.
+    """
+    checkpoint = _read(Path(path), "cpu", True, "--config with the configuration of the training")
+    hparams = checkpoint.get("hyper_parameters", {}) if _is_checkpoint(checkpoint) else {}
+    if "model" not in hparams or hparams.get("_class_path", _OWN_PATHS[0]) not in _OWN_PATHS:
+        return None
+    known = inspect.signature(ImageClassifier).parameters.keys() - {"optimizer", "lr_scheduler"}
+    return {name: value for name, value in hparams.items() if name in known}
+
+
+def recorded_images(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """What the data module of the training recorded about its images (:meth:`ImageDataModule.state_dict`).
+
+    None for other files, and for checkpoints that cannot be read without running code.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # unpickling raises many kinds; who wants the model will say what is wrong with the file
+        return None
+    states = checkpoint.values() if isinstance(checkpoint, Mapping) else ()
+    return next((state[RECORD] for state in states if isinstance(state, Mapping) and RECORD in state), None)
 
 
 def _read(path: Path, map_location: Any, weights_only: bool, how_to_trust: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..checks import find_wrapper
+from ..choices import one_of
 from ..conv import ACUConv2d
 from ..folded import kernel_size_of
 from ..ops import check_backend
@@ -150,8 +151,7 @@ def convert_to_acu(
 def _convert(model: nn.Module, config: ConvertConfig, filter_fn: Callable[[nn.Module, str], bool] | None) -> nn.Module:
     check_backend(config.backend)
     check_preset(config.preset)
-    if config.on_unsupported not in ("skip", "error"):
-        raise ValueError(f"`on_unsupported` (={config.on_unsupported!r}) must be 'skip' or 'error'")
+    one_of("on_unsupported", config.on_unsupported, ("skip", "error"))
     names = named_conv2ds(model)
     why_not = _selection(config, filter_fn)
     reasons = {m: why_not(m, aliases) for m, aliases in names.items() if not isinstance(m, ACUConv2d)}

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..checks import require_module
+from ..choices import one_of
 from ..conv import ACUConv2d, acu_layers, check_grids
 from ..derived import DerivedACUConv2d, reshaped_class
 from ..dilation import RoundTo, check_round_to
@@ -82,13 +83,11 @@ def fold_acu(
         ModuleNotFoundError: ``runtime`` is "onnxruntime", and it or what exports to it is not installed.
     """
     check_form(form)
-    if runtime is not None:
-        if runtime not in RUNTIMES:
-            raise ValueError(f"`runtime` (={runtime!r}) must be one of {', '.join(map(repr, RUNTIMES))}, or None")
-        if form != "auto" or example_input is None:
-            raise ValueError(
-                f"`runtime` (={runtime!r}) measures which form is fastest: it needs `example_input` and `form`='auto'"
-            )
+    one_of("runtime", runtime, RUNTIMES, or_none=True)
+    if runtime is not None and (form != "auto" or example_input is None):
+        raise ValueError(
+            f"`runtime` (={runtime!r}) measures which form is fastest: it needs `example_input` and `form`='auto'"
+        )
     check_model(model)
     choose: Choice | None = None
     if form == "auto":

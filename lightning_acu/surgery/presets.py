@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection
 
 from torch import nn
 
+from ..choices import one_of
 from .arithmetic import default_input_size, output_sizes
 
 __all__ = ["PRESETS", "check_preset"]
@@ -46,5 +47,4 @@ PRESETS: dict[str, Callable[[nn.Module, Collection[nn.Module]], set[nn.Module]]]
 
 def check_preset(preset: str) -> None:
     """Raise a ValueError for an unknown name."""
-    if preset not in PRESETS:
-        raise ValueError(f"`preset` (={preset!r}) must be one of {', '.join(map(repr, PRESETS))}")
+    one_of("preset", preset, PRESETS)

@@ -45,7 +45,7 @@ def _part(
     factor, unit = _unit(report)
     names = [_names(rows) for rows in groups]
     # Names get the width they need and reasons the rest; only very long names are wrapped.
-    longest = max(map(len, "\n".join(names).splitlines()))
+    longest = max(map(len, [what, *"\n".join(names).splitlines()]))
     table = Table(pad_edge=False)
     table.add_column(what, overflow="fold", width=min(longest, 60) if "why not" in columns else None)
     for name in columns:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..checks import few
+from ..choices import did_you_mean
 from ..conv import ACUConv2d
 from ..sharded import whole
 from .gradients import NonFiniteGuard, apply_to_pairs_, drop_gradients_, normalize_gradients_, unit_vectors
@@ -41,7 +42,10 @@ def find_normalize(normalize: Normalize | bool | None) -> Normalize | None:
     if normalize is False or normalize is None:
         return None
     if normalize not in get_args(Normalize):
-        raise ValueError(f"`normalize` (={normalize!r}) must be 'gradient' (or True), 'momentum' or None (or False)")
+        raise ValueError(
+            f"`normalize` (={normalize!r}) must be 'gradient' (or True), 'momentum' or None (or False)"
+            f"{did_you_mean(normalize, get_args(Normalize))}"
+        )
     return normalize
 
 

@@ -16,7 +16,7 @@ from .gradients import confine_positions_
 from .param_groups import is_position_group
 from .schedules import Schedule, find_schedule
 
-__all__ = ["LearningPhase", "PositionPlan", "check_model", "check_schedulers", "finite"]
+__all__ = ["LearningPhase", "PositionPlan", "check_model", "check_schedulers"]
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ class PositionPlan:
             ValueError: one out of range, or missing.
         """
         schedule = find_schedule("schedule", schedule)
-        start = whole_number("warmup_steps", finite("warmup_steps", warmup_steps))
+        start = whole_number("warmup_steps", warmup_steps)
         if total_steps is not None:
-            total_steps = whole_number("total_steps", finite("total_steps", total_steps), 1)
+            total_steps = whole_number("total_steps", total_steps, 1)
             if total_steps <= start:
                 raise ValueError(
                     f"`total_steps` (={total_steps}) is not more than `warmup_steps` (={start}), so positions would "
@@ -96,18 +96,6 @@ class PositionPlan:
         if pull > 0 or max_displacement is not None:
             learning = [layer for layer in layers if layer.offsets.requires_grad]
             confine_positions_(learning, pull, max_displacement, self.schedule.pull_to)
-
-
-def finite(name: str, value: Any) -> Any:
-    """Return ``value``, checked to be a finite number that is not negative.
-
-    Raises:
-        TypeError: it is not a number.
-        ValueError: it is negative, infinite or nan.
-    """
-    if math.isinf(at_least(name, value)):
-        raise ValueError(f"`{name}` (={value}) must be finite")
-    return value
 
 
 def check_model(model: Any) -> None:
@@ -155,7 +143,7 @@ def check_schedulers(optimizer: Optimizer, schedulers: Sequence[Any] | None) -> 
 
 
 def _rounding_step(round_at: Any, total_steps: int | None) -> int:
-    finite("round_at", round_at)
+    at_least("round_at", round_at)
     if not isinstance(round_at, float):
         step = whole_number("round_at", round_at, 1)
         if total_steps is not None and step > total_steps:

@@ -63,10 +63,8 @@ class PositionRates:
                     f"`target_displacement` (={target_displacement}) has no effect with `multiplier`={multiplier}; "
                     "use it with 'auto'"
                 )
-            if not 0 < at_least("target_displacement", target_displacement) < math.inf:
-                raise ValueError(
-                    f"`target_displacement` (={target_displacement}) must be positive and finite, in pixels"
-                )
+            if at_least("target_displacement", target_displacement) == 0:
+                raise ValueError(f"`target_displacement` (={target_displacement}) must be positive, in pixels")
         if self.auto and normalize is None:
             raise ValueError(
                 "`multiplier`='auto' needs `normalize`='gradient' or 'momentum': how far a raw gradient moves a tap "

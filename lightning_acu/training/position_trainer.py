@@ -13,7 +13,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..checks import whole_number
+from ..checks import at_least, whole_number
 from ..conv import ACUConv2d, acu_layers, check_grids
 from ..dilation import RoundTo, check_round_to
 from ..statistics import layer_statistics
@@ -22,7 +22,7 @@ from .copies import copied_positions, hold_copies_in_
 from .counted_groups import CountedGroups
 from .gradients import drop_gradients_
 from .position_gradients import Normalize, PositionGradients, find_normalize, unused_positions
-from .position_plan import PositionPlan, check_model, check_schedulers, finite
+from .position_plan import PositionPlan, check_model, check_schedulers
 from .position_rates import Multiplier, PositionRates
 from .rounding import (
     Collision,
@@ -138,9 +138,9 @@ class PositionTrainer:
         self.model = model
         self.normalize = find_normalize(normalize)
         rates = PositionRates(multiplier, target_displacement, self.normalize)
-        self.multiplier = multiplier if rates.auto else finite("multiplier", multiplier)
-        self.max_displacement = None if max_displacement is None else finite("max_displacement", max_displacement)
-        self.weight_decay = finite("weight_decay", weight_decay)
+        self.multiplier = multiplier if rates.auto else at_least("multiplier", multiplier)
+        self.max_displacement = None if max_displacement is None else at_least("max_displacement", max_displacement)
+        self.weight_decay = at_least("weight_decay", weight_decay)
         self.collision = collision
         self.round_to = round_to
         self.fold_after_rounding = fold_after_rounding

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..checks import few
+from ..choices import one_of
 from ..conv import ACUConv2d, check_grids
 from ..dilation import Dilations, RoundTo, as_dilations, check_round_to
 from ..sharded import copy_whole_, whole
@@ -113,8 +114,7 @@ def check_collision(collision: str) -> None:
     Raises:
         ValueError: it is not.
     """
-    if collision not in get_args(Collision):
-        raise ValueError(f"`collision` (={collision!r}) must be 'report', 'error' or 'separate'")
+    one_of("collision", collision, get_args(Collision))
 
 
 def check_fold_after_rounding(fold: bool, name: str, to: RoundTo) -> None:

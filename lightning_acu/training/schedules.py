@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..choices import did_you_mean
 from ..dilation import RoundTo
 
 __all__ = ["Constant", "Cosine", "DilationDecay", "LatticeDecay", "Linear", "Schedule", "Step", "find_schedule"]
@@ -169,7 +170,10 @@ def find_schedule(argument: str, schedule: str | Schedule) -> Schedule:
     if not isinstance(schedule, str):
         raise TypeError(f"`{argument}` (={schedule!r}) must be a Schedule or one of {', '.join(map(repr, _NAMES))}")
     if schedule not in _NAMES:
-        raise ValueError(f"`{argument}` (={schedule!r}) must be one of {', '.join(map(repr, _NAMES))}, or a Schedule")
+        known = ", ".join(map(repr, _NAMES))
+        raise ValueError(
+            f"`{argument}` (={schedule!r}) must be a Schedule or one of {known}{did_you_mean(schedule, _NAMES)}"
+        )
     return _NAMES[schedule]()
 
 

@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_acu import ImageClassifier, report_acu
 from lightning_acu.cli import main
-from lightning_acu.cli.commands import configs_directory
+from lightning_acu.cli.configs import configs_directory
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
@@ -230,5 +230,5 @@ def test_configs_are_found_inside_an_installed_package(tmp_path, monkeypatch):
     assert configs_directory() == CONFIGS
     package = tmp_path / "lightning_acu"
     shutil.copytree(CONFIGS, package / "configs")
-    monkeypatch.setattr("lightning_acu.cli.commands.__file__", str(package / "cli" / "commands.py"))
+    monkeypatch.setattr("lightning_acu.cli.configs.__file__", str(package / "cli" / "commands.py"))
     assert configs_directory() == package / "configs"

@@ -13,7 +13,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from lightning_acu import acu_layers
 from lightning_acu.cli import ACULightningCLI, main
-from lightning_acu.cli.commands import configs_directory
+from lightning_acu.cli.configs import configs_directory
 from paper.settings import load_config
 
 PAPER = configs_directory() / "paper"
