@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .checks import at_least, refuse_peft
 from .conv import ACUConv2d
+from .geometry import integers
 
 __all__ = ["ActiveShift2d"]
 
@@ -56,6 +57,8 @@ class ActiveShift2d(ACUConv2d):
         backend: str = "auto",
     ) -> None:
         refuse_peft(type(self), "leave shifts out of target_modules, or fold the model first")
+        if len(integers("channels", channels)) != 1 or channels < 1:
+            raise ValueError(f"`channels` (={channels!r}) must be an int >= 1")
         self.radius = at_least("radius", radius)
         super().__init__(
             channels, channels, 1, stride, groups=channels, bias=False, device=device, dtype=dtype,

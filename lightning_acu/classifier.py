@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,7 +14,8 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from .choices import one_of
+from .checks import at_least, whole_number
+from .choices import did_you_mean, one_of
 from .models import create_model
 from .surgery import ConvertConfig, report_acu
 
@@ -28,6 +30,10 @@ _COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no
 def _as_config(convert: Any) -> ConvertConfig:
     """``convert`` as a ConvertConfig. A dict is for notebooks; LightningCLI makes a ConvertConfig of configurations."""
     if isinstance(convert, dict):
+        valid = [field.name for field in fields(ConvertConfig)]
+        for name in convert:
+            if name not in valid:
+                raise TypeError(f"`convert` has no field {name!r}{did_you_mean(name, valid)}")
         return ConvertConfig(**convert)
     if not isinstance(convert, ConvertConfig):
         raise TypeError(f"`convert` (={convert!r}) must be a ConvertConfig, a dict of its fields, or None")
@@ -69,8 +75,8 @@ class ImageClassifier(pl.LightningModule):
             compile.
 
     Raises:
-        ValueError: an unknown model, with the nearest valid names; or an unknown ``lr_scheduler_interval`` or
-            ``compile_mode``.
+        ValueError: an unknown model, ``lr_scheduler_interval`` or ``compile_mode``, with the nearest valid names; or
+            ``num_classes`` or ``label_smoothing`` out of range.
         TypeError: ``convert`` has the wrong type; in a forward pass, the model's output is not class scores.
     """
 
@@ -91,6 +97,9 @@ class ImageClassifier(pl.LightningModule):
         compile_mode: str | None = None,
     ) -> None:
         super().__init__()
+        whole_number("num_classes", num_classes, 1)
+        if not 0 <= at_least("label_smoothing", label_smoothing) <= 1:
+            raise ValueError(f"`label_smoothing` (={label_smoothing}) must be a share of the probability, 0 to 1")
         one_of("compile_mode", compile_mode, _COMPILE_MODES, or_none=True)
         one_of("lr_scheduler_interval", lr_scheduler_interval, ("epoch", "step"))
         # Not the callables: they may be lambdas, and a restored model that only predicts does not need them.

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .checks import refuse_peft
+from .checks import refuse_peft, require_module
 from .dilation import RoundTo, check_round_to, dilated_offsets, grid_dilations, nearest_dilations
 from .folded import FoldedConv2d, padding_layer
 from .forms import fold_in_form
 from .functional import acu_conv2d
-from .geometry import ConvGeometry, Padding, pair, resolve_padding
+from .geometry import ConvGeometry, Padding, check_convolution, pair, resolve_padding
 from .grid_fold import SplitConv2d, conv2d_as_plain, fold_onto_grids
 from .ops import check_backend
 from .plain import (
@@ -107,6 +107,7 @@ class ACUConv2d(nn.Conv2d):
         backend: str = "auto",
     ) -> None:
         refuse_peft(type(self), "leave active convolutions out of target_modules, or fold the model first")
+        check_convolution(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
         )  # fmt: skip
@@ -194,13 +195,20 @@ class ACUConv2d(nn.Conv2d):
             in_channels, out_channels, stride, groups, bias, device, dtype, position_groups, backend: as in the class.
 
         Raises:
-            ValueError: ``positions`` is not (K, 2) with K >= 1, or not finite.
+            TypeError: ``positions`` are not numbers.
+            ValueError: ``positions`` is not (K, 2) with K >= 1, or not finite; or another argument is invalid.
         """
-        taps = torch.as_tensor(positions, dtype=torch.float64, device="cpu").detach()
+        try:
+            taps = torch.as_tensor(positions, dtype=torch.float64, device="cpu").detach()
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"`positions` (={positions!r}) must be (dy, dx) in pixels for each tap: {error}") from error
         if taps.ndim != 2 or taps.shape[-1] != 2 or not len(taps):
-            raise ValueError(f"`positions` must be (K, 2) with K >= 1 taps, got shape {tuple(taps.shape)}")
+            raise ValueError(
+                f"`positions` (={positions!r}) must be (K, 2) with K >= 1 taps, got shape {tuple(taps.shape)}"
+            )
         if not taps.isfinite().all():
             raise ValueError(f"`positions` (={taps.tolist()}) must be finite")
+        check_convolution(in_channels, out_channels, 1, stride, groups=groups)
         self = cls.__new__(cls)
         # Dilation 0 puts the whole 1 x K grid on the output pixel: the offsets are the positions.
         nn.Conv2d.__init__(
@@ -519,7 +527,12 @@ class ACUConv2d(nn.Conv2d):
 
 
 def acu_layers(model: nn.Module) -> Iterator[tuple[str, ACUConv2d]]:
-    """(qualified name, layer) of every active convolution in ``model``, a shared one once."""
+    """(qualified name, layer) of every active convolution in ``model``, a shared one once.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    require_module(model)
     return ((name, module) for name, module in model.named_modules() if isinstance(module, ACUConv2d))
 
 

@@ -14,8 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checks import require_module
+from .choices import did_you_mean
 from .conv import acu_layers
 from .forms import check_form
+from .geometry import integers
 from .surgery.arithmetic import default_input_size
 from .surgery.fold import fold_layers
 from .surgery.fold_rule import cheapest_form
@@ -76,19 +79,24 @@ def export_model(
         The largest difference from the model's outputs over all these images, relative to the largest value.
 
     Raises:
+        TypeError: ``model`` is not a module, or ``input_size`` are not ints.
         ValueError: an unknown format or form, ``fold=False`` or float64 for ONNX, an ``input_size`` the model does not
             take, a model whose outputs are all NaN, or one that detects objects.
         ModuleNotFoundError: packages for ONNX are missing; the message names the extra that has them.
         RuntimeError: the model cannot be exported, or the file computes something else and is not kept.
         OSError: the file cannot be written, for example because the disk is full; an earlier one stays as it was.
     """
+    require_module(model)
     path = Path(path)
     to = path.suffix.removeprefix(".") if to is None else to
     if to not in FORMATS:
         raise ValueError(
             f"`to` (={to!r}) must be {', '.join(map(repr, FORMATS))} (by default the ending of `path` (={str(path)!r}))"
+            f"{did_you_mean(to, FORMATS)}"
         )
     check_form(form)
+    if input_size is not None and (len(integers("input_size", input_size)) != 3 or min(input_size) < 1):
+        raise ValueError(f"`input_size` (={input_size}) must be (channels, height, width), each >= 1")
     if not fold and to != "pt2" and any(acu_layers(model)):
         raise ValueError(f"`fold`=False: {to} has no active convolution; leave it True, or export `to`='pt2'")
     if to == "onnx":

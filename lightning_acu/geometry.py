@@ -6,11 +6,14 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .choices import did_you_mean, one_of
+
 __all__ = [
     "LIMIT",
     "STRIDE_LIMIT",
     "ConvGeometry",
     "Padding",
+    "check_convolution",
     "integers",
     "pair",
     "resolve_padding",
@@ -84,6 +87,42 @@ def integers(name: str, value: int | Sequence[int], limit: int = LIMIT) -> tuple
     return numbers
 
 
+def check_convolution(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    padding: Padding = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
+) -> None:
+    """Check the arguments of a 2-D convolution, as in ``nn.Conv2d``.
+
+    Raises:
+        TypeError: something other than whole numbers.
+        ValueError: a number that is too small or too large, or not one for each axis; ``groups`` that do not divide the
+            channels; an unknown ``padding_mode``. The message names the argument.
+    """
+    counts = {"in_channels": in_channels, "out_channels": out_channels, "groups": groups}
+    for name, count in counts.items():
+        numbers = integers(name, count, 2**62)
+        if len(numbers) != 1 or numbers[0] < 1:
+            raise ValueError(f"`{name}` (={count!r}) must be an int >= 1")
+    for name in ("in_channels", "out_channels"):
+        if counts[name] % groups:
+            raise ValueError(f"`groups` (={groups}) must divide `{name}` (={counts[name]})")
+    sizes = {}
+    limits = {"stride": STRIDE_LIMIT}
+    for name, value in {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}.items():
+        numbers = integers(name, value, limits.get(name, LIMIT))
+        if len(numbers) != (2 if isinstance(value, Sequence) else 1) or min(numbers) < 1:
+            raise ValueError(f"`{name}` (={value!r}) must be an int >= 1 or a pair of them")
+        sizes[name] = numbers[0], numbers[-1]
+    resolve_padding(padding, sizes["kernel_size"], sizes["stride"], sizes["dilation"])
+    one_of("padding_mode", padding_mode, ("zeros", "reflect", "replicate", "circular"))
+
+
 def pair(value: int | Sequence[int]) -> tuple[int, int]:
     """(rows, columns) of a number of a convolution; others may have set ``conv.stride = 2`` or ``[2, 2]`` on it."""
     rows, columns = (value, value) if isinstance(value, int) else value
@@ -105,7 +144,7 @@ def resolve_padding(
         if padding != "same":
             raise ValueError(
                 f"`padding` (={padding!r}) must be an int, a pair, four sides (left, right, top, bottom), "
-                "'same' or 'valid'"
+                f"'same' or 'valid'{did_you_mean(padding, ('same', 'valid'))}"
             )
         if stride != (1, 1):
             raise ValueError(f"`padding`='same' needs stride 1, got `stride` (={stride}); give the padding in numbers")

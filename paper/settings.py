@@ -11,8 +11,8 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lightning_acu.cli.configs import configs_directory
 from lightning_acu.cli.config_files import ConfigFile
+from lightning_acu.cli.configs import configs_directory
 
 from .tables import Row
 

@@ -13,7 +13,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 #: From the ground up: a module may import those of its own level's room and of lower levels.
 LEVELS = [
-    {"checks", "choices", "files", "geometry", "sharded"},
+    {"choices"},
+    {"checks", "files", "geometry", "sharded"},
     {"dilation", "expansion", "rounding"},
     {"ops"},
     {"functional"},

@@ -250,7 +250,7 @@ def test_a_plain_or_folded_model_is_exported_as_well(tmp_path, to):
         ("net.tflite", {}, r"`to` \(='tflite'\) must be 'onnx', 'pt2', 'torchscript' .*net\.tflite"),
         ("net", {}, r"`to` \(=''\) must be"),
         ("net.pt2", {"to": "mlmodel"}, r"`to` \(='mlmodel'\)"),
-        ("net.pt2", {"form": "one"}, r"`form` \(='one'\) must be one of"),
+        ("net.pt2", {"form": "one"}, r"`form` \(='one'\) must be 'auto', "),
         ("net.onnx", {"fold": False}, r"`fold`=False: onnx has no active convolution"),
         ("net.torchscript", {"fold": False}, r"`fold`=False: torchscript has no active convolution"),
     ],

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..choices import did_you_mean
-from .misspelt import explain
+from .misspelt import without_types
 
 __all__ = ["Parser", "UsageError", "fail", "short_errors"]
 
@@ -83,7 +83,7 @@ def short_errors(command: str, debug: bool) -> Iterator[None]:
 
 def _said(error: BaseException) -> str:
     """The message of ``error``, which may be without words."""
-    text = explain(str(error))
+    text = without_types(str(error))
     # Messages written for users are sentences; a KeyError's is a key, an assertion's may be nothing.
     return (
         text

@@ -5,39 +5,36 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ..choices import did_you_mean
 
-__all__ = ["explain"]
+__all__ = ["explain", "without_types"]
 
 
 def explain(message: str, options: Iterable[str] = ()) -> str:
-    """What ``message`` means for someone who wrote a command or a configuration.
-
-    jsonargparse tries every type that a value may have and lists them all, with the value; one reason is enough.
+    """What a ``message`` of jsonargparse means for someone who wrote a command or a configuration.
 
     Args:
-        message: of jsonargparse, or any other, which stays as it is.
+        message: what a parser says is wrong.
         options: those of the command, beginning with ``--``.
     """
     path = "--" + ".".join(re.findall(r'Parser key "([^"]+)"', message))
     for pattern, say in _REASONS:
         if found := re.search(pattern, message):
             return say(found, path, list(options))
-    if "\nErrors:" in message:
-        return "\n".join(_reasons(message))
-    return message
+    return without_types(message)
 
 
-def _reasons(message: str) -> Iterator[str]:
-    """Those that the list of failed types ends with: an error of the class, when it was made."""
+def without_types(message: str) -> str:
+    """``message``; only its reasons, if it lists every type that a value may have, as jsonargparse's do."""
+    if "\nErrors:" not in message:
+        return message
     listed = message.partition("\nErrors:")[2].partition("\nGiven value")[0]
-    for reason in re.findall(r"^\s*- (.*)", listed, re.MULTILINE):
-        if "NoneType" not in reason and "any of the Union" not in reason:
-            yield reason.strip()
+    reasons = re.findall(r"^\s*- (.*)", listed, re.MULTILINE)
+    return "\n".join(reason.strip() for reason in reasons if "NoneType" not in reason)
 
 
 def _unrecognized(found: re.Match[str], path: str, options: list[str]) -> str:

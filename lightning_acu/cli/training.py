@@ -20,6 +20,7 @@ from rich.table import Table
 
 from ..callbacks import RoundThenFinetune, evaluate_stages
 from ..callbacks._trainer import callbacks_of, is_fast_dev_run, run_directory, save_whole_checkpoint
+from ..classifier import ImageClassifier  # noqa: F401  # LightningCLI knows classes by their names once imported
 from ..data import ImageDataModule
 from ..files import write_whole
 from ..statistics import model_statistics

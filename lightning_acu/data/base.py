@@ -12,6 +12,8 @@ from lightning.fabric.utilities import suggested_max_num_workers
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
+from ..checks import whole_number
+
 __all__ = ["RECORD", "ImageDataModule", "squeezed"]
 
 #: The key in a data module's state, and so in checkpoints, of what is known about its images.
@@ -38,6 +40,7 @@ class ImageDataModule(LightningDataModule, ABC):
             when ``seed_everything`` changes. Shuffling and augmentation follow ``seed_everything``.
 
     Raises:
+        TypeError: ``batch_size`` or ``num_workers`` is not a whole number.
         ValueError: ``batch_size`` is below 1 or ``num_workers`` below 0.
     """
 
@@ -56,13 +59,9 @@ class ImageDataModule(LightningDataModule, ABC):
         pin_memory: bool | None = None,
         seed: int = 0,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` (={batch_size}) must be at least 1")
-        if num_workers is not None and num_workers < 0:
-            raise ValueError(f"`num_workers` (={num_workers}) must be at least 0, or None for a sensible default")
         super().__init__()
-        self.batch_size = batch_size
-        self.num_workers = num_workers
+        self.batch_size = whole_number("batch_size", batch_size, 1)
+        self.num_workers = None if num_workers is None else whole_number("num_workers", num_workers)
         self.pin_memory = pin_memory
         self.seed = seed
 

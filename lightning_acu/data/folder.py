@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -82,8 +83,8 @@ class ImageFolderDataModule(ClassFoldersDataModule):
         from timm.data import resolve_data_config  # type: ignore[attr-defined]
 
         for name, value in (("mean", mean), ("std", std)):
-            if value is not None and len(value) != 3:
-                raise ValueError(f"`{name}` (={value}) must have one number for each of the 3 channels")
+            if value is not None and (len(value) != 3 or not all(map(math.isfinite, value))):
+                raise ValueError(f"`{name}` (={value}) must have one finite number for each of the 3 channels")
         modes = [mode.value for mode in InterpolationMode]
         one_of("interpolation", interpolation, modes, or_none=True)
         if test_size is not None and val_size is None:
@@ -99,6 +100,8 @@ class ImageFolderDataModule(ClassFoldersDataModule):
         self.val_size = val_size
         self.test_size = test_size
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if size is not None and (len(size) != 2 or min(size) < 1):
+            raise ValueError(f"`image_size` (={image_size}) must be a number of pixels >= 1, or (height, width)")
         #: Arguments of timm's ``create_transform`` that training and evaluation share.
         self.preprocessing: dict[str, Any] = resolve_data_config(  # type: ignore[no-untyped-call]
             {

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..checks import whole_number
+
 __all__ = ["resolve_size", "stratified_order"]
 
 
@@ -43,6 +45,7 @@ def resolve_size(name: str, size: int | float, total: int, of: str = "training i
         of: what these are, for messages.
 
     Raises:
+        TypeError: ``size`` is not a number.
         ValueError: ``size`` is negative, or would leave no image.
     """
     if isinstance(size, float):
@@ -50,9 +53,7 @@ def resolve_size(name: str, size: int | float, total: int, of: str = "training i
             raise ValueError(f"`{name}` (={size}) must be a whole number of images, or a share of them in [0, 1)")
         count = max(1, round(size * total)) if size else 0
     else:
-        count = size
-    if count < 0:
-        raise ValueError(f"`{name}` (={size}) must not be negative")
+        count = whole_number(name, size)
     if count >= total:
         raise ValueError(f"`{name}` (={size}) must be smaller than the {total} {of}")
     return count

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import nn
 
+from ..checks import at_least
 from .panel import FIXED, GRID, INK, LEARNED, MOST_SETS, SETS, SHARED, START, TIMES, Panel, note
 from .shapes import LayerShape, common_reach, groups_that_share, shapes_of
 from .text import fitting_size, text_width
@@ -41,12 +42,15 @@ def plot_shapes(
         A matplotlib Figure of its own (no pyplot state); ``figure.savefig("shapes.png")`` writes it.
 
     Raises:
+        TypeError: ``model_or_shapes`` is neither, or ``reach`` is not a number.
         ValueError: the model has no active convolution, there are no shapes, or ``reach`` is not positive.
     """
+    if not isinstance(model_or_shapes, nn.Module | Sequence):
+        raise TypeError(f"`model_or_shapes` (={model_or_shapes!r}) must be a module, or what shapes_of(module) returns")
     shapes = shapes_of(model_or_shapes) if isinstance(model_or_shapes, nn.Module) else list(model_or_shapes)
     if not shapes:
         raise ValueError("`model_or_shapes` (=[]) has no layer to draw; make it with shapes_of(model)")
-    if reach is not None and not 0 < reach < math.inf:
+    if reach is not None and not at_least("reach", reach) > 0:
         raise ValueError(f"`reach` (={reach}) must be a positive number of grid lines")
     return Page([shapes], title, common_reach(shapes) if reach is None else reach).figure
 

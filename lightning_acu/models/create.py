@@ -14,7 +14,7 @@ import torch
 import torchvision
 from torch import nn
 
-from ..checks import require_package
+from ..checks import require_package, whole_number
 from ..choices import did_you_mean
 
 _HAS_TIMM = find_spec("timm") is not None
@@ -43,14 +43,20 @@ def create_model(
         pretrained: load published weights (downloads them on first use). Of the layers whose shape
             ``num_classes`` or ``in_chans`` changes, the head keeps its random initialisation, and the first convolution
             is adapted as timm does.
-        num_classes: classes of the head.
+        num_classes: classes of the head; 0: no head, where timm has such models.
         in_chans: channels of the image.
         **kwargs: passed on to the model.
 
     Raises:
         ModuleNotFoundError: timm is needed to build the model or to adapt its weights, and is not installed.
-        ValueError: an unknown name; the message suggests the nearest known ones.
+        TypeError: ``name`` is not a str, or a number is not a whole one.
+        ValueError: an unknown name, with the nearest known ones; or a number is too small.
     """
+    if not isinstance(name, str):
+        raise TypeError(
+            f"`model` (={name!r}) must be the name of a model, such as 'resnet18' or 'torchvision/resnet18'"
+        )
+    num_classes, in_chans = whole_number("num_classes", num_classes), whole_number("in_chans", in_chans, 1)
     if name.startswith(_TORCHVISION):
         return _torchvision_model(name.removeprefix(_TORCHVISION), pretrained, num_classes, in_chans, kwargs)
     require_package("timm", f"`name` (={name!r}, a name of timm's; those of torchvision begin with {_TORCHVISION!r})")

@@ -11,6 +11,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
+from ..choices import did_you_mean
 from ..expansion import propagate_nan_offsets
 from ..geometry import ConvGeometry
 from . import dense
@@ -95,7 +96,10 @@ def check_backend(backend: str) -> str:
         ValueError: there is no such backend; the message lists those there are.
     """
     if backend not in available_backends():
-        raise ValueError(f"`backend` (={backend!r}) is unknown; choose one of {', '.join(available_backends())}")
+        raise ValueError(
+            f"`backend` (={backend!r}) is unknown; choose one of {', '.join(available_backends())}"
+            f"{did_you_mean(backend, available_backends())}"
+        )
     return backend
 
 

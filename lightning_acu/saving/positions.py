@@ -111,7 +111,7 @@ def load_acu_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, strict
 def _positions(state: Mapping[str, Tensor], names: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """From the names of layers to their whole positions in ``state``, without "offsets" of other kinds of modules."""
     if not isinstance(state, Mapping):
-        raise TypeError(f"`state` must map names to tensors, got {type(state).__name__}; acu_state_dict returns one")
+        raise TypeError(f"`state` (={state!r}) must map names to tensors; acu_state_dict returns one")
     found = {}
     for key, value in state.items():
         if not isinstance(key, str):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -151,6 +151,8 @@ def convert_to_acu(
 def _convert(model: nn.Module, config: ConvertConfig, filter_fn: Callable[[nn.Module, str], bool] | None) -> nn.Module:
     check_backend(config.backend)
     check_preset(config.preset)
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"`filter_fn` (={filter_fn!r}) must be a function of a module and its name, or None")
     one_of("on_unsupported", config.on_unsupported, ("skip", "error"))
     names = named_conv2ds(model)
     why_not = _selection(config, filter_fn)
@@ -230,4 +232,7 @@ def _selection(
 
 
 def _sizes(config: ConvertConfig) -> set[tuple[int, int]]:
-    return {kernel_size_pair(size) for size in ([3, 5] if config.kernel_sizes is None else config.kernel_sizes)}
+    sizes = [3, 5] if config.kernel_sizes is None else config.kernel_sizes
+    if not isinstance(sizes, Sequence | Set) or not sizes:
+        raise ValueError(f"`kernel_sizes` (={sizes!r}) must list at least one size, such as [3, 5]")
+    return {kernel_size_pair(size) for size in sizes}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 
 from torch import nn
 
@@ -19,8 +19,8 @@ class NoEffectWarning(UserWarning):
 
 def kernel_size_pair(size: int | tuple[int, int]) -> tuple[int, int]:
     """(3, 3) for 3; a ValueError for what is not a kernel size."""
-    pair = (size, size) if isinstance(size, int) else tuple(size)
-    if len(pair) != 2 or min(pair) < 1:
+    pair = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, tuple | list) else ()
+    if len(pair) != 2 or not all(type(side) is int and side >= 1 for side in pair):
         raise ValueError(f"`kernel_sizes` has {size!r}; each must be an int >= 1 or a pair of them")
     return pair
 
@@ -38,6 +38,8 @@ def name_matcher(argument: str, patterns: str | Sequence[str] | None) -> Callabl
         except re.error as error:
             raise ValueError(f"`{argument}` (={patterns!r}) is not a regular expression: {error}") from error
         return lambda name: compiled.fullmatch(name) is not None
+    if not isinstance(patterns, Sequence | Set) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"`{argument}` (={patterns!r}) must be a regular expression or a list of names")
     endings = tuple(patterns)
     return lambda name: any(name == ending or name.endswith(f".{ending}") for ending in endings)
 

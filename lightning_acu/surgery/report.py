@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ..checks import require_package
+from ..checks import require_module, require_package
 from ..conv import ACUConv2d
 from ..dilation import Dilations
 from ..folded import ReshapedConv2d
@@ -85,9 +85,10 @@ def report_acu(model: nn.Module, input_size: tuple[int, int, int] | None = None,
             takes a moment for large models; without ``input_size`` there are none.
 
     Raises:
-        TypeError: ``input_size`` does not consist of ints.
+        TypeError: ``model`` is not a module, or ``input_size`` does not consist of ints.
         ValueError: it is not three numbers >= 1, or the forward pass fails; or ``forms`` without ``input_size``.
     """
+    require_module(model)
     if forms and input_size is None:
         raise ValueError("`forms`=True: prices depend on the size of images; give `input_size`")
     names: dict[nn.Module, list[str]] = {}

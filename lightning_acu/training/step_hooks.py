@@ -94,7 +94,7 @@ def check_optimizer(optimizer: Any) -> None:
         RuntimeError: it does not run torch's hooks, or has a PositionTrainer.
     """
     if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"`optimizer` must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        raise TypeError(f"`optimizer` (={optimizer!r}) must be a torch.optim.Optimizer")
     name = type(optimizer).__name__
     if isinstance(optimizer, LBFGS):
         raise TypeError(f"`optimizer` (={name}) takes one parameter group only; choose another")

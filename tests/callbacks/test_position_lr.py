@@ -535,7 +535,7 @@ def test_positions_under_an_optimizer_of_their_own(tmp_path, multiplier):
             {"warmup_steps": 5, "warmup_epochs": 1}, ValueError,
             r"give either `warmup_steps` \(=5\) or `warmup_epochs` \(=1\), not both",
         ),
-        ({"schedule": "cosin"}, ValueError, r"`schedule` \(='cosin'\) must be one of 'constant', 'cosine'"),
+        ({"schedule": "cosin"}, ValueError, r"`schedule` \(='cosin'\) must be a Schedule or one of 'constant'"),
         ({"schedule": 3}, TypeError, r"`schedule` \(=3\) must be a Schedule or one of"),
     ],
 )  # fmt: skip

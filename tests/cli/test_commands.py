@@ -168,7 +168,7 @@ def test_report_of_a_module_that_a_callback_converted(capsys, theirs):
         (["--model", "test_resnet", "--exclude_modules", "*"], "`exclude_modules` (='*')"),
         (["--model", "test_resnet", "--kernel_sizes", "0"], "`kernel_sizes` has 0"),
         (["--model", "test_resnet", "--position_groups", "0"], "`position_groups` (=0)"),
-        (["--model", "test_resnet", "--preset", "C24"], "`preset` (='C24') must be one of 'all', 'C23'"),
+        (["--model", "test_resnet", "--preset", "C24"], "`preset` (='C24') must be 'all' or 'C23'; did you mean"),
         (["--model", "test_resnet", "--input_size", "4", "32", "32"], "`input_size` (=(4, 32, 32))"),
         (["--model", "test_resnet", "--input_size", "3", "0", "32"], "`input_size` (=(3, 0, 32))"),
         (["--ckpt", "no_such.ckpt"], "no_such.ckpt does not exist or is not a file"),

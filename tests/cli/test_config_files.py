@@ -15,8 +15,8 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_acu.cli import main
-from lightning_acu.cli.configs import configs_directory
 from lightning_acu.cli.config_files import ConfigFile, with_bases
+from lightning_acu.cli.configs import configs_directory
 
 pytestmark = pytest.mark.slow
 

@@ -164,7 +164,7 @@ def test_loader_before_setup(loader):
 def test_bad_arguments():
     with pytest.raises(ValueError, match=r"^`batch_size` \(=0\) must be at least 1$"):
         Numbered(batch_size=0)
-    with pytest.raises(ValueError, match=r"^`num_workers` \(=-1\) must be at least 0"):
+    with pytest.raises(ValueError, match=r"^`num_workers` \(=-1\) must not be negative"):
         Numbered(num_workers=-1)
     with pytest.raises(TypeError, match="abstract"):
         ImageDataModule()

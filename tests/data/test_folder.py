@@ -174,12 +174,15 @@ def test_other_classes(root, argument):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"mean": [0.5]}, r"^`mean` \(=\[0.5\]\) must have one number for each of the 3 channels$"),
-        ({"std": [0.5]}, r"^`std` \(=\[0.5\]\) must have one number for each of the 3 channels$"),
-        ({"interpolation": "cubic"}, r"^`interpolation` \(='cubic'\) must be one of \[.*'bicubic'"),
+        ({"mean": [0.5]}, r"^`mean` \(=\[0.5\]\) must have one finite number for each of the 3 channels$"),
+        ({"std": [0.5]}, r"^`std` \(=\[0.5\]\) must have one finite number for each of the 3 channels$"),
+        ({"interpolation": "cubic"}, r"^`interpolation` \(='cubic'\) must be .*'bicubic'"),
         ({"crop_pct": 87.5}, r"^`crop_pct` \(=87.5\) must be a share of a side: above 0 and at most 1$"),
-        ({"transforms_of": "resnet5000"}, r"^`transforms_of` \(='resnet5000'\) must be one of timm.list_models"),
-        ({"transforms_of": "resnet50.nobody"}, r"^`transforms_of` \(='resnet50.nobody'\) must be one of timm.list"),
+        ({"transforms_of": "resnet5000"}, r"^`transforms_of` \(='resnet5000'\) is not a timm model with published"),
+        (
+            {"transforms_of": "resnet50.nobody"},
+            r"^`transforms_of` \(='resnet50.nobody'\) is not a timm model with published",
+        ),
     ],
 )
 def test_bad_arguments(root, arguments, message):

@@ -123,7 +123,7 @@ def test_a_configuration_and_a_classifier_know_presets(preset, own, active):
 @pytest.mark.parametrize("preset", ["c23", "C14", "", None])
 def test_an_unknown_preset_names_those_there_are(preset, active):
     model = paper_network()
-    with pytest.raises(ValueError, match=r"`preset` \(=.*\) must be one of 'all', 'C23'"):
+    with pytest.raises(ValueError, match=r"`preset` \(=.*\) must be 'all' or 'C23'"):
         convert_to_acu(model, preset=preset)
     assert active(model) == set()
 

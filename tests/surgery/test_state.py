@@ -157,7 +157,7 @@ def test_a_model_that_is_not_converted_says_what_to_do(net, model):
 @pytest.mark.parametrize(
     ("state", "error", "message"),
     [
-        ([1], TypeError, "`state` must map names to tensors, got list"),
+        ([1], TypeError, r"`state` \(=\[1\]\) must map names to tensors"),
         ({3: torch.zeros(1)}, TypeError, "`state` has the key 3"),
         ({"stem.offsets": [0.0]}, TypeError, r"`state` has a list \(=\[0.0\]\) as 'stem.offsets'"),
         ({}, ValueError, r"`state` \(0 keys\) has no positions"),

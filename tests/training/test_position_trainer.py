@@ -691,7 +691,7 @@ def test_errors_name_the_argument_and_its_value(net):
             PositionTrainer(optimizer, model, **arguments)
         assert [len(group["params"]) for group in getattr(optimizer, "param_groups", [])] == groups
 
-    fails(TypeError, "`optimizer` must be a torch.optim.Optimizer, got Sequential", net)
+    fails(TypeError, r"`optimizer` \(=Sequential(.|\n)*\) must be a torch.optim.Optimizer", net)
     fails(TypeError, r"`optimizer` \(=LBFGS\) takes one parameter group only", torch.optim.LBFGS(net.parameters()))
     fails(ValueError, "`optimizer` .SGD. holds neither positions", SGD(nn.Linear(2, 2).parameters(), lr=0.1))
     fails(TypeError, "`model` must be an nn.Module", model=net.parameters())
@@ -702,7 +702,7 @@ def test_errors_name_the_argument_and_its_value(net):
     fails(TypeError, r"`warmup_steps` \(=1.5\) must be a whole number", warmup_steps=1.5)
     fails(ValueError, r"`weight_decay` \(=-1\) must not be negative", weight_decay=-1)
     fails(ValueError, r"`max_displacement` \(=inf\) must be finite", max_displacement=math.inf)
-    fails(ValueError, r"`schedule` \(='sine'\) must be one of 'constant'", schedule="sine")
+    fails(ValueError, r"`schedule` \(='sine'\) must be a Schedule or one of 'constant'", schedule="sine")
     fails(ValueError, r"`schedule` \(=LatticeDecay.* needs a training with a known end", schedule=LatticeDecay())
     fails(ValueError, r"`total_steps` \(=5\) is not more than `warmup_steps` \(=5\)", total_steps=5, warmup_steps=5)
     fails(ValueError, r"`round_at` \(=5\) is step 5, not after the warm-up", round_at=5, warmup_steps=5)

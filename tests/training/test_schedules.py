@@ -108,7 +108,11 @@ def test_configuration_files_and_pickles_find_them_by_their_old_name():
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: find_schedule("schedule", "cos"), ValueError, r"`schedule` \(='cos'\) must be one of 'constant'"),
+        (
+            lambda: find_schedule("schedule", "cos"),
+            ValueError,
+            r"`schedule` \(='cos'\) must be a Schedule or one of 'constant'",
+        ),
         (lambda: find_schedule("finetune_schedule", 3), TypeError, r"`finetune_schedule` \(=3\) must be a Schedule or"),
         (lambda: Cosine(floor=1.5), ValueError, r"`floor` \(=1.5\) must be between 0 and 1"),
         (lambda: Linear(floor=-0.1), ValueError, r"`floor` \(=-0.1\) must be between 0 and 1"),
