@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
 import sys
@@ -15,7 +16,7 @@ from typing import Any, NoReturn
 from ..choices import did_you_mean
 from .misspelt import without_types
 
-__all__ = ["Parser", "UsageError", "fail", "short_errors"]
+__all__ = ["Parser", "UsageError", "fail", "quiet_retries", "short_errors"]
 
 #: At most this much of a message is shown.
 _LINES, _CHARACTERS = 4, 1000
@@ -79,6 +80,18 @@ def short_errors(command: str, debug: bool) -> Iterator[None]:
             2 if wrong else 1,
             None if isinstance(error, UsageError) else f"{command} ... --debug shows the traceback",
         )
+
+
+@contextmanager
+def quiet_retries() -> Iterator[None]:
+    """Without huggingface_hub's two lines for each of its ten attempts; the error after the last one says enough."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _said(error: BaseException) -> str:

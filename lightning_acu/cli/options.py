@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from .errors import Parser
+from .errors import Parser, quiet_retries
 
 __all__ = ["add_conversion", "add_file", "add_input_size", "convert", "given_conversion", "named_model"]
 
@@ -92,4 +92,5 @@ def named_model(name: str, **arguments: Any) -> nn.Module:
 
     if "/" not in name and not timm.is_model(name) and name in torchvision.models.list_models():
         name = f"torchvision/{name}"
-    return create_model(name, **arguments)
+    with quiet_retries():
+        return create_model(name, **arguments)

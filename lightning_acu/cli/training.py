@@ -25,7 +25,7 @@ from ..data import ImageDataModule
 from ..files import write_whole
 from ..statistics import model_statistics
 from .config_files import ConfigFile
-from .errors import UsageError
+from .errors import UsageError, quiet_retries
 from .misspelt import explain
 from .predictions import PredictionWriter
 from .run_files import with_saved_configuration
@@ -74,6 +74,7 @@ class ACULightningCLI(LightningCLI):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         handlers = [h for name in ("lightning.pytorch", "lightning.fabric") for h in logging.getLogger(name).handlers]
         with warnings.catch_warnings(), ExitStack() as stack:  # what is ignored here is ignored until the command ends
+            stack.enter_context(quiet_retries())
             for handler in handlers:
                 handler.addFilter(_is_wanted)
                 stack.callback(handler.removeFilter, _is_wanted)

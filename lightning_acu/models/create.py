@@ -50,6 +50,7 @@ def create_model(
     Raises:
         ModuleNotFoundError: timm is needed to build the model or to adapt its weights, and is not installed.
         TypeError: ``name`` is not a str, or a number is not a whole one.
+        RuntimeError: published weights could not be downloaded.
         ValueError: an unknown name, with the nearest known ones; or a number is too small.
     """
     if not isinstance(name, str):
@@ -69,10 +70,20 @@ def create_model(
             raise ValueError(
                 f"`model` (={name!r}): {architecture} has no weights called {tag!r}; it has {', '.join(tags) or 'none'}"
             )
-    model: nn.Module = timm.create_model(
-        name, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans, **kwargs
-    )
+    try:
+        model: nn.Module = timm.create_model(
+            name, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans, **kwargs
+        )
+    except OSError as error:
+        raise _not_fetched(name, error) if pretrained else error from error
     return model
+
+
+def _not_fetched(name: str, error: OSError) -> RuntimeError:
+    return RuntimeError(
+        f"`pretrained` (=True): the weights of {name!r} could not be downloaded, nor found in the cache "
+        f"({type(error).__name__}); try again with a network, or `pretrained`=False"
+    )
 
 
 def _unknown(name: str) -> str:
@@ -101,7 +112,10 @@ def _torchvision_model(
     model: nn.Module = torchvision.models.get_model(name, **kwargs)
     state: dict[str, torch.Tensor] = {}
     if pretrained:
-        state = torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(progress=True, check_hash=True)
+        try:
+            state = torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(progress=True, check_hash=True)
+        except OSError as error:
+            raise _not_fetched(_TORCHVISION + name, error) from error
     first_name, first = next(((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d)), ("", None))
     if in_chans != (3 if first is None else first.in_channels):
         if first is None:
