@@ -280,6 +280,7 @@ def test_a_flat_folder_is_trained_tested_and_predicted(photos, monkeypatch, caps
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_test_without_a_configuration_asks_the_checkpoint_for_its_model(photos, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (source,) = photos.rglob("*.ckpt")

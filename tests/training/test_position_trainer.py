@@ -696,7 +696,7 @@ def test_errors_name_the_argument_and_its_value(net):
     fails(ValueError, "`optimizer` .SGD. holds neither positions", SGD(nn.Linear(2, 2).parameters(), lr=0.1))
     fails(TypeError, "`model` must be an nn.Module", model=net.parameters())
     fails(ValueError, r"`model` \(Linear\) has no active convolutions; call", model=nn.Linear(2, 2))
-    fails(ValueError, r"`multiplier` \(=nan\) must not be negative", multiplier=math.nan)
+    fails(ValueError, r"`multiplier` \(=nan\) must be finite", multiplier=math.nan)
     fails(ValueError, r"`multiplier` \(=inf\) must be finite", multiplier=math.inf)
     fails(ValueError, r"`warmup_steps` \(=inf\) must be finite", warmup_steps=math.inf)
     fails(TypeError, r"`warmup_steps` \(=1.5\) must be a whole number", warmup_steps=1.5)
