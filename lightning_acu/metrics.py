@@ -1,4 +1,7 @@
-"""How far the taps of a model have moved, as torchmetrics Metrics; computed from :mod:`lightning_acu.statistics`."""
+"""How far the taps of a model have moved, and how far the model sees, as torchmetrics Metrics.
+
+Computed from :mod:`lightning_acu.statistics` and :mod:`lightning_acu.receptive_field`.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
+from .receptive_field import receptive_energy, spread
 from .statistics import LayerStatistics, layer_statistics, model_statistics
 
 __all__ = [
     "Collisions",
+    "EffectiveReceptiveField",
     "LayerStatistics",
     "MaxDisplacement",
     "MeanDisplacement",
@@ -104,3 +109,61 @@ def position_metrics(prefix: str | None = None) -> MetricCollection:
         "collisions": Collisions(),
     }
     return MetricCollection(metrics, prefix=prefix, compute_groups=False)
+
+
+class EffectiveReceptiveField(Metric):
+    """How far from it the pixels are that the middle of a feature map depends on, in pixels of the image.
+
+    ``compute()`` is sqrt((variance along y + variance along x) / 2) of the energy of the gradient over all images so
+    far, see :func:`lightning_acu.receptive_field.receptive_energy` for the formula and its source. For a chain of
+    linear convolutions with random weights it is sqrt of the sum over layers of (product of the strides before)^2 times
+    the variance of the taps' positions: a 3x3 at dilation d has 2/3 d^2.
+
+    Args:
+        layer: name of the module of whose output the middle is taken; None: the last with more than one pixel.
+
+    Attributes:
+        map: (H, W), the energy by pixel; its sum is 1 after the first update.
+
+    Raises:
+        ValueError: ``update`` gets images of another size than before, or such that nothing depends on them.
+
+    Example::
+
+        field = EffectiveReceptiveField()
+        field.update(model, torch.randn(8, 3, 64, 64))
+        field.compute()  # pixels
+    """
+
+    full_state_update = True
+    higher_is_better = None
+    energy: Tensor
+    images: Tensor
+
+    def __init__(self, layer: str | None = None) -> None:
+        super().__init__()
+        self.layer = layer
+        self.add_state("energy", torch.zeros(1, 1, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("images", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, model: nn.Module, images: Tensor) -> None:
+        """Add what ``images`` (N, C, H, W), float, say of ``model``, which runs in eval mode and is not changed."""
+        energy = receptive_energy(model, images, layer=self.layer).to(self.energy.device)
+        if self.images and energy.shape != self.energy.shape:
+            raise ValueError(f"`images` are {tuple(energy.shape)} pixels, those before {tuple(self.energy.shape)}")
+        if not (energy.sum() > 0 and energy.isfinite().all()):
+            raise ValueError(
+                "the middle of the feature map does not depend on these `images`, or is not finite for them"
+            )
+        self.energy = self.energy.double() + len(images) * energy
+        self.images = self.images.double() + len(images)
+
+    @property
+    def map(self) -> Tensor:
+        """(H, W), float64: the share of the energy that each pixel has."""
+        return self.energy.double() / self.energy.double().sum().clamp(min=torch.finfo(torch.float64).tiny)
+
+    def compute(self) -> Tensor:
+        """The radius in pixels, a scalar; nan before the first update."""
+        _, deviations = spread(self.energy)
+        return deviations.square().mean().sqrt().float()
