@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from torch import Tensor
 
 from ..checks import whole_number
 from ..conv import ACUConv2d
-from ..figures import animate_shapes, plot_shapes
+from ..figures import LayerShape, animate_shapes, plot_shapes
+from ..figures.page import shapes_page
 from ..files import write_whole
-from ..metrics import position_metrics
+from ..metrics import EffectiveReceptiveField, position_metrics
 from ..statistics import layer_statistics
 from ..training import parameter_ids
 from ._promises import PositionCallback
@@ -43,6 +45,11 @@ _MAX_FRAMES = 64
 _MAX_NUMBERS = 4_000_000
 
 
+#: Seconds: after which a page loads itself again, and between two pages at least; and how many times as long as writing
+#: one takes is between two, so that pages take at most 1 % of the training.
+_REFRESH, _SHORTEST_WAIT, _TIMES_AS_LONG = 10, 5.0, 100
+
+
 class OffsetLogger(PositionCallback):
     """Logs how far the taps of every layer have moved and how fast, and draws the learned shapes.
 
@@ -50,7 +57,12 @@ class OffsetLogger(PositionCallback):
     ``acu/mean_displacement``, ``acu/max_displacement``, ``acu/receptive_radius``, ``acu/step_speed``,
     ``acu/off_lattice`` (share of taps not on whole pixels) and ``acu/collisions`` (taps at the position of another)
     over all layers (see :mod:`lightning_acu.metrics`); and the first four for each layer, as
-    ``acu/mean_displacement/LAYER``.
+    ``acu/mean_displacement/LAYER``. The progress bar shows the mean displacement as "moved_px".
+
+    While training goes on, ``shapes.html`` in the run's log directory shows the shapes so far, with a slider over the
+    steps; opened in a browser it loads itself again every 10 seconds. It is written at a record, if the last time was
+    100 times as long ago as writing takes, and 5 seconds: at most 1 % of the training. ``lightning-acu view`` writes a
+    fuller one.
 
     When training ends, the shapes of all layers are drawn to ``shapes.png`` in the run's log directory, and their
     animation since the start to ``shapes.gif``. The figure also goes to TensorBoard and W&B, the animation to W&B. A
@@ -62,6 +74,10 @@ class OffsetLogger(PositionCallback):
         figures: draw the shapes.
         animation: make the animation.
         figures_every_n_steps: also draw and log the figure during training; this takes about a second for 50 layers.
+        live: write ``shapes.html``.
+        receptive_field_images: also log ``acu/receptive_field`` at each record: the radius, in pixels, of the effective
+            receptive field (:class:`~lightning_acu.metrics.EffectiveReceptiveField`) over so many images of the batch.
+            This takes a forward and a backward pass; 0: not.
 
     Raises:
         ValueError: ``every_n_steps`` or ``figures_every_n_steps`` below 1.
@@ -82,10 +98,14 @@ class OffsetLogger(PositionCallback):
         figures: bool = True,
         animation: bool = True,
         figures_every_n_steps: int | None = None,
+        live: bool = True,
+        receptive_field_images: int = 0,
     ) -> None:
         self.every_n_steps = whole_number("every_n_steps", every_n_steps, 1)
         self.figures = figures
         self.animation = animation
+        self.live = live
+        self.receptive_field_images = whole_number("receptive_field_images", receptive_field_images)
         self.figures_every_n_steps = None
         if figures_every_n_steps is not None:
             if not figures:
@@ -102,6 +122,7 @@ class OffsetLogger(PositionCallback):
         self._records = 0
         self._stride = 1  # records from one frame to the next
         self._step = 0
+        self._page_due = 0.0  # on time.monotonic's clock
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Reset what an earlier training left; the state of a checkpoint to resume from is loaded after this."""
@@ -115,13 +136,13 @@ class OffsetLogger(PositionCallback):
         require_layers(self, pl_module)
         require_whole_positions(self, trainer)
         require_full_precision(self, pl_module)
-        if self.figures or self.animation:
-            require_local_directory(self, trainer, "`figures` and `animation` to False")
+        if self.figures or self.animation or self.live:
+            require_local_directory(self, trainer, "`figures`, `animation` and `live` to False")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that pictures can be written; record where the taps start."""
-        if self.figures or self.animation:
-            require_writable_directory(self, trainer, "`figures` and `animation` to False")
+        if self.figures or self.animation or self.live:
+            require_writable_directory(self, trainer, "`figures`, `animation` and `live` to False")
         held = parameter_ids(trainer.optimizers)
         layers = require_layers(self, pl_module)
         if not any(id(layer.offsets) in held for _, layer in layers):
@@ -140,7 +161,11 @@ class OffsetLogger(PositionCallback):
         # With several optimizers one batch may take several steps.
         before, self._step = self._step, trainer.global_step
         if self._step // self.every_n_steps > before // self.every_n_steps:
-            self._record(trainer, pl_module)
+            moved = self._record(trainer, pl_module, batch)
+            if not trainer.barebones:  # for the progress bar alone: loggers have had it
+                pl_module.log("moved_px", moved, prog_bar=True, logger=False, rank_zero_only=True)
+            if self.live and time.monotonic() >= self._page_due and not is_fast_dev_run(trainer):
+                self._write_page(trainer, pl_module, _REFRESH)
         often = self.figures_every_n_steps
         if often is not None and self._step // often > before // often and not is_fast_dev_run(trainer):
             self._draw(trainer, pl_module, f"shapes_{self._step:06}.png")
@@ -158,6 +183,8 @@ class OffsetLogger(PositionCallback):
         self._record(trainer, pl_module)
         if is_fast_dev_run(trainer) or trainer.barebones:
             return
+        if self.live:
+            self._write_page(trainer, pl_module, None)
         if self.figures:
             self._draw(trainer, pl_module, "shapes.png")
         if self.animation:
@@ -172,21 +199,43 @@ class OffsetLogger(PositionCallback):
         self._last, self._frames = state_dict["last"], list(state_dict["frames"])
         self._records, self._stride = state_dict["records"], state_dict["stride"]
 
-    def _record(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._last is None:  # trained without this callback, and resumed after the last step
-            layers = require_layers(self, pl_module)
-            self._remember(trainer.global_step, {name: layer.positions.cpu() for name, layer in layers})
-        assert self._last is not None
-        if self._last[0] == trainer.global_step:
-            return
+    def _record(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any = None) -> float:
+        """Log, and remember the positions, unless that was done at this step; returns the mean displacement."""
         layers = require_layers(self, pl_module)
         # On every process: under FSDP2 reading the positions is a collective operation.
         positions = {name: layer.positions.cpu() for name, layer in layers}
+        if self._last is None:  # trained without this callback, and resumed after the last step
+            self._remember(trainer.global_step, positions)
+        assert self._last is not None
         values = self._scalars(trainer.global_step, layers, positions)
+        if self._last[0] == trainer.global_step:
+            return values["acu/mean_displacement"]
+        if self.receptive_field_images and batch is not None:
+            values["acu/receptive_field"] = self._receptive_field(pl_module, batch)
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=trainer.global_step)
         self._remember(trainer.global_step, positions)
+        return values["acu/mean_displacement"]
+
+    def _receptive_field(self, pl_module: pl.LightningModule, batch: Any) -> float:
+        images = batch
+        while isinstance(images, (list, tuple)) and images:
+            images = images[0]
+        if not isinstance(images, Tensor) or images.ndim != 4:
+            raise RuntimeError(
+                "OffsetLogger: `receptive_field_images` needs batches that begin with images (N, C, H, W), got "
+                f"{type(batch).__name__}; set it to 0"
+            )
+        field = EffectiveReceptiveField()
+        try:
+            field.update(pl_module, images[: self.receptive_field_images].float())
+        except NotImplementedError as error:
+            raise RuntimeError(
+                f"OffsetLogger: `receptive_field_images` (={self.receptive_field_images}) calls "
+                f"{type(pl_module).__name__} with images, which has no such `forward`; add one, or set it to 0"
+            ) from error
+        return field.compute().item()
 
     def _scalars(
         self, step: int, layers: list[tuple[str, ACUConv2d]], positions: dict[str, Tensor]
@@ -201,7 +250,7 @@ class OffsetLogger(PositionCallback):
         speeds = {}
         for name, layer in layers:
             distance = (positions[name] - last[name]).norm(dim=-1)[:, layer.movable.cpu()]
-            speeds[name] = distance.mean().item() / (step - last_step) if distance.numel() else 0.0
+            speeds[name] = distance.mean().item() / max(1, step - last_step) if distance.numel() else 0.0
         taps = max(1, sum(row.taps for row in rows.values()))
         values["acu/step_speed"] = sum(speeds[name] * row.taps for name, row in rows.items()) / taps
         for name, row in rows.items():
@@ -211,7 +260,7 @@ class OffsetLogger(PositionCallback):
 
     def _remember(self, step: int, positions: dict[str, Tensor]) -> None:
         self._last = (step, positions)
-        if self.animation and self._records % self._stride == 0:
+        if (self.animation or self.live) and self._records % self._stride == 0:
             self._frames.append(self._last)
             limit = max(2, min(_MAX_FRAMES, _MAX_NUMBERS // sum(taps.numel() for taps in positions.values())))
             if len(self._frames) > limit:
@@ -231,16 +280,34 @@ class OffsetLogger(PositionCallback):
                 elif hasattr(logger, "log_image") and written:  # W&B
                     logger.log_image("acu/shapes", [str(path)], step=trainer.global_step)
 
+    def _write_page(self, trainer: pl.Trainer, pl_module: pl.LightningModule, refresh: int | None) -> None:
+        began = time.monotonic()
+        shapes = trained_shapes(pl_module)
+        if trainer.is_global_zero:
+            page = shapes_page(
+                self._film(shapes),
+                title=f"Step {trainer.global_step:,}",
+                subtitle=""
+                if refresh is None
+                else f"Training goes on; this page loads itself again every {refresh} s.",
+                refresh=refresh,
+            )
+            path = run_directory(trainer) / "shapes.html"
+            self._write(path, lambda file: write_whole(file, lambda draft: draft.write_text(page, encoding="utf-8")))
+        now = time.monotonic()
+        self._page_due = now + max(_SHORTEST_WAIT, _TIMES_AS_LONG * (now - began))
+
+    def _film(self, shapes: Sequence[LayerShape]) -> list[tuple[int, list[LayerShape]]]:
+        assert self._last is not None
+        frames = self._frames + ([] if self._frames[-1][0] == self._last[0] else [self._last])
+        return [
+            (step, [replace(shape, positions=positions[shape.name]) for shape in shapes]) for step, positions in frames
+        ]
+
     def _animate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         path, shapes = run_directory(trainer) / "shapes.gif", trained_shapes(pl_module)
         if trainer.is_global_zero:
-            assert self._last is not None
-            frames = self._frames + ([] if self._frames[-1][0] == self._last[0] else [self._last])
-            film = [
-                (step, [replace(shape, positions=positions[shape.name]) for shape in shapes])
-                for step, positions in frames
-            ]
-            written = self._write(path, functools.partial(animate_shapes, film))
+            written = self._write(path, functools.partial(animate_shapes, self._film(shapes)))
             for logger in trainer.loggers:
                 if hasattr(logger, "log_video") and written:  # W&B
                     logger.log_video("acu/film", [str(path)], step=trainer.global_step, format=["gif"])

@@ -23,8 +23,10 @@ from ..training import (
     PositionRates,
     Schedule,
     drop_gradients_,
+    early_word,
     find_normalize,
     find_schedule,
+    time_for_a_word,
     trained_layers,
     unused_positions,
 )
@@ -211,6 +213,11 @@ class PositionLRSchedule(PositionCallback):
         before, self._step = self._step, trainer.global_step
         if self._step > before and self._clock.may_learn(trainer, self._warmup, self._step - 1):
             self._plan.confine(self._layers(trainer), before, self._step, self.max_displacement)
+            if time_for_a_word(self._plan.phase, before, self._step):
+                optimizers = self._groups.optimizers(trainer)
+                arguments = (optimizers, self._plan.phase, self.multiplier, self.normalize)
+                if text := early_word(self._layers(trainer), *arguments):
+                    rank_zero_warn(f"PositionLRSchedule: {text}")
         self._tie(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -19,6 +19,7 @@ The callbacks in :mod:`lightning_acu.callbacks` call these functions from Lightn
 
 from .averages import averaged_layers, averaged_models, is_average, keep_rounded_, trained_layers
 from .copies import PositionCopy, copied_positions, hold_copies_, hold_copies_in_, on_whole_pixels
+from .early_word import early_word, time_for_a_word
 from .gradients import (
     NonFiniteGuard,
     apply_to_pairs_,
@@ -87,6 +88,7 @@ __all__ = [
     "confine_positions_",
     "copied_positions",
     "drop_gradients_",
+    "early_word",
     "find_normalize",
     "find_schedule",
     "hold_copies_",
@@ -105,6 +107,7 @@ __all__ = [
     "source_group",
     "split_off_positions",
     "tie_learning_rates",
+    "time_for_a_word",
     "trained_layers",
     "unit_vectors",
     "unused_positions",

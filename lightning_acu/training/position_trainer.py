@@ -20,6 +20,7 @@ from ..statistics import layer_statistics
 from .averages import averaged_models, trained_layers
 from .copies import copied_positions, hold_copies_in_
 from .counted_groups import CountedGroups
+from .early_word import early_word, time_for_a_word
 from .gradients import drop_gradients_
 from .position_gradients import Normalize, PositionGradients, find_normalize, unused_positions
 from .position_plan import PositionPlan, check_model, check_schedulers
@@ -92,8 +93,8 @@ class PositionTrainer:
 
     Warns:
         UserWarning: at the first step in which positions learn, if some have no gradient although the weights of their
-            layers do; when rounding, if all taps are where they started; if an earlier PositionTrainer of ``optimizer``
-            has rounded.
+            layers do; after a tenth of these steps, if taps hardly move or run away; when rounding, if all taps are
+            where they started; if an earlier PositionTrainer of ``optimizer`` has rounded.
 
     Example::
 
@@ -326,6 +327,10 @@ class PositionTrainer:
         if learned:
             layers = [layer for _, layer in self._groups.layers]
             self.plan.confine(layers, step, step + 1, self.max_displacement)
+            if time_for_a_word(self.plan.phase, step, step + 1):
+                text = early_word(layers, [self.optimizer], self.plan.phase, self.multiplier, self.normalize)
+                if text is not None:
+                    warnings.warn(text, stacklevel=3)
         if not self.rounded and self.plan.round_at is not None and step + 1 >= self.plan.round_at:
             self.round_and_freeze()
 

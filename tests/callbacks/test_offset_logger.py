@@ -234,3 +234,80 @@ def test_fast_dev_run_and_barebones_write_nothing(tmp_path):
 def test_figures_in_between_without_figures():
     with pytest.raises(ValueError, match=r"`figures_every_n_steps` \(=5\) has no effect with `figures`=False"):
         OffsetLogger(10, figures=False, figures_every_n_steps=5)
+
+
+def test_the_page_and_the_progress_bar_show_shapes_while_training_goes_on(tmp_path, monkeypatch):
+    from lightning_acu.callbacks import offset_logger
+
+    monkeypatch.setattr(offset_logger, "_SHORTEST_WAIT", 0.0)
+    monkeypatch.setattr(offset_logger, "_TIMES_AS_LONG", 0)
+    seen = []
+
+    class Reader(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            page = tmp_path / "shapes.html"
+            moved = trainer.progress_bar_metrics.get("moved_px")
+            seen.append((trainer.global_step, page.read_text() if page.exists() else "", moved))
+
+    model = TinyModule(optimizer=lambda p: torch.optim.SGD(p, lr=1.0))
+    logger = CSVLogger(tmp_path, name="", version="")
+    fit(model, [PositionLRSchedule(0.1, 0), OffsetLogger(2), Reader()], tmp_path, logger=logger, max_epochs=1)
+    pages = {step: (page, moved) for step, page, moved in seen}
+    assert pages[1] == ("", None)
+    page, moved = pages[4]
+    assert "Step 4" in page
+    assert 'http-equiv="refresh"' in page
+    assert '"steps":[0,2,4]' in page
+    assert moved > pages[2][1] > 0
+    last = (tmp_path / "shapes.html").read_text()
+    assert 'http-equiv="refresh"' not in last
+    assert '"steps":[0,2,4,6]' in last
+
+
+def test_pages_take_at_most_a_hundredth_of_the_time(tmp_path, monkeypatch):
+    from lightning_acu.callbacks import offset_logger
+
+    now, written = [100.0], []
+    monkeypatch.setattr(offset_logger.time, "monotonic", lambda: now[0])
+
+    def write(self, file, *arguments):
+        written.append(now[0])
+        now[0] += 0.5  # as long as it takes
+        return True
+
+    monkeypatch.setattr(OffsetLogger, "_write", write)
+
+    class Clock(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            now[0] += 30
+
+    logger = OffsetLogger(1, figures=False, animation=False)
+    fit(TinyModule(), [PositionLRSchedule(0.1, 0), Clock(), logger], tmp_path, max_epochs=1)
+    assert written == [130.0, 190.5, 251.0, 281.5]  # every 50 seconds at most, of steps of 30; and at the end
+
+
+def test_without_live_there_is_no_page(tmp_path):
+    logger = CSVLogger(tmp_path, name="", version="")
+    fit(TinyModule(), [PositionLRSchedule(0.1, 0), OffsetLogger(2, live=False)], tmp_path, logger=logger, max_epochs=1)
+    assert not (tmp_path / "shapes.html").exists()
+    assert (tmp_path / "shapes.png").exists()
+
+
+def test_the_receptive_field_on_request(tmp_path):
+    recorder = Recorder(tmp_path / "r")
+
+    def callbacks():
+        return [PositionLRSchedule(0.1, 0), OffsetLogger(3, receptive_field_images=2)]
+
+    class WithForward(TinyModule):
+        def forward(self, images):
+            return self.net(images)
+
+    fit(WithForward(), callbacks(), tmp_path, logger=recorder, max_epochs=1)
+    fields = {step: each["acu/receptive_field"] for step, each in recorder.metrics if "acu/receptive_field" in each}
+    assert min(fields) == 3
+    assert 0 < fields[3] < 10
+    with pytest.raises(RuntimeError, match=r"`receptive_field_images` \(=2\) calls TinyModule with images"):
+        fit(TinyModule(), callbacks(), tmp_path, logger=recorder, max_epochs=1)
+    with pytest.raises(TypeError, match="`receptive_field_images`"):
+        OffsetLogger(receptive_field_images=0.5)
