@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from importlib import import_module
 from typing import Any, NoReturn
 
 from ..checks import require_package
-from .commands import COMMANDS, TRAINING
+from .commands import COMMANDS, TRAINING, module_of
 from .errors import Parser
 
 __all__ = ["make_parser", "run"]
@@ -46,7 +45,7 @@ def _all_commands(file: Any) -> argparse.ArgumentParser:
         target = commands.add_parser(name, help=summary, add_help=False)
         sources = [lightning[name]] if name in TRAINING else []
         if name not in TRAINING or name == "predict":
-            sources.append(import_module(f".{name}", __package__).make_parser())
+            sources.append(module_of(name).make_parser())
         for source in sources:
             _copy(source, target, file)
     return root

@@ -13,7 +13,7 @@ from torch import nn
 
 from .errors import Parser, quiet_retries
 
-__all__ = ["add_conversion", "add_file", "add_input_size", "convert", "given_conversion", "named_model"]
+__all__ = ["add_conversion", "add_file", "add_input_size", "add_trust", "convert", "given_conversion", "named_model"]
 
 _CLASS_PATH = "the LightningModule's class (default: ImageClassifier; with --trust what the checkpoint names)"
 
@@ -32,6 +32,11 @@ def add_file(parser: Parser, container: Any, *, required: bool = False) -> None:
     container.add_argument(
         "--ckpt", type=Path, metavar="FILE", help="a model: of save_acu, or a Lightning checkpoint", **arguments
     )
+    add_trust(parser)
+
+
+def add_trust(parser: Parser) -> None:
+    """``--class_path`` and ``--trust``: which code a checkpoint may name."""
     parser.add_argument("--class_path", metavar="package.Class", help=_CLASS_PATH)
     parser.add_argument("--trust", action="store_true", help=_TRUST)
 

@@ -2,42 +2,42 @@
 
 from __future__ import annotations
 
-import argparse
 import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..figures.view import view_run
 from ..files import write_whole
+from ..saving.checkpoint import recorded_images
+from .errors import Parser
+from .options import add_input_size, add_trust
 
-__all__ = ["view"]
+__all__ = ["make_parser", "run"]
 
 
-def view(arguments: Sequence[str]) -> None:
-    """``lightning-acu view RUN_OR_FILE [--out FILE] [--open]``."""
-    parser = argparse.ArgumentParser(
-        "lightning-acu view", description="write an HTML page of the learned shapes; it needs no server and no network"
-    )
-    parser.add_argument("source", type=Path, help="folder of a run, a checkpoint (.ckpt), or a file of save_acu")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="default: shapes.html beside the source")
+def make_parser() -> Parser:
+    """The options."""
+    parser = Parser("view", "write an HTML page of the learned shapes, which needs no server and no network")
+    parser.add_argument("source", type=Path, metavar="RUN_OR_FILE", help="folder of a run, or a model in a file")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: shapes.html in the folder of the source")
     parser.add_argument("--open", action="store_true", help="show it in the browser")
-    parser.add_argument(
-        "--input_size", type=int, nargs=3, metavar=("C", "H", "W"), help="of an image (default: its own)"
+    add_input_size(parser)
+    add_trust(parser)
+    return parser
+
+
+def run(words: Sequence[str]) -> None:
+    """``lightning-acu view RUN_OR_FILE``."""
+    options = make_parser().parse_args(words[1:])
+    source: Path = options.source
+    size = options.input_size
+    if size is None and source.is_file():
+        size = (recorded_images(source) or {}).get("input_size")
+    page = view_run(
+        source, input_size=None if size is None else tuple(size), class_path=options.class_path, trust=options.trust
     )
-    parser.add_argument("--class_path", help="the LightningModule's class (default: ImageClassifier)")
-    parser.add_argument("--trust", action="store_true", help="let the file run its code; only if you trust it")
-    options = parser.parse_args(arguments)
-    size = None if options.input_size is None else tuple(options.input_size)
-    try:
-        page = view_run(options.source, input_size=size, class_path=options.class_path, trust=options.trust)
-    except (OSError, TypeError, ValueError) as error:
-        parser.error(str(error))
-    folder = options.source if options.source.is_dir() else options.source.parent
-    path = options.out or folder / "shapes.html"
-    try:
-        write_whole(path, lambda draft: draft.write_text(page, encoding="utf-8"))
-    except OSError as error:
-        parser.error(f"--out {path}: {error}")
-    print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    output = options.output or (source if source.is_dir() else source.parent) / "shapes.html"
+    write_whole(output, lambda draft: draft.write_text(page, encoding="utf-8"))
+    print(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB); open it in a browser")
     if options.open:
-        webbrowser.open(path.resolve().as_uri())
+        webbrowser.open(output.resolve().as_uri())

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.caffe_file import encoded, layers
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -213,6 +214,7 @@ OWN_MODULE = [
         "--figure",
         "shapes.png",
     ],
+    ["view", "CKPT", "--class_path", "my_module.MyModel", "--input_size", 1, 9, 8, "--output", "shapes.html"],
 ]
 
 
@@ -229,6 +231,7 @@ def test_ones_own_module_without_a_data_module(tmp_path):
     assert [(row["file"], row["rank"]) for row in rows] == [(str(n), str(rank)) for n in range(10) for rank in (1, 2)]
     assert all(0 < float(row["probability"]) <= 1 for row in rows)
     assert (tmp_path / "shapes.png").stat().st_size > 1000
+    assert '"title":"Price of the fold"' in (tmp_path / "shapes.html").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -316,6 +319,42 @@ def test_convert_writes_a_file_that_report_and_load_acu_read(tmp_path, monkeypat
     expected = sum(isinstance(conv, torch.nn.Conv2d) and conv.kernel_size == (3, 3) for conv in plain)
     assert sum(row["converted"] for row in report["convolutions"]) == expected
     assert (tmp_path / "shapes.svg").read_text().startswith("<?xml")
+
+
+def test_view_writes_a_page_of_a_file_or_says_what_is_wrong(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(["convert", "--model", "test_resnet", "--out", "net.safetensors", "--kernel_sizes", "3"])
+    main(["view", "net.safetensors", "--input_size", "3", "32", "40"])
+    assert "wrote shapes.html" in capsys.readouterr().out
+    page = (tmp_path / "shapes.html").read_text()
+    active = len(list(acu_layers(load_acu("net.safetensors"))))
+    assert f"{active} active convolutions" in page
+    assert "images of 3x32x40" in page
+    for words, message in (
+        (["view", "nothing.ckpt"], "nothing.ckpt"),
+        (["view", "."], "has no checkpoint"),
+        (["view", "net.safetensors", "--input-size", "3"], "did you mean '--input_size'?"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(words)
+        assert caught.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_import_caffe_writes_a_file_that_load_acu_reads(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("google.protobuf")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plain.caffemodel").write_bytes(encoded(layers()))
+    main(["import-caffe", "plain.caffemodel"])
+    assert "plain.safetensors: acu_plain; taps moved, in pixels on average: conv1.1.conv 0." in capsys.readouterr().out
+    assert len(list(acu_layers(load_acu("plain.safetensors")))) == 6
+    with pytest.raises(SystemExit):
+        main(["import-caffe", "plain.caffemodel", "--out", "plain.onnx"])
+    assert "--out (=plain.onnx) must end in .safetensors, .pt or .pth" in capsys.readouterr().err
+    (tmp_path / "other.caffemodel").write_bytes(b"other")
+    with pytest.raises(SystemExit):
+        main(["import-caffe", "other.caffemodel"])
+    assert "other.caffemodel" in capsys.readouterr().err
 
 
 def test_the_summary_counts_flops(tmp_path, monkeypatch, capsys):
