@@ -1,8 +1,11 @@
 """What pyproject.toml cannot say: the CPU kernels, and the configs at the root of the repository inside the package."""
 
 import os
+import shutil
 import sys
+import sysconfig
 import tempfile
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -10,22 +13,52 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOM = "lightning_acu/ops/cpu/"
-HEADERS = [f"{ROOM}{name}.h" for name in ("_vectors", "_vector_isa", "_vector_types", "_vector_routines", "_transpose")]
+HEADERS = ["_platform", "_vectors", "_vector_isa", "_vector_types", "_vector_routines", "_transpose"]
+HEADERS = [f"{ROOM}{name}.h" for name in HEADERS]
 SHARED = [f"{ROOM}{name}.pxd" for name in ("_vectors", "_sampling", "_packing", "_cells", "_bands", "_jobs")]
 
 # No -march: the instruction set is chosen at run time. Numbers stay IEEE's (NaN and infinities mean something).
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"]
 
 
+# Python's stable ABI: one wheel serves this and every later version. Python without a GIL has none yet.
+OLDEST_PYTHON = (3, 11)
+STABLE_MACROS = [("Py_LIMITED_API", "0x{:02x}{:02x}0000".format(*OLDEST_PYTHON))]
+STABLE_ABI = sys.implementation.name == "cpython" and not sysconfig.get_config_var("Py_GIL_DISABLED")
+
+
 class BuildKernels(build_ext):
-    """Uses OpenMP where the compiler has it; without, the kernels run on one thread."""
+    """Compiles as the platform needs it.
+
+    The kernels are written in GCC's and Clang's dialect, which MSVC does not know: on Windows clang-cl compiles them.
+    OpenMP only on Linux, where the library that torch has loaded serves them too; elsewhere they run on one thread.
+    """
 
     def build_extensions(self) -> None:
-        openmp = ["-fopenmp"] if sys.platform != "win32" and self._compiles("-fopenmp") else []
+        flags, openmp = FLAGS, []
+        if self.compiler.compiler_type == "msvc":
+            flags = [f"/clang:{flag}" for flag in FLAGS]
+            self.compiler.initialize()
+            self.compiler.cc = shutil.which("clang-cl")
+            if self.compiler.cc is None:
+                print("lightning_acu: no clang-cl, so the CPU kernels are left out", file=sys.stderr)
+                self.extensions.clear()
+        elif sys.platform == "linux" and self._compiles("-fopenmp"):
+            openmp = ["-fopenmp"]
         for extension in self.extensions:
-            extension.extra_compile_args += openmp
+            extension.extra_compile_args += [*flags, *openmp]
             extension.extra_link_args += openmp
         super().build_extensions()
+
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        for extension in self.extensions:  # of two builds side by side, Python might import the older one
+            built = Path(self.get_ext_filename(extension.name))
+            if built.exists():
+                for suffix in EXTENSION_SUFFIXES:
+                    other = Path(*extension.name.split(".")).with_suffix(suffix)
+                    if other != built:
+                        other.unlink(missing_ok=True)
 
     def _compiles(self, flag: str) -> bool:
         with tempfile.TemporaryDirectory() as folder:
@@ -66,7 +99,8 @@ def kernels() -> list[Extension]:
             [f"{ROOM}{name}.pyx"],
             depends=[*HEADERS, *SHARED],
             include_dirs=[ROOM],
-            extra_compile_args=list(FLAGS),
+            define_macros=STABLE_MACROS if STABLE_ABI else [],
+            py_limited_api=STABLE_ABI,
         )
         for name in names
     ]
@@ -78,4 +112,10 @@ def kernels() -> list[Extension]:
     return compiled
 
 
-setup(cmdclass={"build_ext": BuildKernels, "build_py": BuildWithConfigs}, ext_modules=kernels())
+EXTENSIONS = kernels()
+setup(
+    cmdclass={"build_ext": BuildKernels, "build_py": BuildWithConfigs},
+    ext_modules=EXTENSIONS,
+    # The tag of the wheel: cp311-abi3.
+    options={"bdist_wheel": {"py_limited_api": "cp{}{}".format(*OLDEST_PYTHON)}} if EXTENSIONS and STABLE_ABI else {},
+)

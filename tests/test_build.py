@@ -1,13 +1,18 @@
 """What is shipped: the source distribution, the wheel built from it, and wheels built where there is no compiler."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import Cython.Build
 import pytest
+import setuptools
 import torch
+from setuptools.command.build_ext import build_ext
 
 from lightning_acu.ops.cpu import backend as cpu_backend
 
@@ -121,6 +126,13 @@ def test_the_wheel_holds_the_kernels_and_the_configs_but_no_sources_or_tests(whe
     assert any(name.endswith("/LICENSE") for name in names)
 
 
+def test_one_wheel_serves_every_python(wheel):
+    """By Python's stable ABI."""
+    (tag,) = [line for line in next(wheel.glob("*.dist-info/WHEEL")).read_text().splitlines() if "Tag:" in line]
+    assert tag.startswith("Tag: cp311-abi3-")
+    assert all(name.endswith((".abi3.so", ".pyd")) for name in compiled(files(wheel)))
+
+
 def test_the_wheel_runs_its_kernels(wheel):
     assert use(wheel) == "None"
 
@@ -135,3 +147,58 @@ def test_without_cython_the_wheel_is_the_same(sdist, pure_wheel, tmp_path):
     source = shutil.copytree(sdist, tmp_path / "source", ignore=shutil.ignore_patterns("build"))
     names = files(build("wheel", source, tmp_path / "wheel", before="sys.modules['Cython'] = None"))
     assert names == files(pure_wheel)
+
+
+@pytest.fixture
+def setup_arguments(monkeypatch):
+    """What setup.py gives to setuptools."""
+    given = {}
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: given.update(arguments))
+    monkeypatch.setattr(Cython.Build, "cythonize", lambda extensions, **options: extensions)
+    runpy.run_path(str(ROOT / "setup.py"))
+    return given
+
+
+def flags(setup_arguments, monkeypatch, platform, compiler):
+    """The compiler's and the linker's flags of each kernel on another platform."""
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(build_ext, "build_extensions", lambda command: None)  # do not compile
+    command = setup_arguments["cmdclass"]["build_ext"](setuptools.Distribution())
+    command.compiler, command.extensions = compiler, setup_arguments["ext_modules"]
+    command.build_extensions()
+    return [(extension.extra_compile_args, extension.extra_link_args) for extension in command.extensions]
+
+
+class FakeCompiler(SimpleNamespace):
+    """Accepts every flag."""
+
+    def initialize(self):
+        self.cc = "cl.exe"
+
+    def compile(self, sources, **options):
+        return sources
+
+    def link_executable(self, *arguments, **options): ...
+
+
+@pytest.mark.parametrize(("platform", "expected"), [("linux", ["-fopenmp"]), ("darwin", [])])
+def test_openmp_is_used_on_linux_only(setup_arguments, monkeypatch, platform, expected):
+    found = flags(setup_arguments, monkeypatch, platform, FakeCompiler(compiler_type="unix"))
+    assert len(found) == len(KERNELS)
+    for compile_flags, link_flags in found:
+        assert "-O3" in compile_flags
+        assert [flag for flag in compile_flags if "openmp" in flag] == link_flags == expected
+
+
+def test_on_windows_clang_takes_the_place_of_msvc(setup_arguments, monkeypatch):
+    monkeypatch.setattr(shutil, "which", {"clang-cl": "C:/LLVM/clang-cl.exe"}.get)
+    compiler = FakeCompiler(compiler_type="msvc")
+    found = flags(setup_arguments, monkeypatch, "win32", compiler)
+    assert compiler.cc == "C:/LLVM/clang-cl.exe"
+    assert all("/clang:-O3" in compile_flags and not link_flags for compile_flags, link_flags in found)
+
+
+def test_on_windows_without_clang_the_kernels_are_left_out(setup_arguments, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert flags(setup_arguments, monkeypatch, "win32", FakeCompiler(compiler_type="msvc")) == []
+    assert "no clang-cl" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Bands of images, some blocks of channels wide, and the sizes of everything that works on them."""
 
+from libc.stdint cimport int64_t
 from libc.string cimport memcpy, memset
 
 from ._cells cimport TABLE, Box, Cells, Layer, box_of, find_cells
@@ -14,36 +15,36 @@ cdef enum:
 cdef struct Plan:  # what is the same for all blocks
     Layer layer
     bint to_output  # whether results are outputs, or input pixels
-    long channels  # of the results
+    int64_t channels  # of the results
     Box box  # of the cells
     Box reach  # the part of the other image that a result row reads, seen from `row * step`
-    long step
-    long classes_y  # classes of input pixels modulo the stride, as far as the image has pixels of them
-    long classes_x
-    long blocks
-    long together  # blocks of a job: they share lines of the image, which come from main memory
-    long neighbours  # of a block's taps, at most
-    long cells  # of a block, at most
-    long row  # pixels of a row of a band, with its rim
-    long rows  # result rows of a band
-    long strips  # bands of an image
-    long space  # integers of a block, in longs
-    long longs  # of a thread: whether it has begun, a table, the spaces of its blocks
-    long kernel  # reals of a block: its cells, of all parts
-    long band
-    long kernels  # where they begin in a thread's buffer, after the blocks' start values
-    long bands
-    long lines  # of a block with fewer channels than lanes, which cannot be written in place
-    long reals  # of a thread
+    int64_t step
+    int64_t classes_y  # classes of input pixels modulo the stride, as far as the image has pixels of them
+    int64_t classes_x
+    int64_t blocks
+    int64_t together  # blocks of a job: they share lines of the image, which come from main memory
+    int64_t neighbours  # of a block's taps, at most
+    int64_t cells  # of a block, at most
+    int64_t row  # pixels of a row of a band, with its rim
+    int64_t rows  # result rows of a band
+    int64_t strips  # bands of an image
+    int64_t space  # how many integers a block has
+    int64_t integers  # of a thread: whether it has begun, a table, the spaces of its blocks
+    int64_t kernel  # reals of a block: its cells, of all parts
+    int64_t band
+    int64_t kernels  # where they begin in a thread's buffer, after the blocks' start values
+    int64_t bands
+    int64_t lines  # of a block with fewer channels than lanes, which cannot be written in place
+    int64_t reals  # of a thread
 
 
-cdef inline long floor_div(long a, long b) noexcept nogil:
+cdef inline int64_t floor_div(int64_t a, int64_t b) noexcept nogil:
     return a // b - (a % b < 0)  # cdivision truncates
 
 
 cdef inline Plan plan_of(
-    image_shape, weight_shape, out_shape, const long[:, :, ::1] cell, const double[:, :, ::1] fraction, long groups,
-    stride, long lanes, bint to_output, bint all_neighbours, int threads,
+    image_shape, weight_shape, out_shape, const int64_t[:, :, ::1] cell, const double[:, :, ::1] fraction,
+    int64_t groups, stride, int64_t lanes, bint to_output, bint all_neighbours, int threads,
 ):
     """Sizes of bands and buffers; results are outputs, or (not to_output) input pixels.
 
@@ -52,7 +53,7 @@ cdef inline Plan plan_of(
     cdef Plan plan
     cdef Layer* layer = &plan.layer
     cdef Box* box = &plan.box
-    cdef long parts, positions, rows, line
+    cdef int64_t parts, positions, rows, line
     plan.to_output, layer.lanes = to_output, lanes
     layer.outputs, layer.inputs, layer.taps = weight_shape[0] // groups, weight_shape[1], weight_shape[2]
     layer.per_position = weight_shape[0] // cell.shape[0]
@@ -87,9 +88,9 @@ cdef inline Plan plan_of(
     plan.kernel, plan.band = parts * plan.cells * lanes, band_rows(&plan, plan.rows) * plan.row * lanes
     plan.together = min(BANDS // (plan.band + plan.kernel + 1), plan.blocks * plan.strips * image_shape[0] // (4 * threads))
     plan.together = max(1, min(plan.together, plan.blocks))
-    plan.space = sizeof(Space) // sizeof(long) + 4 * plan.cells + plan.classes_y * plan.classes_x + 1
-    plan.space += 2 * plan.neighbours  # a double needs no more than a long
-    plan.longs = 1 + TABLE + plan.together * plan.space
+    plan.space = sizeof(Space) // sizeof(int64_t) + 4 * plan.cells + plan.classes_y * plan.classes_x + 1
+    plan.space += 2 * plan.neighbours  # a double needs no more than an int64_t
+    plan.integers = 1 + TABLE + plan.together * plan.space
     plan.kernels = plan.together * lanes
     plan.bands = plan.kernels + plan.together * plan.kernel
     plan.lines = plan.bands + plan.together * plan.band
@@ -97,37 +98,37 @@ cdef inline Plan plan_of(
     return plan
 
 
-cdef inline long band_rows(const Plan* plan, long rows) noexcept nogil:
+cdef inline int64_t band_rows(const Plan* plan, int64_t rows) noexcept nogil:
     """How many rows of the other image this number of result rows reads."""
     return (rows - 1) * plan.step + plan.reach.height
 
 
 cdef struct Space:  # the integers of a block
     Cells cells
-    long* place  # of each cell: where it is in a band, from the first pixel that a result row reads
-    long* order  # see `sort_by_class`
-    long* starts
+    int64_t* place  # of each cell: where it is in a band, from the first pixel that a result row reads
+    int64_t* order  # see `sort_by_class`
+    int64_t* starts
 
 
-cdef inline Space* space_in(const Plan* plan, long* buffer, long block) noexcept nogil:
+cdef inline Space* space_in(const Plan* plan, int64_t* buffer, int64_t block) noexcept nogil:
     """The space of a job's block; it still holds the cells of the thread's last job."""
     cdef Space* space = <Space*>(buffer + 1 + TABLE + block * plan.space)
-    cdef long* free = <long*>(space + 1)
+    cdef int64_t* free = <int64_t*>(space + 1)
     space.cells.table = buffer + 1
     space.cells.row, space.cells.column = free, free + plan.cells
     space.place, space.order, space.starts = free + 2 * plan.cells, free + 3 * plan.cells, free + 4 * plan.cells
     space.cells.share = <double*>(space.starts + plan.classes_y * plan.classes_x + 1)
-    space.cells.index = <long*>(space.cells.share + plan.neighbours)
+    space.cells.index = <int64_t*>(space.cells.share + plan.neighbours)
     return space
 
 
 cdef inline void find_block(
-    const Plan* plan, const long[:, :, ::1] cell, const double[:, :, ::1] fraction, long first, long last,
+    const Plan* plan, const int64_t[:, :, ::1] cell, const double[:, :, ::1] fraction, int64_t first, int64_t last,
     bint all_neighbours, Space* space,
 ) noexcept nogil:
     """The cells of output channels first to last, and their places in a band."""
     cdef Cells* cells = &space.cells
-    cdef long position = first // plan.layer.per_position, end = (last - 1) // plan.layer.per_position + 1, i
+    cdef int64_t position = first // plan.layer.per_position, end = (last - 1) // plan.layer.per_position + 1, i
     if cells.first == position and cells.last == end:
         return
     find_cells(&plan.box, cell, fraction, position, end, all_neighbours, cells)
@@ -136,13 +137,14 @@ cdef inline void find_block(
 
 
 cdef inline void find_block_of_inputs(
-    const Plan* plan, const long[:, :, ::1] cell, const double[:, :, ::1] fraction, long first, long last, Space* space
+    const Plan* plan, const int64_t[:, :, ::1] cell, const double[:, :, ::1] fraction, int64_t first, int64_t last,
+    Space* space
 ) noexcept nogil:
     """The same for input channels first to last, sorted by class."""
     cdef const Layer* layer = &plan.layer
     cdef Cells* cells = &space.cells
-    cdef long position = first // layer.inputs * layer.outputs // layer.per_position
-    cdef long end = (((last - 1) // layer.inputs + 1) * layer.outputs - 1) // layer.per_position + 1, i
+    cdef int64_t position = first // layer.inputs * layer.outputs // layer.per_position
+    cdef int64_t end = (((last - 1) // layer.inputs + 1) * layer.outputs - 1) // layer.per_position + 1, i
     if cells.first == position and cells.last == end:
         return
     find_cells(&plan.box, cell, fraction, position, end, False, cells)
@@ -157,7 +159,7 @@ cdef inline void sort_by_class(const Plan* plan, Space* space) noexcept nogil:
 
     order[i] is the new number of cell i; the cells of class c are starts[c] to starts[c + 1]; place[new number].
     """
-    cdef long sy = plan.layer.stride_y, sx = plan.layer.stride_x, i, c, row, column, count = 0
+    cdef int64_t sy = plan.layer.stride_y, sx = plan.layer.stride_x, i, c, row, column, count = 0
     for i in range(space.cells.count):
         space.order[i] = -1  # and so it stays where the image has no pixel of the class
     for c in range(plan.classes_y * plan.classes_x):
@@ -177,12 +179,13 @@ cdef inline void sort_by_class(const Plan* plan, Space* space) noexcept nogil:
 
 
 cdef inline void copy_pixels(
-    const Plan* plan, const real* image, long pixels, long channels, long first, long last, long part, real* to
+    const Plan* plan, const real* image, int64_t pixels, int64_t channels, int64_t first, int64_t last, int64_t part,
+    real* to
 ) noexcept nogil:
     """to[pixel, lane]: of the image's channels, the one that is `part` of the channel `first + lane`."""
     cdef const Layer* layer = &plan.layer
-    cdef long channel, pixel, own = layer.outputs if plan.to_output else layer.inputs
-    cdef long other = layer.inputs if plan.to_output else layer.outputs
+    cdef int64_t channel, pixel, own = layer.outputs if plan.to_output else layer.inputs
+    cdef int64_t other = layer.inputs if plan.to_output else layer.outputs
     cdef const real* source = image + first
     cdef real one = 1
     if own == 1 and other == 1 and last - first == layer.lanes:
@@ -198,12 +201,12 @@ cdef inline void copy_pixels(
 
 
 cdef inline void copy_bands(
-    const Plan* plan, const real* image, long height, long width, long channels, long top, long rows, long first_block,
-    long last_block, long part, real* to,
+    const Plan* plan, const real* image, int64_t height, int64_t width, int64_t channels, int64_t top, int64_t rows,
+    int64_t first_block, int64_t last_block, int64_t part, real* to,
 ) noexcept nogil:
     """Rows top to top + rows of one image to a band for each block; what no image has reached is zero already."""
-    cdef long size = plan.layer.lanes, left = plan.reach.left, y, block, first
-    cdef long start = max(-left, 0), pixels = min(width - left, plan.row) - start
+    cdef int64_t size = plan.layer.lanes, left = plan.reach.left, y, block, first
+    cdef int64_t start = max(-left, 0), pixels = min(width - left, plan.row) - start
     if pixels <= 0:
         return
     to += start * size
@@ -221,8 +224,8 @@ cdef inline void copy_bands(
 
 
 cdef inline void copy_lines(
-    const real* lines, long pixels, long size, long channels, real* to, long step
+    const real* lines, int64_t pixels, int64_t size, int64_t channels, real* to, int64_t step
 ) noexcept nogil:
-    cdef long pixel
+    cdef int64_t pixel
     for pixel in range(pixels):
         memcpy(to + pixel * step, lines + pixel * size, channels * sizeof(real))

@@ -1,5 +1,6 @@
 """The integer cells around taps, and kernels spread over them."""
 
+from libc.stdint cimport int64_t
 from libc.string cimport memset
 
 from ._vectors cimport real, spread_taps
@@ -10,50 +11,50 @@ cdef enum:
 
 
 cdef struct Layer:
-    long lanes
-    long outputs  # channels per group
-    long inputs
-    long taps
-    long per_position  # output channels that share their positions
-    long stride_y
-    long stride_x
+    int64_t lanes
+    int64_t outputs  # channels per group
+    int64_t inputs
+    int64_t taps
+    int64_t per_position  # output channels that share their positions
+    int64_t stride_y
+    int64_t stride_x
 
 
 cdef struct Box:  # of the cells that meet the image, seen from input pixel `output * stride`; height 0: there are none
-    long top
-    long left
-    long height
-    long width
+    int64_t top
+    int64_t left
+    int64_t height
+    int64_t width
 
 
 cdef struct Cells:  # of one block of channels; the arrays belong to the caller
-    long first  # position groups that they were found for, last exclusive; last 0: none yet
-    long last
-    long count
-    long* row  # within the box
-    long* column
-    long* index  # [position group of the block, tap, neighbour]; -1: outside the box, or without weight
+    int64_t first  # position groups that they were found for, last exclusive; last 0: none yet
+    int64_t last
+    int64_t count
+    int64_t* row  # within the box
+    int64_t* column
+    int64_t* index  # [position group of the block, tap, neighbour]; -1: outside the box, or without weight
     double* share  # beside each index: the bilinear weight of the tap's neighbour
-    long* table
+    int64_t* table
 
 
-cdef inline bint meets(long cell, long size, long out_size, long stride) noexcept nogil:
+cdef inline bint meets(int64_t cell, int64_t size, int64_t out_size, int64_t stride) noexcept nogil:
     """Whether any output pixel sees `cell` inside the image, along one axis."""
     return cell < size and cell + (out_size - 1) * stride >= 0
 
 
-cdef inline double share_of(const double[:, :, ::1] fraction, long p, long k, int neighbour) noexcept nogil:
+cdef inline double share_of(const double[:, :, ::1] fraction, int64_t p, int64_t k, int neighbour) noexcept nogil:
     """The bilinear weight of a tap's neighbour 2 * row + column."""
     cdef double y = fraction[p, k, 0], x = fraction[p, k, 1]
     return (y if neighbour & 2 else 1 - y) * (x if neighbour & 1 else 1 - x)
 
 
 cdef inline Box box_of(
-    const long[:, :, ::1] cell, const double[:, :, ::1] fraction, long height, long width, long out_height,
-    long out_width, const Layer* layer, bint all_neighbours,
+    const int64_t[:, :, ::1] cell, const double[:, :, ::1] fraction, int64_t height, int64_t width, int64_t out_height,
+    int64_t out_width, const Layer* layer, bint all_neighbours,
 ) noexcept nogil:
     cdef Box box
-    cdef long p, k, y, x, bottom = -(1 << 60), right = -(1 << 60)
+    cdef int64_t p, k, y, x, bottom = -(1 << 60), right = -(1 << 60)
     cdef int neighbour
     box.top = box.left = 1 << 60
     for p in range(cell.shape[0]):
@@ -75,17 +76,17 @@ cdef inline Box box_of(
 
 
 cdef inline void find_cells(
-    const Box* box, const long[:, :, ::1] cell, const double[:, :, ::1] fraction, long first, long last,
+    const Box* box, const int64_t[:, :, ::1] cell, const double[:, :, ::1] fraction, int64_t first, int64_t last,
     bint all_neighbours, Cells* cells,
 ) noexcept nogil:
     """The distinct cells of position groups first to last (exclusive)."""
-    cdef long p, k, y, x, found, area = box.height * box.width
-    cdef long* index = cells.index
+    cdef int64_t p, k, y, x, found, area = box.height * box.width
+    cdef int64_t* index = cells.index
     cdef double* share = cells.share
     cdef int neighbour
     cells.first, cells.last, cells.count = first, last, 0
     if area <= TABLE:
-        memset(cells.table, 0xFF, area * sizeof(long))  # -1
+        memset(cells.table, 0xFF, area * sizeof(int64_t))  # -1
     for p in range(first, last):
         for k in range(cell.shape[1]):
             for neighbour in range(4):
@@ -119,15 +120,16 @@ cdef inline void find_cells(
 
 
 cdef inline void spread_weight(
-    const Layer* layer, const real[:, :, :] weight, const Cells* cells, bint to_output, long first, long last, real* kernel,
+    const Layer* layer, const real[:, :, :] weight, const Cells* cells, bint to_output, int64_t first, int64_t last,
+    real* kernel,
 ) noexcept nogil:
     """kernel[part, cell, lane]: the weight of channels first to last (outputs, or inputs) spread over the cells.
 
     The lane of an output channel reads `inputs` parts; the lane of an input channel is read by `outputs` parts.
     """
-    cdef long part, lane, end, tap, output, input, count = last - first, step = weight.strides[2] // sizeof(real)
+    cdef int64_t part, lane, end, tap, output, input, count = last - first, step = weight.strides[2] // sizeof(real)
     cdef const real* source[MOST_LANES]
-    cdef long position[MOST_LANES]
+    cdef int64_t position[MOST_LANES]
     memset(kernel, 0, (layer.inputs if to_output else layer.outputs) * cells.count * layer.lanes * sizeof(real))
     for part in range(layer.inputs if to_output else layer.outputs):
         for lane in range(count):

@@ -8,50 +8,53 @@ threads add to the same number: results do not depend on their number. Arguments
 """
 
 from cython.parallel cimport prange, threadid
+from libc.stdint cimport int64_t
 from libc.string cimport memcpy
 
 from ._bands cimport Plan, Space, band_rows, copy_bands, copy_lines, find_block, find_block_of_inputs, plan_of, space_in
 from ._cells cimport Layer, spread_weight
-from ._jobs cimport Job, begin, job_at, longs_of, ranges_of
+from ._jobs cimport Job, begin, job_at, integers_of, ranges_of
 from ._packing cimport ceil_div
 from ._vectors cimport Buffer, correlate, lanes, real
 
 
 def forward(
-    const real[:, :, :, ::1] image, const real[:, :, :] weight, const real[::1] bias, const long[:, :, ::1] cell,
-    const double[:, :, ::1] fraction, long groups, stride, real[:, :, :, ::1] output, int threads,
+    const real[:, :, :, ::1] image, const real[:, :, :] weight, const real[::1] bias, const int64_t[:, :, ::1] cell,
+    const double[:, :, ::1] fraction, int64_t groups, stride, real[:, :, :, ::1] output, int threads,
 ):
     """output OUT (N, H_out, W_out, C_out); image IN (N, H, W, C_in); weight IN (C_out, C_in/groups, K), any strides;
     bias IN (C_out,) or None; cell and fraction IN (P, K, 2)."""
     cdef Plan plan = plan_of(
-        image.shape, weight.shape, output.shape, cell, fraction, groups, stride, lanes(<real*>NULL), True, False, threads
+        image.shape, weight.shape, output.shape, cell, fraction, groups, stride, lanes(<real*>NULL), True, False,
+        threads
     )
-    cdef long strips = output.shape[0] * plan.strips, jobs = ceil_div(plan.blocks, plan.together), i
-    cdef long ranges = ranges_of(&plan, jobs, strips, output.shape[1] * output.shape[2], threads)
-    cdef Buffer longs = longs_of(&plan, threads), reals = Buffer(threads * plan.reals, sizeof(real))
+    cdef int64_t strips = output.shape[0] * plan.strips, jobs = ceil_div(plan.blocks, plan.together), i
+    cdef int64_t ranges = ranges_of(&plan, jobs, strips, output.shape[1] * output.shape[2], threads)
+    cdef Buffer integers = integers_of(&plan, threads), reals = Buffer(threads * plan.reals, sizeof(real))
     for i in prange(jobs * ranges, nogil=True, num_threads=threads, schedule="static"):
         forward_job(
             &plan, job_at(&plan, jobs, ranges, strips, i), image, weight, bias, cell, fraction, output,
-            <long*>longs.data + threadid() * plan.longs, <real*>reals.data + threadid() * plan.reals,
+            <int64_t*>integers.data + threadid() * plan.integers, <real*>reals.data + threadid() * plan.reals,
         )
 
 
 cdef void forward_job(
     const Plan* plan, Job job, const real[:, :, :, ::1] image, const real[:, :, :] weight, const real[::1] bias,
-    const long[:, :, ::1] cell, const double[:, :, ::1] fraction, real[:, :, :, ::1] output, long* longs, real* reals,
+    const int64_t[:, :, ::1] cell, const double[:, :, ::1] fraction, real[:, :, :, ::1] output, int64_t* integers,
+    real* reals,
 ) noexcept nogil:
     cdef const Layer* layer = &plan.layer
-    cdef long out_height = output.shape[1], width = output.shape[2], c_out = output.shape[3], size = layer.lanes
-    cdef long strip, n, y, y_first, y_last, part, block, first, last
+    cdef int64_t out_height = output.shape[1], width = output.shape[2], c_out = output.shape[3], size = layer.lanes
+    cdef int64_t strip, n, y, y_first, y_last, part, block, first, last
     cdef Space* space
     cdef real* kernel
     cdef real* band
     cdef bint whole
-    begin(plan, longs, reals)
+    begin(plan, integers, reals)
     for block in range(job.last_block - job.first_block):
         first = (job.first_block + block) * size
         last = min(first + size, c_out)
-        space = space_in(plan, longs, block)
+        space = space_in(plan, integers, block)
         find_block(plan, cell, fraction, first, last, False, space)
         spread_weight(layer, weight, &space.cells, True, first, last, reals + plan.kernels + block * plan.kernel)
         if bias is not None:
@@ -68,7 +71,7 @@ cdef void forward_job(
             for block in range(job.last_block - job.first_block):
                 first = (job.first_block + block) * size
                 whole = first + size <= c_out  # otherwise vectors would run into the next pixel
-                space = space_in(plan, longs, block)
+                space = space_in(plan, integers, block)
                 kernel = reals + plan.kernels + block * plan.kernel + part * space.cells.count * size
                 band = reals + plan.bands + block * plan.band
                 for y in range(y_first, y_last):
@@ -87,42 +90,43 @@ cdef void forward_job(
 
 
 def backward_image(
-    const real[:, :, :, ::1] gradient, const real[:, :, :] weight, const long[:, :, ::1] cell,
-    const double[:, :, ::1] fraction, long groups, stride, real[:, :, :, ::1] grad_image, int threads,
+    const real[:, :, :, ::1] gradient, const real[:, :, :] weight, const int64_t[:, :, ::1] cell,
+    const double[:, :, ::1] fraction, int64_t groups, stride, real[:, :, :, ::1] grad_image, int threads,
 ):
     """grad_image OUT (N, H, W, C_in); gradient IN (N, H_out, W_out, C_out)."""
     cdef Plan plan = plan_of(
         grad_image.shape, weight.shape, gradient.shape, cell, fraction, groups, stride, lanes(<real*>NULL), False,
         False, threads,
     )
-    cdef long strips = gradient.shape[0] * plan.strips, jobs = ceil_div(plan.blocks, plan.together), i
-    cdef long ranges = ranges_of(&plan, jobs, strips, grad_image.shape[1] * grad_image.shape[2], threads)
-    cdef Buffer longs = longs_of(&plan, threads), reals = Buffer(threads * plan.reals, sizeof(real))
+    cdef int64_t strips = gradient.shape[0] * plan.strips, jobs = ceil_div(plan.blocks, plan.together), i
+    cdef int64_t ranges = ranges_of(&plan, jobs, strips, grad_image.shape[1] * grad_image.shape[2], threads)
+    cdef Buffer integers = integers_of(&plan, threads), reals = Buffer(threads * plan.reals, sizeof(real))
     for i in prange(jobs * ranges, nogil=True, num_threads=threads, schedule="static"):
         backward_image_job(
             &plan, job_at(&plan, jobs, ranges, strips, i), gradient, weight, cell, fraction, grad_image,
-            <long*>longs.data + threadid() * plan.longs, <real*>reals.data + threadid() * plan.reals,
+            <int64_t*>integers.data + threadid() * plan.integers, <real*>reals.data + threadid() * plan.reals,
         )
 
 
 cdef void backward_image_job(
     const Plan* plan, Job job, const real[:, :, :, ::1] gradient, const real[:, :, :] weight,
-    const long[:, :, ::1] cell, const double[:, :, ::1] fraction, real[:, :, :, ::1] grad_image, long* longs,
+    const int64_t[:, :, ::1] cell, const double[:, :, ::1] fraction, real[:, :, :, ::1] grad_image, int64_t* integers,
     real* reals,
 ) noexcept nogil:
     cdef const Layer* layer = &plan.layer
-    cdef long height = grad_image.shape[1], width = grad_image.shape[2], c_in = grad_image.shape[3], size = layer.lanes
-    cdef long sy = layer.stride_y, sx = layer.stride_x, steps = ceil_div(height, sy)
-    cdef long strip, n, y, y_first, y_last, part, block, first, last, c, row, column
+    cdef int64_t height = grad_image.shape[1], width = grad_image.shape[2], c_in = grad_image.shape[3]
+    cdef int64_t size = layer.lanes
+    cdef int64_t sy = layer.stride_y, sx = layer.stride_x, steps = ceil_div(height, sy)
+    cdef int64_t strip, n, y, y_first, y_last, part, block, first, last, c, row, column
     cdef Space* space
     cdef real* kernel
     cdef real* band
     cdef bint whole
-    begin(plan, longs, reals)
+    begin(plan, integers, reals)
     for block in range(job.last_block - job.first_block):
         first = (job.first_block + block) * size
         last = min(first + size, c_in)
-        space = space_in(plan, longs, block)
+        space = space_in(plan, integers, block)
         find_block_of_inputs(plan, cell, fraction, first, last, space)
         spread_weight(layer, weight, &space.cells, False, first, last, reals + plan.kernels + block * plan.kernel)
     for strip in range(job.first_strip, job.last_strip):
@@ -137,7 +141,7 @@ cdef void backward_image_job(
             for block in range(job.last_block - job.first_block):
                 first = (job.first_block + block) * size
                 whole = first + size <= c_in
-                space = space_in(plan, longs, block)
+                space = space_in(plan, integers, block)
                 kernel = reals + plan.kernels + block * plan.kernel + part * space.cells.count * size
                 band = reals + plan.bands + block * plan.band
                 for y in range(y_first, y_last):

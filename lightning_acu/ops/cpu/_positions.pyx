@@ -3,18 +3,19 @@
 
 from cython cimport floating
 from libc.math cimport floor
+from libc.stdint cimport int64_t
 
 
 def locate(
-    const floating[:, :, :] offsets, long columns, long dilation_y, long dilation_x, long top, long left, double far,
-    long[:, :, ::1] cell, double[:, :, ::1] fraction,
+    const floating[:, :, :] offsets, int64_t columns, int64_t dilation_y, int64_t dilation_x, int64_t top, int64_t left,
+    double far, int64_t[:, :, ::1] cell, double[:, :, ::1] fraction,
 ):
     """offsets IN (P, K, 2) to cell OUT (P, K, 2), seen from input pixel `output * stride`, and fraction OUT in [0, 1].
 
     Offsets beyond +-far count as far; a NaN offset leaves the tap in its cell on the grid, with a fraction of NaN.
     Returns whether any offset is NaN.
     """
-    cdef long p, k, axis, grid
+    cdef int64_t p, k, axis, grid
     cdef double offset, whole
     cdef bint any_nan = False
     for p in range(offsets.shape[0]):
@@ -25,14 +26,14 @@ def locate(
                 offset = far if offset > far else -far if offset < -far else offset
                 whole = floor(offset)
                 fraction[p, k, axis] = offset - whole
-                cell[p, k, axis] = grid + (<long>whole if whole == whole else 0)
+                cell[p, k, axis] = grid + (<int64_t>whole if whole == whole else 0)
                 any_nan |= whole != whole
     return any_nan
 
 
 def any_fraction(const floating[:, :, :] offsets):
     """Whether any offset is not a whole number (infinity counts as one, NaN does not)."""
-    cdef long p, k, axis
+    cdef int64_t p, k, axis
     for p in range(offsets.shape[0]):
         for k in range(offsets.shape[1]):
             for axis in range(2):
@@ -43,7 +44,7 @@ def any_fraction(const floating[:, :, :] offsets):
 
 def any_shift(const floating[:, :, :] offsets):
     """Whether any offset is not zero."""
-    cdef long p, k, axis
+    cdef int64_t p, k, axis
     for p in range(offsets.shape[0]):
         for k in range(offsets.shape[1]):
             for axis in range(2):

@@ -10,6 +10,7 @@ one position group; a *panel* is WIDTH = 2 * lanes columns of a packed matrix, t
 """
 
 from cython.parallel cimport prange, threadid
+from libc.stdint cimport int64_t
 from libc.string cimport memcpy, memset
 
 from ._packing cimport Piece, ceil_div, pack_input_panel, pack_output_panel, piece_at
@@ -24,10 +25,10 @@ cdef enum:
 
 
 cdef void pack_for_output(
-    const real[:, :, :] weight, long groups, long position_groups, real* packed, int threads, int width
+    const real[:, :, :] weight, int64_t groups, int64_t position_groups, real* packed, int threads, int width
 ):
     """weight (C_out, C_in/groups, K) to packed: for each piece and panel, (K * C_in/groups, WIDTH)."""
-    cdef long c_out = weight.shape[0], depth = weight.shape[1] * weight.shape[2], channel = 0, panel
+    cdef int64_t c_out = weight.shape[0], depth = weight.shape[1] * weight.shape[2], channel = 0, panel
     cdef Piece piece
     while channel < c_out:
         piece = piece_at(channel, c_out, c_out // groups, c_out // position_groups)
@@ -40,16 +41,16 @@ cdef void pack_for_output(
         channel = piece.last
 
 
-cdef void pack_for_input(const real[:, :, :] weight, long groups, real* packed, int threads, int width):
+cdef void pack_for_input(const real[:, :, :] weight, int64_t groups, real* packed, int threads, int width):
     """weight (C_out, C_in/groups, K) to packed: for each group and panel of its inputs, (K, C_out/groups, WIDTH)."""
-    cdef long panels = ceil_div(weight.shape[1], width), job
+    cdef int64_t panels = ceil_div(weight.shape[1], width), job
     for job in prange(groups * panels, nogil=True, num_threads=threads):
         pack_input_panel(weight, groups, job // panels, job % panels * width, packed, width)
 
 
 def forward(
-    const real[:, :, :, ::1] image, const real[:, :, :] weight, const real[::1] bias, const long[:, :, ::1] cell,
-    const double[:, :, ::1] fraction, long groups, stride, real[:, :, :, ::1] output, int threads,
+    const real[:, :, :, ::1] image, const real[:, :, :] weight, const real[::1] bias, const int64_t[:, :, ::1] cell,
+    const double[:, :, ::1] fraction, int64_t groups, stride, real[:, :, :, ::1] output, int threads,
 ):
     """output OUT (N, H_out, W_out, C_out).
 
@@ -57,8 +58,8 @@ def forward(
     (P, K, 2) and fraction IN (P, K, 2): whole and fractional part of the tap positions.
     """
     cdef Grid grid = grid_of(image.shape, output.shape, stride)
-    cdef long pixels = output.shape[0] * output.shape[1] * output.shape[2], c_out = output.shape[3]
-    cdef long pieces = groups + cell.shape[0], blocks = ceil_div(pixels, BLOCK), slices = 1, job
+    cdef int64_t pixels = output.shape[0] * output.shape[1] * output.shape[2], c_out = output.shape[3]
+    cdef int64_t pieces = groups + cell.shape[0], blocks = ceil_div(pixels, BLOCK), slices = 1, job
     cdef int width = 2 * lanes(<real*>NULL)
     cdef Buffer packed = Buffer(
         (c_out + pieces * width) * weight.shape[1] * weight.shape[2], sizeof(real)
@@ -79,12 +80,12 @@ def forward(
 
 cdef void forward_block(
     const Grid* grid, const real[:, :, :, ::1] image, const real* packed, const real[::1] bias,
-    const long[:, :, ::1] cell, const double[:, :, ::1] fraction, long groups, long first, long last, long part,
-    long parts, real[:, :, :, ::1] output, real* buffer, long width,
+    const int64_t[:, :, ::1] cell, const double[:, :, ::1] fraction, int64_t groups, int64_t first, int64_t last,
+    int64_t part, int64_t parts, real[:, :, :, ::1] output, real* buffer, int64_t width,
 ) noexcept nogil:
     """Output pixels first to last and, of every piece, one of `parts` equal shares of its panels."""
-    cdef long c_out = output.shape[3], inputs = grid.channels // groups, depth = inputs * cell.shape[1]
-    cdef long channel = 0, offset = 0, panels, start, columns, q, end, at, k, count
+    cdef int64_t c_out = output.shape[3], inputs = grid.channels // groups, depth = inputs * cell.shape[1]
+    cdef int64_t channel = 0, offset = 0, panels, start, columns, q, end, at, k, count
     cdef const real* source = &image[0, 0, 0, 0]
     cdef real* to = &output[0, 0, 0, 0] + first * c_out
     cdef Piece piece
@@ -118,8 +119,8 @@ cdef void forward_block(
 
 def backward_image(
     const real[:, :, :, ::1] gradient, const real[:, :, :, ::1] image, const real[:, :, :] weight,
-    const long[:, :, ::1] cell, const double[:, :, ::1] fraction, long groups, stride, real[:, :, :, ::1] grad_image,
-    double[:, :, ::1] grad_cell, int threads,
+    const int64_t[:, :, ::1] cell, const double[:, :, ::1] fraction, int64_t groups, stride,
+    real[:, :, :, ::1] grad_image, double[:, :, ::1] grad_cell, int threads,
 ):
     """The gradients of image and positions, from that of the samples: the adjoint of interpolation.
 
@@ -128,10 +129,10 @@ def backward_image(
     """
     cdef Grid grid = grid_of(image.shape, gradient.shape, stride)
     cdef int width = 2 * lanes(<real*>NULL)
-    cdef long per_group = weight.shape[0] // groups, panels = groups * ceil_div(weight.shape[1], width)
-    cdef long images = image.shape[0], ranges = min(images, RANGES), parts = 1, job
-    cdef long positions = cell.shape[0] // groups + 2, sums_size = positions * cell.shape[1] * 4
-    cdef long size = width + BLOCK * (width + ceil_div(per_group, DEPTH) * DEPTH_STRIDE)
+    cdef int64_t per_group = weight.shape[0] // groups, panels = groups * ceil_div(weight.shape[1], width)
+    cdef int64_t images = image.shape[0], ranges = min(images, RANGES), parts = 1, job
+    cdef int64_t positions = cell.shape[0] // groups + 2, sums_size = positions * cell.shape[1] * 4
+    cdef int64_t size = width + BLOCK * (width + ceil_div(per_group, DEPTH) * DEPTH_STRIDE)
     cdef Buffer packed = Buffer(panels * weight.shape[2] * per_group * width, sizeof(real))
     cdef Buffer buffer = Buffer(threads * size, sizeof(real))
     cdef Buffer sums = Buffer(0 if grad_cell is None else ranges * panels * sums_size, sizeof(double))
@@ -153,18 +154,18 @@ def backward_image(
             positions_from_sums(<double*>sums.data, ranges, panels, sums_size, groups, fraction, grad_cell)
 
 
-cdef inline long first_position(long group, long groups, long position_groups) noexcept nogil:
+cdef inline int64_t first_position(int64_t group, int64_t groups, int64_t position_groups) noexcept nogil:
     """The first position group that a convolution group touches."""
     return group * position_groups // groups
 
 
 cdef void positions_from_sums(
-    const double* sums, long ranges, long panels, long size, long groups, const double[:, :, ::1] fraction,
+    const double* sums, int64_t ranges, int64_t panels, int64_t size, int64_t groups, const double[:, :, ::1] fraction,
     double[:, :, ::1] grad_cell,
 ) noexcept nogil:
     """grad_cell (P, K, 2) += from sums[range of images, panel, position of the panel's group, K, row of the cell,
     (gradient of the row's share, gradient along the row)]."""
-    cdef long i, p, k, first, position_groups = fraction.shape[0], taps = fraction.shape[1]
+    cdef int64_t i, p, k, first, position_groups = fraction.shape[0], taps = fraction.shape[1]
     cdef const double* found
     cdef double fy
     for i in range(ranges * panels):
@@ -179,10 +180,11 @@ cdef void positions_from_sums(
 
 cdef void backward_image_range(
     const Grid* grid, const real[:, :, :, ::1] gradient, const real[:, :, :, ::1] image, const real* packed,
-    const long[:, :, ::1] cell, const double[:, :, ::1] fraction, long groups, long first, long last, long first_panel,
-    long last_panel, real[:, :, :, ::1] grad_image, double* sums, long sums_size, real* buffer, long width,
+    const int64_t[:, :, ::1] cell, const double[:, :, ::1] fraction, int64_t groups, int64_t first, int64_t last,
+    int64_t first_panel, int64_t last_panel, real[:, :, :, ::1] grad_image, double* sums, int64_t sums_size,
+    real* buffer, int64_t width,
 ) noexcept nogil:
-    cdef long number
+    cdef int64_t number
     for number in range(first, last):
         backward_image_block(
             grid, gradient, image, packed, cell, fraction, groups, number, first_panel, last_panel, grad_image, sums,
@@ -192,13 +194,14 @@ cdef void backward_image_range(
 
 cdef void backward_image_block(
     const Grid* grid, const real[:, :, :, ::1] gradient, const real[:, :, :, ::1] image, const real* packed,
-    const long[:, :, ::1] cell, const double[:, :, ::1] fraction, long groups, long number, long first_panel,
-    long last_panel, real[:, :, :, ::1] grad_image, double* sums, long sums_size, real* buffer, long width,
+    const int64_t[:, :, ::1] cell, const double[:, :, ::1] fraction, int64_t groups, int64_t number,
+    int64_t first_panel, int64_t last_panel, real[:, :, :, ::1] grad_image, double* sums, int64_t sums_size,
+    real* buffer, int64_t width,
 ) noexcept nogil:
     """One image, panels (counted through all groups) first to last."""
-    cdef long c_out = gradient.shape[3], inputs = grid.channels // groups, outputs = c_out // groups
-    cdef long panels = ceil_div(inputs, width), pixels = grid.out_height * grid.out_width, taps = cell.shape[1]
-    cdef long group, panel, channel, first, last, pixel, q, k, start, columns, block, part, parts
+    cdef int64_t c_out = gradient.shape[3], inputs = grid.channels // groups, outputs = c_out // groups
+    cdef int64_t panels = ceil_div(inputs, width), pixels = grid.out_height * grid.out_width, taps = cell.shape[1]
+    cdef int64_t group, panel, channel, first, last, pixel, q, k, start, columns, block, part, parts
     cdef real* zeros = buffer
     cdef real* samples = buffer + width
     cdef real* rows = samples + BLOCK * width

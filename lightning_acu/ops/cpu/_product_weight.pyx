@@ -2,6 +2,7 @@
 """Active convolution as a matrix product: the gradient of the weights. Names and rules as in `_product.pyx`."""
 
 from cython.parallel cimport prange
+from libc.stdint cimport int64_t
 from libc.string cimport memset
 
 from ._packing cimport Piece, ceil_div, pack_transposed, piece_at
@@ -15,8 +16,8 @@ cdef enum:
 
 
 def backward_weight(
-    const real[:, :, :, ::1] gradient, const real[:, :, :, ::1] image, const long[:, :, ::1] cell,
-    const double[:, :, ::1] fraction, long groups, stride, real[:, :, ::1] grad_weight, int threads,
+    const real[:, :, :, ::1] gradient, const real[:, :, :, ::1] image, const int64_t[:, :, ::1] cell,
+    const double[:, :, ::1] fraction, int64_t groups, stride, real[:, :, ::1] grad_weight, int threads,
 ):
     """grad_weight OUT (C_out, K, C_in/groups), from gradient IN (N, H_out, W_out, C_out) and image IN (N, H, W, C_in).
 
@@ -24,8 +25,8 @@ def backward_weight(
     """
     cdef Grid grid = grid_of(image.shape, gradient.shape, stride)
     cdef int width = 2 * lanes(<real*>NULL), tile = tile_rows(<real*>NULL)
-    cdef long c_out = gradient.shape[3], inputs = grid.channels // groups, units = 0, channel = 0, thread
-    cdef long size = LONG_BLOCK * (width + ceil_div(min(CHANNELS, c_out // groups), tile) * tile)
+    cdef int64_t c_out = gradient.shape[3], inputs = grid.channels // groups, units = 0, channel = 0, thread
+    cdef int64_t size = LONG_BLOCK * (width + ceil_div(min(CHANNELS, c_out // groups), tile) * tile)
     cdef Buffer buffer = Buffer(threads * size, sizeof(real))
     while channel < c_out:
         channel = piece_at(channel, channel + CHANNELS, c_out // groups, c_out // cell.shape[0]).last
@@ -38,15 +39,15 @@ def backward_weight(
 
 
 cdef void backward_weight_units(
-    const Grid* grid, const real[:, :, :, ::1] gradient, const real[:, :, :, ::1] image, const long[:, :, ::1] cell,
-    const double[:, :, ::1] fraction, long groups, long first_unit, long last_unit, real[:, :, ::1] grad_weight,
-    real* buffer, long width,
+    const Grid* grid, const real[:, :, :, ::1] gradient, const real[:, :, :, ::1] image, const int64_t[:, :, ::1] cell,
+    const double[:, :, ::1] fraction, int64_t groups, int64_t first_unit, int64_t last_unit,
+    real[:, :, ::1] grad_weight, real* buffer, int64_t width,
 ) noexcept nogil:
     """Units first to last: one unit is a piece (of at most CHANNELS), a tap and a panel of input channels."""
-    cdef long c_out = gradient.shape[3], inputs = grid.channels // groups, taps = cell.shape[1]
-    cdef long pixels = gradient.shape[0] * gradient.shape[1] * gradient.shape[2]
-    cdef long panels = ceil_div(inputs, width), unit, block, start, first, last, channel, k, panel
-    cdef long tile = tile_rows(&grad_weight[0, 0, 0])
+    cdef int64_t c_out = gradient.shape[3], inputs = grid.channels // groups, taps = cell.shape[1]
+    cdef int64_t pixels = gradient.shape[0] * gradient.shape[1] * gradient.shape[2]
+    cdef int64_t panels = ceil_div(inputs, width), unit, block, start, first, last, channel, k, panel
+    cdef int64_t tile = tile_rows(&grad_weight[0, 0, 0])
     cdef real* samples = buffer
     cdef real* packed = buffer + LONG_BLOCK * width
     cdef const real* source = &image[0, 0, 0, 0]

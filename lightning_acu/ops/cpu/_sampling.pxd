@@ -1,20 +1,22 @@
 """The image as one tap sees it, and the adjoint: loops over pixels, between the geometry and the vector routines."""
 
+from libc.stdint cimport int64_t
+
 from ._vectors cimport adjoint, blend, real
 
 cdef struct Grid:  # of a convolution, in pixels; images are (height, width, channels), outputs count through all images
-    long height
-    long width
-    long channels
-    long out_height
-    long out_width
-    long stride_y
-    long stride_x
+    int64_t height
+    int64_t width
+    int64_t channels
+    int64_t out_height
+    int64_t out_width
+    int64_t stride_y
+    int64_t stride_x
 
 
 cdef struct Tap:  # seen from input pixel (oy * stride_y, ox * stride_x): its cell and the fractions above it
-    long row
-    long column
+    int64_t row
+    int64_t column
     double fraction_y
     double fraction_x
 
@@ -23,29 +25,31 @@ cdef inline Grid grid_of(shape, out_shape, stride):
     return Grid(shape[1], shape[2], shape[3], out_shape[1], out_shape[2], stride[0], stride[1])
 
 
-cdef inline Tap tap_at(const long[:, :, ::1] cell, const double[:, :, ::1] fraction, long p, long k) noexcept nogil:
+cdef inline Tap tap_at(
+    const int64_t[:, :, ::1] cell, const double[:, :, ::1] fraction, int64_t p, int64_t k
+) noexcept nogil:
     cdef Tap tap
     tap.row, tap.column = cell[p, k, 0], cell[p, k, 1]
     tap.fraction_y, tap.fraction_x = fraction[p, k, 0], fraction[p, k, 1]
     return tap
 
 
-cdef inline long first_output(long position, long start, long stride) noexcept nogil:
+cdef inline int64_t first_output(int64_t position, int64_t start, int64_t stride) noexcept nogil:
     """The first output pixel whose `start + output * stride` is at least `position`."""
-    cdef long distance = position - start
+    cdef int64_t distance = position - start
     return (distance + stride - 1) // stride if distance > 0 else 0
 
 
 cdef inline void sample(
-    const Grid* grid, const Tap* tap, const real* images, long channel, long channels, long first, long last, real* to,
-    long ld,
+    const Grid* grid, const Tap* tap, const real* images, int64_t channel, int64_t channels, int64_t first,
+    int64_t last, real* to, int64_t ld,
 ) noexcept nogil:
     """to[pixel - first, c] (leading dimension ld) = channel + c of the images at `tap`, output pixels first to last.
 
     Neighbours outside the image, and those of weight 0, are not read.
     """
-    cdef long pixel = first, row, image, x, x_end, y, x_first, count, end
-    cdef long line = grid.width * grid.channels
+    cdef int64_t pixel = first, row, image, x, x_end, y, x_first, count, end
+    cdef int64_t line = grid.width * grid.channels
     cdef double share_y[2]
     cdef double share_x[2]
     cdef const real* source[4]
@@ -91,18 +95,18 @@ cdef inline void sample(
 
 
 cdef inline void spread(
-    const Grid* grid, const Tap* tap, real* gradients, const real* images, long channel, long channels, long first,
-    long last, const real* samples, long ld, const real* zeros, double* sums,
+    const Grid* grid, const Tap* tap, real* gradients, const real* images, int64_t channel, int64_t channels,
+    int64_t first, int64_t last, const real* samples, int64_t ld, const real* zeros, double* sums,
 ) noexcept nogil:
     """The adjoint of `sample`: from the gradient of the samples (last - first, ld) to those of images and position.
 
     gradients += that of the images; NULL: not computed. sums[r, 0] += the gradient with respect to the share of row r of
     the cell, sums[r, 1] += the gradient along the columns of the part from row r; not computed where images is NULL.
     """
-    cdef long pixel = first, row, image, x, count, y, x_first, stride = grid.stride_x
-    cdef long line = grid.width * grid.channels
+    cdef int64_t pixel = first, row, image, x, count, y, x_first, stride = grid.stride_x
+    cdef int64_t line = grid.width * grid.channels
     cdef double share
-    cdef long start
+    cdef int64_t start
     cdef real* gradient
     cdef const real* source
     cdef int r
@@ -146,17 +150,18 @@ cdef inline void spread(
 
 
 cdef inline void columns(
-    const Grid* grid, const Tap* tap, real* gradient, const real* image, long x, long stride, long count, long channels,
-    const real* here, long here_step, const real* before, long before_step, double share, double* sums,
+    const Grid* grid, const Tap* tap, real* gradient, const real* image, int64_t x, int64_t stride, int64_t count,
+    int64_t channels, const real* here, int64_t here_step, const real* before, int64_t before_step, double share,
+    double* sums,
 ) noexcept nogil:
     """`adjoint` for those of the `count` columns x, x + stride, ... that lie in the image."""
-    cdef long skip = first_output(0, x, stride)
-    cdef long end = min(count, first_output(grid.width, x, stride))
+    cdef int64_t skip = first_output(0, x, stride)
+    cdef int64_t end = min(count, first_output(grid.width, x, stride))
     if skip >= end:
         return
     x += skip * stride
     adjoint(
-        end - skip, channels, NULL if gradient == NULL else gradient + x * grid.channels,
-        <const real*>NULL if image == NULL else image + x * grid.channels, stride * grid.channels, here + skip * here_step,
-        here_step, before + skip * before_step, before_step, <real>share, <real>tap.fraction_x, sums,
+        end - skip, channels, NULL if gradient == NULL else gradient + x * grid.channels, <const real*>NULL if image ==
+        NULL else image + x * grid.channels, stride * grid.channels, here + skip * here_step, here_step, before + skip *
+        before_step, before_step, <real>share, <real>tap.fraction_x, sums,
     )

@@ -57,18 +57,6 @@
 #endif
 #endif /* x86-64 */
 
-/* 0: baseline, 1: AVX2, 2: AVX-512. What this processor (and its operating system) can run. */
-static int best_isa(void) {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq"))
-        return 2;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
-#endif
-    return 0;
-}
-
 static const routines_f32 *routines_f32_for(int isa) {
 #if defined(__x86_64__)
     if (isa == 2) return &table_f32_avx512;

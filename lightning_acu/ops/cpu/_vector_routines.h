@@ -21,11 +21,11 @@ typedef REAL NAME(vec) __attribute__((vector_size(BYTES), aligned(sizeof(REAL)),
  * a[row * row_step + d * depth_step]; row_step and depth_step are constants after inlining, so that all rows are
  * addressed from one register. Sums run over d in order and one accumulator holds each, so the result does not depend
  * on how rows are cut into tiles. */
-ALWAYS_INLINE void NAME(tile)(const int rows, const int vectors, long depth, const REAL *a, const long row_step,
-                              const long depth_step, const REAL *b, VEC *product) {
+ALWAYS_INLINE void NAME(tile)(const int rows, const int vectors, int64_t depth, const REAL *a, const int64_t row_step,
+                              const int64_t depth_step, const REAL *b, VEC *product) {
     VEC sum[TILE_ROWS][2];
     UNROLL for (int i = 0; i < rows; i++) UNROLL for (int v = 0; v < vectors; v++) sum[i][v] = (VEC){0};
-    for (long d = 0; d < depth; d++) {
+    for (int64_t d = 0; d < depth; d++) {
         VEC panel[2];
         UNROLL for (int v = 0; v < vectors; v++) panel[v] = READ(b + v * LANES);
         UNROLL for (int i = 0; i < rows; i++) {
@@ -39,7 +39,7 @@ ALWAYS_INLINE void NAME(tile)(const int rows, const int vectors, long depth, con
 }
 
 /* c = start + product, or c += product where accumulate. */
-static void NAME(store)(int rows, int columns, const REAL *product, REAL *c, long ldc, const REAL *start,
+static void NAME(store)(int rows, int columns, const REAL *product, REAL *c, int64_t ldc, const REAL *start,
                         int accumulate) {
     for (int i = 0; i < rows; i++, c += ldc, product += WIDTH)
         if (accumulate)
@@ -55,8 +55,9 @@ static void NAME(store)(int rows, int columns, const REAL *product, REAL *c, lon
         if (columns > LANES) NAME(tile)(n, 2, depth, a, row_step, depth_step, b, product);           \
         else NAME(tile)(n, 1, depth, a, row_step, depth_step, b, product);                           \
         break;
-ALWAYS_INLINE void NAME(any_tile)(int rows, long depth, const REAL *a, const long row_step, const long depth_step,
-                                  const REAL *b, REAL *c, long ldc, const REAL *start, int accumulate, int columns) {
+ALWAYS_INLINE void NAME(any_tile)(int rows, int64_t depth, const REAL *a, const int64_t row_step,
+                                  const int64_t depth_step, const REAL *b, REAL *c, int64_t ldc, const REAL *start,
+                                  int accumulate, int columns) {
     VEC product[TILE_ROWS * 2];
     switch (rows) {
         TILE_CASE(1) TILE_CASE(2) TILE_CASE(3) TILE_CASE(4)
@@ -73,12 +74,12 @@ ALWAYS_INLINE void NAME(any_tile)(int rows, long depth, const REAL *a, const lon
 /* c (rows x columns, leading dimension ldc) = start + a b, or c += a b where accumulate.
  * a: (rows x depth), leading dimension DEPTH_STRIDE.  b: panels of WIDTH columns, panel_step apart, each (depth x WIDTH),
  * padded with zeros.  start: (columns) or NULL. */
-static void NAME(multiply_rows)(long rows, long columns, long depth, const REAL *a, const REAL *b, long panel_step,
-                                REAL *c, long ldc, const REAL *start, int accumulate) {
-    long tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
-    for (long j = 0; j < columns; j += WIDTH, b += panel_step) {
+static void NAME(multiply_rows)(int64_t rows, int64_t columns, int64_t depth, const REAL *a, const REAL *b,
+                                int64_t panel_step, REAL *c, int64_t ldc, const REAL *start, int accumulate) {
+    int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+    for (int64_t j = 0; j < columns; j += WIDTH, b += panel_step) {
         int width = columns - j < WIDTH ? (int)(columns - j) : WIDTH;
-        for (long t = 0, i = 0; t < tiles; t++) { /* tiles of nearly equal height: a last one of 1 row is slow */
+        for (int64_t t = 0, i = 0; t < tiles; t++) { /* tiles of nearly equal height: a last one of 1 row is slow */
             int height = (int)((rows - i + tiles - t - 1) / (tiles - t));
             NAME(any_tile)(height, depth, a + i * DEPTH_STRIDE, DEPTH_STRIDE, 1, b, c + i * ldc + j, ldc,
                            start ? start + j : NULL, accumulate, width);
@@ -88,9 +89,9 @@ static void NAME(multiply_rows)(long rows, long columns, long depth, const REAL 
 }
 
 /* The same for one panel b and a transposed: blocks of TILE_ROWS rows, each (depth x TILE_ROWS). */
-static void NAME(multiply_transposed)(long rows, int columns, long depth, const REAL *a, const REAL *b, REAL *c,
-                                      long ldc, int accumulate) {
-    for (long i = 0; i < rows; i += TILE_ROWS, a += depth * TILE_ROWS) {
+static void NAME(multiply_transposed)(int64_t rows, int columns, int64_t depth, const REAL *a, const REAL *b, REAL *c,
+                                      int64_t ldc, int accumulate) {
+    for (int64_t i = 0; i < rows; i += TILE_ROWS, a += depth * TILE_ROWS) {
         int height = rows - i < TILE_ROWS ? (int)(rows - i) : TILE_ROWS;
         NAME(any_tile)(height, depth, a, 1, TILE_ROWS, b, c + i * ldc, ldc, NULL, accumulate, columns);
     }
@@ -98,10 +99,10 @@ static void NAME(multiply_transposed)(long rows, int columns, long depth, const 
 
 /* ---- interpolation: to[pixel][channel] = sum over terms of share * from[pixel][channel] --------------------------
  * `terms` (1 to 4) of the 4 neighbours; pixels are `step` apart in the image and `ld` in the block. */
-ALWAYS_INLINE void NAME(blend_terms)(const int terms, long pixels, long channels, const REAL *const *from,
-                                     const REAL *share, long step, REAL *to, long ld) {
-    for (long p = 0; p < pixels; p++, to += ld) {
-        long c = 0, at = p * step;
+ALWAYS_INLINE void NAME(blend_terms)(const int terms, int64_t pixels, int64_t channels, const REAL *const *from,
+                                     const REAL *share, int64_t step, REAL *to, int64_t ld) {
+    for (int64_t p = 0; p < pixels; p++, to += ld) {
+        int64_t c = 0, at = p * step;
         for (; c + LANES <= channels; c += LANES) {
             VEC sum = share[0] * READ(from[0] + at + c);
             UNROLL for (int t = 1; t < terms; t++) sum += share[t] * READ(from[t] + at + c);
@@ -115,11 +116,11 @@ ALWAYS_INLINE void NAME(blend_terms)(const int terms, long pixels, long channels
     }
 }
 
-static void NAME(blend)(int terms, long pixels, long channels, const REAL *const *from, const REAL *share, long step,
-                        REAL *to, long ld) {
+static void NAME(blend)(int terms, int64_t pixels, int64_t channels, const REAL *const *from, const REAL *share,
+                        int64_t step, REAL *to, int64_t ld) {
     switch (terms) {
         case 0:
-            for (long p = 0; p < pixels; p++) memset(to + p * ld, 0, channels * sizeof(REAL));
+            for (int64_t p = 0; p < pixels; p++) memset(to + p * ld, 0, channels * sizeof(REAL));
             break;
         case 1: NAME(blend_terms)(1, pixels, channels, from, share, step, to, ld); break;
         case 2: NAME(blend_terms)(2, pixels, channels, from, share, step, to, ld); break;
@@ -133,13 +134,14 @@ static void NAME(blend)(int terms, long pixels, long channels, const REAL *const
  * is. With row_share the weight of this row:
  *     gradient[x] += row_share h        sums[0] += image[x] h        sums[1] += image[x] (before - here)
  * gradient or image may be NULL: what needs it is not computed then. */
-ALWAYS_INLINE void NAME(adjoint_of)(const int want_gradient, const int want_sums, long pixels, long channels,
-                                    REAL *gradient, const REAL *image, long step, const REAL *here, long here_step,
-                                    const REAL *before, long before_step, REAL row_share, REAL fraction, double *sums) {
+ALWAYS_INLINE void NAME(adjoint_of)(const int want_gradient, const int want_sums, int64_t pixels, int64_t channels,
+                                    REAL *gradient, const REAL *image, int64_t step, const REAL *here,
+                                    int64_t here_step, const REAL *before, int64_t before_step, REAL row_share,
+                                    REAL fraction, double *sums) {
     VEC value_sum = {0}, slope_sum = {0};
     REAL value_rest = 0, slope_rest = 0;
-    for (long p = 0; p < pixels; p++) {
-        long c = 0, at = p * step;
+    for (int64_t p = 0; p < pixels; p++) {
+        int64_t c = 0, at = p * step;
         const REAL *h = here + p * here_step, *b = before + p * before_step;
         for (; c + LANES <= channels; c += LANES) {
             VEC slope = READ(b + c) - READ(h + c), value = READ(h + c) + fraction * slope;
@@ -167,9 +169,9 @@ ALWAYS_INLINE void NAME(adjoint_of)(const int want_gradient, const int want_sums
     }
 }
 
-static void NAME(adjoint)(long pixels, long channels, REAL *gradient, const REAL *image, long step, const REAL *here,
-                          long here_step, const REAL *before, long before_step, REAL row_share, REAL fraction,
-                          double *sums) {
+static void NAME(adjoint)(int64_t pixels, int64_t channels, REAL *gradient, const REAL *image, int64_t step,
+                          const REAL *here, int64_t here_step, const REAL *before, int64_t before_step, REAL row_share,
+                          REAL fraction, double *sums) {
     if (gradient && image)
         NAME(adjoint_of)(1, 1, pixels, channels, gradient, image, step, here, here_step, before, before_step, row_share,
                          fraction, sums);
@@ -183,7 +185,7 @@ static void NAME(adjoint)(long pixels, long channels, REAL *gradient, const REAL
 
 /* to[pixel] = from[pixel], one vector each. The next block of channels, which comes next, is fetched meanwhile: pixels
  * are too far apart for the processor to guess. */
-static void NAME(copy)(long pixels, const REAL *from, long step, REAL *to) {
+static void NAME(copy)(int64_t pixels, const REAL *from, int64_t step, REAL *to) {
     for (; pixels >= 4; pixels -= 4, from += 4 * step, to += 4 * LANES) {
         VEC value[4];
         UNROLL for (int p = 0; p < 4; p++) __builtin_prefetch(from + p * step + LANES);
@@ -197,12 +199,13 @@ static void NAME(copy)(long pixels, const REAL *from, long step, REAL *to) {
  * to[pixel] = start + sum over cells of kernel[cell] * from[pixel + place[cell]], LANES channels at a time; without
  * start (NULL) the sum is added to what `to` holds. */
 #define RUN 8
-ALWAYS_INLINE void NAME(correlate_pixels)(const int pixels, long cells, const long *place, const REAL *kernel,
-                                          const REAL *from, long from_step, const REAL *start, REAL *to, long to_step) {
+ALWAYS_INLINE void NAME(correlate_pixels)(const int pixels, int64_t cells, const int64_t *place, const REAL *kernel,
+                                          const REAL *from, int64_t from_step, const REAL *start, REAL *to,
+                                          int64_t to_step) {
     VEC sum[RUN];
     UNROLL for (int p = 0; p < pixels; p++) __builtin_prefetch(to + p * to_step + LANES, 1); /* as in copy */
     UNROLL for (int p = 0; p < pixels; p++) sum[p] = start ? READ(start) : READ(to + p * to_step);
-    for (long cell = 0; cell < cells; cell++) {
+    for (int64_t cell = 0; cell < cells; cell++) {
         VEC weight = READ(kernel + cell * LANES);
         const REAL *first = from + place[cell];
         if (pixels > 1 && cell + 1 < cells && place[cell + 1] - place[cell] == from_step) {
@@ -223,24 +226,24 @@ ALWAYS_INLINE void NAME(correlate_pixels)(const int pixels, long cells, const lo
 
 /* kernel[index] += share * weight for each of 4 neighbours of each tap (index -1: none), lanes first to last; the weight
  * of a lane's tap is source[lane][tap * step]. */
-static void NAME(spread_taps)(long taps, const long *index, const double *share, long first, long last,
-                              const REAL *const *source, long step, REAL *kernel) {
+static void NAME(spread_taps)(int64_t taps, const int64_t *index, const double *share, int64_t first, int64_t last,
+                              const REAL *const *source, int64_t step, REAL *kernel) {
     REAL weight[LANES] __attribute__((aligned(BYTES)));
-    for (long tap = 0; tap < taps; tap++, index += 4, share += 4) {
-        for (long lane = first; lane < last; lane++) weight[lane] = source[lane][tap * step];
+    for (int64_t tap = 0; tap < taps; tap++, index += 4, share += 4) {
+        for (int64_t lane = first; lane < last; lane++) weight[lane] = source[lane][tap * step];
         for (int n = 0; n < 4; n++) {
             REAL *to = kernel + index[n] * LANES, part = (REAL)share[n];
             if (index[n] < 0) continue;
             if (last - first == LANES)
                 AT(to) += part * READ(weight);
             else
-                for (long lane = first; lane < last; lane++) to[lane] += part * weight[lane];
+                for (int64_t lane = first; lane < last; lane++) to[lane] += part * weight[lane];
         }
     }
 }
 
-static void NAME(correlate)(long pixels, long cells, const long *place, const REAL *kernel, const REAL *from,
-                            long from_step, const REAL *start, REAL *to, long to_step) {
+static void NAME(correlate)(int64_t pixels, int64_t cells, const int64_t *place, const REAL *kernel, const REAL *from,
+                            int64_t from_step, const REAL *start, REAL *to, int64_t to_step) {
     for (; pixels >= RUN; pixels -= RUN, from += RUN * from_step, to += RUN * to_step)
         NAME(correlate_pixels)(RUN, cells, place, kernel, from, from_step, start, to, to_step);
     switch (pixels) {
@@ -255,19 +258,19 @@ static void NAME(correlate)(long pixels, long cells, const long *place, const RE
 }
 
 /* Its adjoint with respect to the kernel: kernel[cell] += sum over pixels of to[pixel] * from[pixel + place[cell]]. */
-ALWAYS_INLINE void NAME(correlate_cells)(const int cells, long pixels, const long *place, REAL *kernel,
-                                         const REAL *from, long from_step, const REAL *to, long to_step) {
+ALWAYS_INLINE void NAME(correlate_cells)(const int cells, int64_t pixels, const int64_t *place, REAL *kernel,
+                                         const REAL *from, int64_t from_step, const REAL *to, int64_t to_step) {
     VEC sum[RUN];
     UNROLL for (int cell = 0; cell < cells; cell++) sum[cell] = READ(kernel + cell * LANES);
-    for (long p = 0; p < pixels; p++, from += from_step, to += to_step) {
+    for (int64_t p = 0; p < pixels; p++, from += from_step, to += to_step) {
         VEC value = READ(to);
         UNROLL for (int cell = 0; cell < cells; cell++) sum[cell] += value * READ(from + place[cell]);
     }
     UNROLL for (int cell = 0; cell < cells; cell++) AT(kernel + cell * LANES) = sum[cell];
 }
 
-static void NAME(correlate_kernel)(long pixels, long cells, const long *place, REAL *kernel, const REAL *from,
-                                   long from_step, const REAL *to, long to_step) {
+static void NAME(correlate_kernel)(int64_t pixels, int64_t cells, const int64_t *place, REAL *kernel, const REAL *from,
+                                   int64_t from_step, const REAL *to, int64_t to_step) {
     for (; cells >= RUN; cells -= RUN, place += RUN, kernel += RUN * LANES)
         NAME(correlate_cells)(RUN, pixels, place, kernel, from, from_step, to, to_step);
     if (cells >= 4) {

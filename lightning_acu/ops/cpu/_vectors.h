@@ -3,6 +3,7 @@
 #define LIGHTNING_ACU_VECTORS_H
 
 #include <stddef.h>
+#include <stdint.h>
 
 /* Depth of a block of the matrix product, and the distance of its rows: not a power of two, which would map all rows
  * to the same few cache sets. */
@@ -22,18 +23,22 @@
 #define KEPT ((size_t)32 << 20)
 #endif
 
-#define DECLARE_ROUTINES(REAL, type)                                                                                  \
-    typedef struct {                                                                                                  \
-        int lanes, tile_rows;                                                                                         \
-        void (*multiply_rows)(long, long, long, const REAL *, const REAL *, long, REAL *, long, const REAL *, int);   \
-        void (*multiply_transposed)(long, int, long, const REAL *, const REAL *, REAL *, long, int);                  \
-        void (*blend)(int, long, long, const REAL *const *, const REAL *, long, REAL *, long);                        \
-        void (*adjoint)(long, long, REAL *, const REAL *, long, const REAL *, long, const REAL *, long, REAL, REAL,   \
-                        double *);                                                                                    \
-        void (*copy)(long, const REAL *, long, REAL *);                                                               \
-        void (*spread_taps)(long, const long *, const double *, long, long, const REAL *const *, long, REAL *);       \
-        void (*correlate)(long, long, const long *, const REAL *, const REAL *, long, const REAL *, REAL *, long);    \
-        void (*correlate_kernel)(long, long, const long *, REAL *, const REAL *, long, const REAL *, long);           \
+#define DECLARE_ROUTINES(REAL, type)                                                                                   \
+    typedef struct {                                                                                                   \
+        int lanes, tile_rows;                                                                                          \
+        void (*multiply_rows)(int64_t, int64_t, int64_t, const REAL *, const REAL *, int64_t, REAL *, int64_t,         \
+                              const REAL *, int);                                                                      \
+        void (*multiply_transposed)(int64_t, int, int64_t, const REAL *, const REAL *, REAL *, int64_t, int);          \
+        void (*blend)(int, int64_t, int64_t, const REAL *const *, const REAL *, int64_t, REAL *, int64_t);             \
+        void (*adjoint)(int64_t, int64_t, REAL *, const REAL *, int64_t, const REAL *, int64_t, const REAL *, int64_t, \
+                        REAL, REAL, double *);                                                                         \
+        void (*copy)(int64_t, const REAL *, int64_t, REAL *);                                                          \
+        void (*spread_taps)(int64_t, const int64_t *, const double *, int64_t, int64_t, const REAL *const *, int64_t,  \
+                            REAL *);                                                                                   \
+        void (*correlate)(int64_t, int64_t, const int64_t *, const REAL *, const REAL *, int64_t, const REAL *,        \
+                          REAL *, int64_t);                                                                            \
+        void (*correlate_kernel)(int64_t, int64_t, const int64_t *, REAL *, const REAL *, int64_t, const REAL *,       \
+                                 int64_t);                                                                             \
     } type;
 DECLARE_ROUTINES(float, routines_f32)
 DECLARE_ROUTINES(double, routines_f64)

@@ -1,40 +1,64 @@
 """The vector routines of _vector_routines.h for the instruction set in use, one name for float and double."""
 
+from libc.stdint cimport int64_t
+
 ctypedef fused real:
     float
     double
 
 cdef extern from "_vectors.h" nogil:
-    const long DEPTH  # of a block of the matrix product
-    const long DEPTH_STRIDE  # from one row of such a block to the next
+    const int64_t DEPTH  # of a block of the matrix product
+    const int64_t DEPTH_STRIDE  # from one row of such a block to the next
 
     ctypedef struct routines_f32:
         int lanes
         int tile_rows
-        void (*multiply_rows)(long, long, long, const float*, const float*, long, float*, long, const float*, int) noexcept nogil
-        void (*multiply_transposed)(long, int, long, const float*, const float*, float*, long, int) noexcept nogil
-        void (*blend)(int, long, long, const float**, const float*, long, float*, long) noexcept nogil
-        void (*adjoint)(
-            long, long, float*, const float*, long, const float*, long, const float*, long, float, float, double*
+        void (*multiply_rows)(
+            int64_t, int64_t, int64_t, const float*, const float*, int64_t, float*, int64_t, const float*, int
         ) noexcept nogil
-        void (*copy)(long, const float*, long, float*) noexcept nogil
-        void (*spread_taps)(long, const long*, const double*, long, long, const float**, long, float*) noexcept nogil
-        void (*correlate)(long, long, const long*, const float*, const float*, long, const float*, float*, long) noexcept nogil
-        void (*correlate_kernel)(long, long, const long*, float*, const float*, long, const float*, long) noexcept nogil
+        void (*multiply_transposed)(
+            int64_t, int, int64_t, const float*, const float*, float*, int64_t, int
+        ) noexcept nogil
+        void (*blend)(int, int64_t, int64_t, const float**, const float*, int64_t, float*, int64_t) noexcept nogil
+        void (*adjoint)(
+            int64_t, int64_t, float*, const float*, int64_t, const float*, int64_t, const float*, int64_t, float, float,
+            double*
+        ) noexcept nogil
+        void (*copy)(int64_t, const float*, int64_t, float*) noexcept nogil
+        void (*spread_taps)(
+            int64_t, const int64_t*, const double*, int64_t, int64_t, const float**, int64_t, float*
+        ) noexcept nogil
+        void (*correlate)(
+            int64_t, int64_t, const int64_t*, const float*, const float*, int64_t, const float*, float*, int64_t
+        ) noexcept nogil
+        void (*correlate_kernel)(
+            int64_t, int64_t, const int64_t*, float*, const float*, int64_t, const float*, int64_t
+        ) noexcept nogil
 
     ctypedef struct routines_f64:
         int lanes
         int tile_rows
-        void (*multiply_rows)(long, long, long, const double*, const double*, long, double*, long, const double*, int) noexcept nogil
-        void (*multiply_transposed)(long, int, long, const double*, const double*, double*, long, int) noexcept nogil
-        void (*blend)(int, long, long, const double**, const double*, long, double*, long) noexcept nogil
-        void (*adjoint)(
-            long, long, double*, const double*, long, const double*, long, const double*, long, double, double, double*
+        void (*multiply_rows)(
+            int64_t, int64_t, int64_t, const double*, const double*, int64_t, double*, int64_t, const double*, int
         ) noexcept nogil
-        void (*copy)(long, const double*, long, double*) noexcept nogil
-        void (*spread_taps)(long, const long*, const double*, long, long, const double**, long, double*) noexcept nogil
-        void (*correlate)(long, long, const long*, const double*, const double*, long, const double*, double*, long) noexcept nogil
-        void (*correlate_kernel)(long, long, const long*, double*, const double*, long, const double*, long) noexcept nogil
+        void (*multiply_transposed)(
+            int64_t, int, int64_t, const double*, const double*, double*, int64_t, int
+        ) noexcept nogil
+        void (*blend)(int, int64_t, int64_t, const double**, const double*, int64_t, double*, int64_t) noexcept nogil
+        void (*adjoint)(
+            int64_t, int64_t, double*, const double*, int64_t, const double*, int64_t, const double*, int64_t,
+            double, double, double*
+        ) noexcept nogil
+        void (*copy)(int64_t, const double*, int64_t, double*) noexcept nogil
+        void (*spread_taps)(
+            int64_t, const int64_t*, const double*, int64_t, int64_t, const double**, int64_t, double*
+        ) noexcept nogil
+        void (*correlate)(
+            int64_t, int64_t, const int64_t*, const double*, const double*, int64_t, const double*, double*, int64_t
+        ) noexcept nogil
+        void (*correlate_kernel)(
+            int64_t, int64_t, const int64_t*, double*, const double*, int64_t, const double*, int64_t
+        ) noexcept nogil
 
 cdef class Buffer:
     """`count` numbers of `size` bytes, aligned for vectors; freed with the object. MemoryError where there is none left."""
@@ -55,8 +79,8 @@ cdef inline int tile_rows(const real* type) noexcept nogil:
 
 
 cdef inline void multiply_rows(
-    long rows, long columns, long depth, const real* a, const real* b, long panel_step, real* c, long ldc,
-    const real* start, int accumulate,
+    int64_t rows, int64_t columns, int64_t depth, const real* a, const real* b, int64_t panel_step, real* c,
+    int64_t ldc, const real* start, int accumulate,
 ) noexcept nogil:
     if real is float:
         f32.multiply_rows(rows, columns, depth, a, b, panel_step, c, ldc, start, accumulate)
@@ -65,7 +89,7 @@ cdef inline void multiply_rows(
 
 
 cdef inline void multiply_transposed(
-    long rows, int columns, long depth, const real* a, const real* b, real* c, long ldc, int accumulate
+    int64_t rows, int columns, int64_t depth, const real* a, const real* b, real* c, int64_t ldc, int accumulate
 ) noexcept nogil:
     if real is float:
         f32.multiply_transposed(rows, columns, depth, a, b, c, ldc, accumulate)
@@ -74,7 +98,8 @@ cdef inline void multiply_transposed(
 
 
 cdef inline void blend(
-    int terms, long pixels, long channels, const real** source, const real* share, long step, real* to, long ld
+    int terms, int64_t pixels, int64_t channels, const real** source, const real* share, int64_t step, real* to,
+    int64_t ld
 ) noexcept nogil:
     if real is float:
         f32.blend(terms, pixels, channels, source, share, step, to, ld)
@@ -83,8 +108,8 @@ cdef inline void blend(
 
 
 cdef inline void adjoint(
-    long pixels, long channels, real* gradient, const real* image, long step, const real* here, long here_step,
-    const real* before, long before_step, real row_share, real fraction, double* sums,
+    int64_t pixels, int64_t channels, real* gradient, const real* image, int64_t step, const real* here,
+    int64_t here_step, const real* before, int64_t before_step, real row_share, real fraction, double* sums,
 ) noexcept nogil:
     if real is float:
         f32.adjoint(
@@ -96,7 +121,7 @@ cdef inline void adjoint(
         )
 
 
-cdef inline void copy(long pixels, const real* source, long step, real* to) noexcept nogil:
+cdef inline void copy(int64_t pixels, const real* source, int64_t step, real* to) noexcept nogil:
     if real is float:
         f32.copy(pixels, source, step, to)
     else:
@@ -104,7 +129,8 @@ cdef inline void copy(long pixels, const real* source, long step, real* to) noex
 
 
 cdef inline void spread_taps(
-    long taps, const long* index, const double* share, long first, long last, const real** source, long step, real* kernel
+    int64_t taps, const int64_t* index, const double* share, int64_t first, int64_t last, const real** source,
+    int64_t step, real* kernel
 ) noexcept nogil:
     if real is float:
         f32.spread_taps(taps, index, share, first, last, source, step, kernel)
@@ -113,8 +139,8 @@ cdef inline void spread_taps(
 
 
 cdef inline void correlate(
-    long pixels, long cells, const long* place, const real* kernel, const real* source, long source_step,
-    const real* start, real* to, long to_step,
+    int64_t pixels, int64_t cells, const int64_t* place, const real* kernel, const real* source, int64_t source_step,
+    const real* start, real* to, int64_t to_step,
 ) noexcept nogil:
     if real is float:
         f32.correlate(pixels, cells, place, kernel, source, source_step, start, to, to_step)
@@ -123,8 +149,8 @@ cdef inline void correlate(
 
 
 cdef inline void correlate_kernel(
-    long pixels, long cells, const long* place, real* kernel, const real* source, long source_step, const real* to,
-    long to_step,
+    int64_t pixels, int64_t cells, const int64_t* place, real* kernel, const real* source, int64_t source_step,
+    const real* to, int64_t to_step,
 ) noexcept nogil:
     if real is float:
         f32.correlate_kernel(pixels, cells, place, kernel, source, source_step, to, to_step)

@@ -2,13 +2,15 @@
 """The instruction set of the CPU kernels, chosen when this module is loaded, and memory that they use again."""
 
 from libc.stdint cimport SIZE_MAX
-from libc.stdlib cimport free
-from posix.stdlib cimport posix_memalign
+
+cdef extern from "_platform.h" nogil:
+    void* allocate_aligned(size_t size)
+    void free_aligned(void* data)
+    int best_isa()
 
 cdef extern from "_vector_isa.h" nogil:
     const bint HAS_OPENMP
     const size_t KEPT
-    int best_isa()
     const routines_f32* routines_f32_for(int isa)
     const routines_f64* routines_f64_for(int isa)
 
@@ -58,7 +60,7 @@ cdef int oldest = 0
 cdef void discard(int slot) noexcept:
     global kept_size
     kept_size -= kept[slot].size
-    free(kept[slot].data)
+    free_aligned(kept[slot].data)
     kept[slot].data, kept[slot].size = NULL, 0
 
 
@@ -66,7 +68,7 @@ cdef void keep(Block block) noexcept:
     """Keep `block`; the oldest goes, and as many others as it takes to stay within KEPT bytes in all."""
     global kept_size, oldest
     if block.size > KEPT:
-        free(block.data)
+        free_aligned(block.data)
         return
     cdef int slot = oldest
     discard(slot)
@@ -101,8 +103,8 @@ cdef class Buffer:
         self.data, self.size = NULL, 0
         if count <= SIZE_MAX // size:
             block = take(max(count * size, 64))
-            if block.data == NULL and posix_memalign(&block.data, 64, max(count * size, 64)) == 0:
-                block.size = max(count * size, 64)
+            if block.data == NULL:
+                block = Block(allocate_aligned(max(count * size, 64)), max(count * size, 64))
             self.data, self.size = block.data, block.size
         if self.data == NULL:
             raise MemoryError(f"no memory for a buffer of {count} elements of {size} bytes")
