@@ -2,13 +2,14 @@
 # make test:       the same set-up, then the tests, a process of one thread on each core (4 at most).
 # make test-fast:  without the slow ones.
 # make clients:    the same set-up, then other libraries' models (docs/compatibility.md), which it installs into .venv.
+# make wheel:      the source distribution and a wheel in dist/, checked, and used in a clean environment (3 minutes).
 # Use another interpreter with `make PYTHON=python3.12 ...`.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-fast clients lint setup clean
+.PHONY: quickstart test test-fast clients wheel lint setup clean
 
 quickstart: setup
 	$(BIN)/lightning-acu fit --config configs/quickstart.yaml $(ARGS)
@@ -28,6 +29,10 @@ clients: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_clients.py tests/test_torch_tools.py tests/surgery/test_adapters.py \
 	    tests/test_examples.py tests/saving/test_saved_clients.py tests/integrations/test_huggingface.py \
 	    -k "not torchvision and not fsdp2 and not compiles" --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
+
+wheel: setup
+	$(BIN)/python -m pip install --quiet --group release
+	PYTHON=$(BIN)/python scripts/build_wheel.sh
 
 lint: setup
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ python -m build --outdir "$built" .
 mkdir dist
 mv "$built"/*.tar.gz dist
 if [ "$(uname)" = Linux ]; then # OpenMP is torch's own copy: with another, two pools of threads would compete
-    auditwheel repair --exclude libgomp.so.1 --wheel-dir dist "$built"/*.whl
+    auditwheel repair --strip --exclude libgomp.so.1 --wheel-dir dist "$built"/*.whl
     auditwheel show dist/*.whl
 else
     mv "$built"/*.whl dist

@@ -25,7 +25,7 @@ import lightning_acu
 from lightning_acu import acu_conv2d, acu_layers, convert_to_acu, fold_acu
 from lightning_acu.ops.cpu import backend as cpu_backend
 
-QUICK = ["--trainer.max_epochs", "4", "--trainer.limit_train_batches", "20", "--trainer.enable_progress_bar", "false"]
+QUICK = ["--trainer.max_epochs", "4", "--trainer.limit_train_batches", "30", "--trainer.enable_progress_bar", "false"]
 
 
 def check_place() -> str:
