@@ -1,7 +1,9 @@
 """The scripts in examples/ run, learn, and resume exactly; those of libraries that are not installed are skipped."""
 
+import os
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -79,3 +81,13 @@ def test_every_example_has_a_page_and_is_run():
         "pytorch_loop", "plain_script", "huggingface_trainer", "accelerate_loop", "fabric_loop", "ignite_loop",
     }  # fmt: skip
     assert all(f"examples/{name}.py" in pages for name in names)
+
+
+def test_several_machines():
+    """As docs/several-machines.md starts it: two processes by torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(EXAMPLES / "several_machines.py")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 processes; positions the same in all: True; rounded: True" in done.stdout
+    assert int(re.search(r"furthest tap: (\d+)", done.stdout)[1]) >= 1
