@@ -1,4 +1,4 @@
-"""Uses an installed lightning_acu as a stranger would, outside any checkout: `scripts/check_wheel.sh` and the wheels' CI.
+"""Uses an installed lightning_acu as a stranger would, outside any checkout; `scripts/check_wheel.sh` calls it, and CI.
 
     python scripts/check_wheel.py          the operator on its compiled kernels, a conversion, a fold, the command line
     python scripts/check_wheel.py --train  and a short training from a configuration, and an export: a minute
@@ -9,14 +9,10 @@ Works in a temporary folder. Needs what the wheel depends on; the export also ne
 import argparse
 import os
 import subprocess
-import sys
 import sysconfig
 import tempfile
 import time
 from pathlib import Path
-
-# Not the checkout that this script lies in.
-sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).parent]
 
 import timm
 import torch
