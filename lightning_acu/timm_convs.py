@@ -36,7 +36,7 @@ class TimmACUConv2d(ACUConv2d):
     """Their common base: the arguments of timm's class, and TensorFlow's "SAME" padding if ``same_pad`` is true.
 
     Args:
-        *args, **kwargs: those of ``plain_class``.
+        args, kwargs: those of ``plain_class``.
         position_groups, fixed_centre, backend: as in :class:`ACUConv2d`.
     """
 

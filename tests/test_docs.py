@@ -1,5 +1,6 @@
 """The Python in the documentation runs as it stands."""
 
+import json
 import re
 from pathlib import Path
 
@@ -51,6 +52,40 @@ def test_layers_md():
 
 def test_recipes_pytorch_md():
     assert run("recipes/pytorch.md", 1)["positions"].step == 4
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`isinstance")
+def test_tutorial_md(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = run("tutorial.md", 7)
+    stages = namespace["stages"]
+    assert stages["after rounding"]["accuracy"] > stages["before rounding"]["accuracy"] - 0.01  # rounding costs nothing
+    assert stages["after fine-tuning"]["accuracy"] > 0.85
+    assert {"shapes.png", "shapes.gif", "learned.png", "digits.pt2"} <= {path.name for path in tmp_path.iterdir()}
+
+
+@pytest.mark.slow
+def test_faq_md():
+    run("faq.md", 6)
+
+
+def test_install_md(capsys):
+    run("install.md", 1)
+    assert "dense runs on the CPU" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`isinstance")
+@pytest.mark.parametrize("name", ["convert_and_train", "deploy"])
+def test_a_notebook_runs_and_is_stored_without_outputs(name):
+    cells = json.loads((DOCS.parent / f"examples/notebooks/{name}.ipynb").read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
+    namespace = {}
+    for cell in code:
+        exec(compile("".join(cell["source"]), name, "exec"), namespace)
+    assert {"convert_and_train": "positions", "deploy": "program"}[name] in namespace
 
 
 ROOMS = ("surgery", "callbacks", "training", "saving", "integrations", "data")

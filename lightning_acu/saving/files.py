@@ -58,7 +58,7 @@ def save_acu(
         builder: for any other model, the function or class that builds it, or its name "package.module:function". It
             must be found by that name, and is called with ``kwargs``. None: for a model of Hugging Face's
             transformers, its class and its configuration.
-        kwargs, **more_kwargs: the arguments that the model was built with. With a name, those that say where weights
+        kwargs, more_kwargs: the arguments that the model was built with. With a name, those that say where weights
             come from (``pretrained``) are ignored, and ``num_classes`` and ``in_chans`` are read from the model if they
             are not given. A builder gets exactly these, each time that the file is loaded: leave out what fetches
             weights (``encoder_weights=None``).

@@ -44,7 +44,7 @@ def save_pretrained(
     folder that exists, a ``README.md`` is kept, since it may have been edited, and so are other files.
 
     Args:
-        model, name, builder, kwargs, **more_kwargs: as in :func:`lightning_acu.save_acu`.
+        model, name, builder, kwargs, more_kwargs: as in :func:`lightning_acu.save_acu`.
         folder: the folder; it is created where it does not exist.
 
     Raises:

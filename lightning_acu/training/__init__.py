@@ -36,6 +36,7 @@ from .param_groups import (
     rate_ratios,
     restart_rates,
     set_learning_rate,
+    source_group,
     split_off_positions,
     tie_learning_rates,
 )

@@ -32,7 +32,7 @@ def unit_vectors(pairs: Tensor) -> Tensor:
 
     With such gradients the learning rate of positions is in pixels per step (for SGD without momentum), whatever the
     scale of the loss and the depth of the layer. Source: Jeon & Kim, section 3.3, the normalised gradient
-    (g_y, g_x) / |g|.
+    (g_y, g_x) / ``|g|``.
     """
     # Divide by the larger entry first: the square of a float32 gradient below 1e-19 would underflow to zero.
     largest = pairs.abs().amax(-1, keepdim=True)
