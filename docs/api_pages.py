@@ -7,6 +7,8 @@ each build (``docs/api/``), so that a new public name needs nothing here.
 from __future__ import annotations
 
 import inspect
+import re
+import sys
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -105,14 +107,25 @@ def entries(page: Page) -> list[tuple[str, object]]:
     return list(found.items())
 
 
-def _kind(value: object) -> tuple[str, str, str]:
-    """(section, directive, options) of a documented object."""
+def _comment(path: str) -> str:
+    """The ``#:`` comment above a constant, from the module of its room that assigns it."""
+    room, _, name = path.rpartition(".")
+    for module_name, module in sorted(sys.modules.items()):
+        if f"{module_name}.".startswith(f"{room}.") and getattr(module, "__file__", None):
+            found = re.search(rf"((?:^#: .*\n)+){name} = ", Path(module.__file__).read_text(), re.MULTILINE)
+            if found:
+                return " ".join(line.removeprefix("#: ") for line in found[1].splitlines())
+    raise LookupError(f"{path} has no comment that starts with `#:` above its assignment")
+
+
+def _directive(path: str, value: object) -> tuple[str, str]:
+    """The section of a documented object, and its text."""
     if inspect.isclass(value):
         bases = "" if value.__bases__ == (object,) else "   :show-inheritance:\n"
-        return "Classes", "autoclass", "   :members:\n" + bases
-    if callable(value) and hasattr(value, "__code__"):
-        return "Functions", "autofunction", ""
-    return "Constants and types", "autodata", ""
+        return "Classes", f".. autoclass:: {path}\n   :members:\n{bases}"
+    if inspect.isfunction(value):
+        return "Functions", f".. autofunction:: {path}\n"
+    return "Constants and types", f".. py:data:: {path}\n   :value: {value!r}\n\n   {_comment(path)}\n"
 
 
 def _heading(text: str, line: str) -> str:
@@ -126,13 +139,15 @@ def text_of(page: Page) -> str:
     parts += [".. py:currentmodule:: None\n"]  # names in tables are complete
     sections: dict[str, list[tuple[str, str]]] = {"Classes": [], "Functions": [], "Constants and types": []}
     for path, value in entries(page):
-        section, directive, options = _kind(value)
-        sections[section].append((path, f".. {directive}:: {path}\n{options}"))
+        section, directive = _directive(path, value)
+        sections[section].append((path, directive))
     for section, documented in sections.items():
-        if documented:
-            table = "".join(f"   ~{path}\n" for path, _ in documented)
-            parts += [_heading(section, "-"), f".. autosummary::\n   :nosignatures:\n\n{table}"]
-            parts += [directive for _, directive in documented]
+        if not documented:
+            continue
+        parts.append(_heading(section, "-"))
+        if section != "Constants and types":  # Sphinx would show the docstrings of str and tuple
+            parts.append(".. autosummary::\n   :nosignatures:\n\n" + "".join(f"   ~{path}\n" for path, _ in documented))
+        parts += [directive for _, directive in documented]
     return "\n".join(parts)
 
 

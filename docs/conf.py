@@ -39,7 +39,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_mock_imports = ["transformers"]
 napoleon_use_ivar = True
-napoleon_custom_sections = [("Warns", "Raises")]
+napoleon_use_param = False  # arguments that are described together stay together
 python_maximum_signature_line_length = 100
 python_use_unqualified_type_names = True
 toc_object_entries_show_parents = "hide"
@@ -92,9 +92,16 @@ def show_factories(
     return signature and signature.replace("<factory>", "..."), returns
 
 
+def keep_colons(app: Sphinx, what: str, name: str, value: object, options: object, lines: list[str]) -> None:
+    """Napoleon takes what is before a colon in the first line of an attribute for its type: put a comment before it."""
+    if what in ("attribute", "data", "property"):
+        lines[:0] = ["..", ""]
+
+
 def setup(app: Sphinx) -> None:
     """Connect the functions above to the events of a build."""
     app.connect("builder-inited", write_api_pages)
     app.connect("source-read", drop_empty_patterns)
     app.connect("autodoc-process-signature", show_factories)
+    app.connect("autodoc-process-docstring", keep_colons, priority=400)  # before napoleon
     app.connect("missing-reference", resolve_by_ending)

@@ -53,7 +53,7 @@ def test_every_public_name_is_in_the_reference_once(api_pages, name):
             continue
         paths = [path for path, other in documented if other is value]
         assert len(paths) == 1, f"{name}.{public} is in the API reference {len(paths)} times"
-        directives = [f".. auto{kind}:: {paths[0]}\n" for kind in ("class", "function", "data")]
+        directives = [f".. {kind}:: {paths[0]}\n" for kind in ("autoclass", "autofunction", "py:data")]
         assert sum(text.count(directive) for directive in directives) == 1
 
 

@@ -25,6 +25,7 @@ from .position_gradients import Normalize, averaging_coefficient
 
 __all__ = ["Multiplier", "PositionRates"]
 
+#: Learning rate of positions over that of the parameter group they came from; "auto" finds one.
 Multiplier = float | Literal["auto"]
 
 #: Pixels.
