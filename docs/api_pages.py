@@ -134,7 +134,7 @@ def _heading(text: str, line: str) -> str:
 
 def text_of(page: Page) -> str:
     """``page`` as reStructuredText: a table of all names, then each with its docstring."""
-    parts = [_heading(page.title, "="), page.text + "\n"]
+    parts = [".. highlight:: python\n", _heading(page.title, "="), page.text + "\n"]
     parts += [f".. py:module:: {name}\n" for name, names in page.modules if names is None]
     parts += [".. py:currentmodule:: None\n"]  # names in tables are complete
     sections: dict[str, list[tuple[str, str]]] = {"Classes": [], "Functions": [], "Constants and types": []}

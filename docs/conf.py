@@ -36,6 +36,7 @@ myst_enable_extensions = ["attrs_inline", "colon_fence"]
 autosummary_generate = False
 autodoc_inherit_docstrings = False  # hooks would repeat Lightning's own documentation
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
 autodoc_mock_imports = ["transformers"]
 napoleon_use_ivar = True
