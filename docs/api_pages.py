@@ -118,11 +118,21 @@ def _comment(path: str) -> str:
     raise LookupError(f"{path} has no comment that starts with `#:` above its assignment")
 
 
+def _hooks(cls: type) -> list[str]:
+    """Methods that a trainer calls: those of a callback that its base class, of another package, has too."""
+    bases = [base for base in cls.__mro__ if base.__name__ == "Callback" and _room(base.__module__) is None]
+    return sorted(name for name in vars(cls) if name[0] != "_" and any(hasattr(base, name) for base in bases))
+
+
 def _directive(path: str, value: object) -> tuple[str, str]:
     """The section of a documented object, and its text."""
     if inspect.isclass(value):
-        bases = "" if value.__bases__ == (object,) else "   :show-inheritance:\n"
-        return "Classes", f".. autoclass:: {path}\n   :members:\n{bases}"
+        options = ["   :members:\n"]
+        if value.__bases__ != (object,):
+            options.append("   :show-inheritance:\n")
+        if hooks := _hooks(value):
+            options.append(f"   :exclude-members: {', '.join(hooks)}\n")
+        return "Classes", f".. autoclass:: {path}\n{''.join(options)}"
     if inspect.isfunction(value):
         return "Functions", f".. autofunction:: {path}\n"
     return "Constants and types", f".. py:data:: {path}\n   :value: {value!r}\n\n   {_comment(path)}\n"

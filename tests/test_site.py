@@ -73,6 +73,23 @@ def test_pages_are_written_once(api_pages, tmp_path, monkeypatch):
     assert {name for name in times if again[name] != times[name]} == {"surgery.rst"}
 
 
+def test_hooks_of_callbacks_are_left_out(api_pages):
+    (page,) = [page for page in api_pages.PAGES if page.file == "callbacks"]
+    text = api_pages.text_of(page)
+    logger = text[text.index(".. autoclass:: lightning_acu.callbacks.OffsetLogger") :]
+    assert "on_train_batch_end" in logger.split(".. autoclass")[1].split(":exclude-members:")[1]
+
+
+@pytest.mark.slow
+def test_a_picture_of_the_gallery(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "path", list(sys.path))  # it adds examples/
+    load(REPOSITORY / "scripts" / "gallery.py", monkeypatch).main(
+        ["--out", str(tmp_path), "--epochs", "2", "--only", "cross"]
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["cross.png"]
+    assert "of the test images" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("tag", "fault"),
     [
