@@ -168,8 +168,10 @@ def write(folder: Path) -> None:
             _heading("API reference", "="),
             "Every public name, from its docstring. Lengths are in pixels and times in optimizer steps, unless it says"
             " otherwise.\n",
-            ".. toctree::\n   :maxdepth: 1\n",
+            ".. toctree::\n   :hidden:\n",
             *(f"   {page.file}" for page in PAGES),
+            "",
+            *(f"- :doc:`{page.file}`. {page.text}" for page in PAGES),
             "",
         ]
     )

@@ -31,7 +31,6 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sp
 highlight_language = "none"
 
 myst_heading_anchors = 4
-myst_enable_extensions = ["attrs_inline", "colon_fence"]
 
 autosummary_generate = False
 autodoc_inherit_docstrings = False  # hooks would repeat Lightning's own documentation
@@ -81,8 +80,13 @@ def write_api_pages(app: Sphinx) -> None:
 def drop_empty_patterns(app: Sphinx, docname: str, source: list[str]) -> None:
     """Patterns of the table of contents that match no file, as ``gpu*`` before there is such a page, are no error."""
     if docname == root_doc:
-        folder = Path(app.confdir)
-        lines = [line for line in source[0].splitlines() if not line.endswith("*") or any(folder.glob(f"{line}.md"))]
+        docs = Path(app.confdir)
+
+        def matches(pattern: str) -> bool:
+            folder = docs.parent if pattern.startswith("/") else docs
+            return any(folder.glob(f"{pattern.lstrip('/')}.md"))
+
+        lines = [line for line in source[0].splitlines() if not line.endswith("*") or matches(line)]
         source[0] = "\n".join(lines)
 
 
