@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         report_acu,
         round_acu,
     )
+    from .tuning import warm_up
 
 __version__ = "0.1.0"
 
@@ -72,6 +73,7 @@ __all__ = [
     "surgery",
     "timm_convs",
     "training",
+    "warm_up",
 ]
 
 _HOME = {
@@ -98,6 +100,7 @@ _HOME = {
     "save_pretrained": "saving",
     "ImageClassifier": "classifier",
     "create_model": "models",
+    "warm_up": "tuning",
 }
 
 

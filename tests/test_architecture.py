@@ -17,7 +17,7 @@ LEVELS = [
     {"checks", "files", "geometry", "sharded"},
     {"dilation", "expansion", "rounding"},
     {"ops"},
-    {"functional"},
+    {"functional", "tuning"},
     {"folded", "plain"},
     {"grid_fold", "forms"},
     {"conv"},

@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "view": ("write a page of the learned shapes, to open in a browser", "view runs/mine/version_0"),
     "convert": ("write a converted model to a file", "convert --model resnet50 --pretrained --out net.safetensors"),
     "export": ("fold a trained model, write it for other runtimes", "export --ckpt final.ckpt --to onnx"),
+    "tune": ("measure which backend is fastest here", "tune --model resnet50 --input_size 3 224 224"),
     "import-caffe": ("read the paper's released network", "import-caffe plain_iter_64000.caffemodel"),
     "completion": ("print a script that completes options in your shell", "completion bash"),
 }

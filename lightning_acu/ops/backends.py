@@ -14,7 +14,7 @@ from torch import Tensor
 from ..choices import did_you_mean
 from ..expansion import propagate_nan_offsets
 from ..geometry import ConvGeometry
-from . import dense
+from . import autoselect, dense
 from .cpu import backend as cpu_backend
 from .memory_format import memory_format, preserved_format
 from .triton import backend as triton_backend
@@ -26,6 +26,7 @@ __all__ = [
     "backward",
     "check_backend",
     "forward",
+    "planned",
     "require_memory",
     "without_autocast",
 ]
@@ -121,6 +122,8 @@ def _select(
         if reason is not None:
             raise RuntimeError(f"`backend` (={backend!r}) cannot run here: {reason}")
         return BACKENDS[backend]
+    if needs is None:
+        autoselect.note(input, weight, offsets, geometry)
     missed: list[str] = []
     for name, candidate in BACKENDS.items():
         reason = candidate.why_not(input)
@@ -131,6 +134,26 @@ def _select(
     for other in missed:
         _warn_once(f"backend='auto' uses {name!r}, about twice as slow as {other}")
     return candidate  # the last one always runs
+
+
+def planned(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    geometry: ConvGeometry,
+    backend: str = "auto",
+    needs: Sequence[bool] | None = None,
+) -> str:
+    """The name of the backend that such a call would take now; nothing is computed or measured.
+
+    Raises:
+        RuntimeError: the one named by ``backend`` cannot run here.
+    """
+    if backend == "reference":
+        return backend
+    with autoselect.planning():
+        chosen = _select(backend, input, weight, offsets, geometry, needs)
+    return next(name for name, candidate in BACKENDS.items() if candidate is chosen)
 
 
 @functools.cache

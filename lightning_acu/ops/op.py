@@ -103,7 +103,12 @@ def _given(what: Callable[[Tensor], Any], *tensors: Tensor | None) -> str:
     return ", ".join(f"`{name}` {what(t)}" for name, t in zip(names, tensors, strict=True) if t is not None)
 
 
-@torch.library.custom_op("lightning_acu::acu_conv2d", mutates_args=())
+#: Backend "dense" waits for positions on the host, which cannot be captured in a CUDA graph, and which backend runs is
+#: chosen at run time: `torch.compile(mode="reduce-overhead")` leaves the operators between its graphs.
+_TAGS = (torch.Tag.cudagraph_unsafe,)
+
+
+@torch.library.custom_op("lightning_acu::acu_conv2d", mutates_args=(), tags=_TAGS)
 def acu_conv2d_op(
     input: Tensor,
     weight: Tensor,
@@ -137,7 +142,7 @@ def _(
     return _empty((input.shape[0], weight.shape[0], *size), input, memory_format(input, weight))
 
 
-@torch.library.custom_op("lightning_acu::acu_conv2d_backward", mutates_args=())
+@torch.library.custom_op("lightning_acu::acu_conv2d_backward", mutates_args=(), tags=_TAGS)
 def acu_conv2d_backward_op(
     grad: Tensor,
     input: Tensor,

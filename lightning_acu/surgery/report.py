@@ -14,6 +14,7 @@ from ..checks import require_module, require_package
 from ..conv import ACUConv2d
 from ..dilation import Dilations
 from ..folded import ReshapedConv2d
+from ..ops.backends import planned
 from .arithmetic import (
     Call,
     convolution_calls,
@@ -128,7 +129,20 @@ def _row(module: nn.Module, names: list[str], calls: list[Call] | None, forms: b
         fractional_fold_macs=fractional_fold_macs_per_pixel(module) if isinstance(module, ACUConv2d) else None,
         output_sizes=tuple(call.size for call in calls or ()),
         pixels=None if calls is None else sum(call.pixels for call in calls),
+        backends=_backends(module, calls[0].shape) if calls and isinstance(module, ACUConv2d) else (),
         form_prices=_form_prices(module, calls[0].shape) if forms and calls and isinstance(module, ACUConv2d) else {},
+    )
+
+
+def _backends(layer: ACUConv2d, shape: tuple[int, ...]) -> tuple[str, ...]:
+    """The backends of the forward and the backward pass for an input of ``shape``."""
+    if layer.weight.is_meta:
+        return ()
+    sizes = shape if len(shape) == 4 else (1, *shape)
+    image = layer.weight.detach().new_empty(()).expand(sizes)  # (without memory: it is only looked at)
+    offsets = layer.active_offsets().detach()
+    return tuple(
+        planned(image, layer.weight, offsets, layer.geometry, layer.backend, needs) for needs in (None, (True,) * 3)
     )
 
 

@@ -31,6 +31,8 @@ class ConvRow:
         pixels: number of output (input) pixels over all calls for one image; None if not measured.
         form_prices: for each form that the fold can take at the present positions, its estimated time as a multiple of
             the plain convolution's (:mod:`lightning_acu.surgery.fold_rule`); empty if not asked for or not known.
+        backends: which backend computes its forward and its backward pass, at the first of its sizes and the present
+            positions; empty if it is not active, or its size not known.
     """
 
     name: str
@@ -50,6 +52,7 @@ class ConvRow:
     output_sizes: tuple[tuple[int, int], ...] = ()
     pixels: int | None = None
     form_prices: Mapping[str, float] = field(default_factory=dict)
+    backends: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

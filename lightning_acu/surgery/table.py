@@ -24,6 +24,8 @@ def report_table(report: ConvRows, every: bool) -> Table:
     active = [[row] for row in report.converted]
     if active:
         columns = _COLUMNS | {"added": lambda row: f"+{row.added}", "fold x": _fold_ratio}
+        if any(row.backends for row in report.converted):
+            columns["backend"] = _backend
         if any(row.form_prices for row in report.converted):
             columns["cheapest fold"] = _cheapest
         whole.add_row(_part(report, "active layer", active, columns))
@@ -124,6 +126,11 @@ def _names(rows: list[ConvRow]) -> str:
 
 def _fold_ratio(row: ConvRow) -> str:
     return "not finite" if row.folded_macs is None else f"{row.folded_macs / row.macs:.2f}"
+
+
+def _backend(row: ConvRow) -> str:
+    """Of the forward and the backward pass, once if it is the same."""
+    return " / ".join(dict.fromkeys(row.backends))
 
 
 def _cheapest(row: ConvRow) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...expansion import FAR, distinct, plan_windows, propagate_nan_offsets, split_offsets
 from ...geometry import ConvGeometry
+from ..autoselect import choose
 from ..memory_format import images_per_block, is_native, memory_format, preserved_format
 
 try:
@@ -37,7 +38,7 @@ except ImportError as error:
         "Clang), or use backend='dense'"
     )
 
-__all__ = ["MISSING", "backward", "forward", "prefers", "why_not"]
+__all__ = ["MISSING", "backward", "forward", "is_faster_by_rule", "prefers", "why_not"]
 
 Array = np.ndarray[Any, Any]
 
@@ -62,9 +63,9 @@ def why_not(input: Tensor) -> str | None:
 def prefers(
     input: Tensor, weight: Tensor, offsets: Tensor, geometry: ConvGeometry, needs: Sequence[bool] | None = None
 ) -> bool:
-    """Whether this backend is faster here than the dense one: the rule that "auto" follows.
+    """Whether this backend is faster here than the dense one: as measured on this machine, or else by a rule.
 
-    Measured with ``benchmarks/auto_rule.py``. The taps are interpolated again for each run of output channels that
+    The rule was measured with ``benchmarks/auto_rule.py``. The taps are interpolated again for each run of output channels that
     share a convolution group and a position group; runs of fewer than 16 channels do not pay for that.
     """
     if input.device.type != "cpu":
@@ -75,9 +76,15 @@ def prefers(
         return False
     if needs is None and _is_plain(offsets, geometry):
         return False  # exactly F.conv2d, bit for bit
-    groups, position_groups = geometry.groups, offsets.shape[0]
+    by_rule = "cython" if is_faster_by_rule(weight.shape, geometry, len(offsets)) else "dense"
+    return choose(input, weight, offsets, geometry, needs, by_rule) == "cython"
+
+
+def is_faster_by_rule(weight: Sequence[int], geometry: ConvGeometry, position_groups: int) -> bool:
+    """The rule, for a weight of that shape whose taps are between pixels."""
+    groups, c_out, per_group = geometry.groups, weight[0], weight[1]
     runs = groups + position_groups - math.gcd(groups, position_groups)
-    return _is_channelwise(weight, geometry) or runs == 1 or weight.shape[0] // runs >= 16
+    return per_group * c_out <= 4 * groups or runs == 1 or c_out // runs >= 16
 
 
 def _is_plain(offsets: Tensor, geometry: ConvGeometry) -> bool:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ...geometry import ConvGeometry
+from ..autoselect import choose, uses_dense_only
 from .tiles import arch_of
 
 __all__ = ["MEASURED", "backward", "forward", "measured", "prefers", "why_not"]
@@ -57,7 +58,7 @@ def why_not(input: Tensor) -> str | None:
         return _missing()
     if input.device.type != "cuda" and not (_interpreted() and input.device.type == "cpu"):
         driver = "" if torch.cuda.is_available() else " (torch finds no GPU driver here)"
-        return f"it runs on GPUs, and `input` is on {input.device}{driver}"
+        return f"it runs on GPUs of NVIDIA and AMD, and `input` is on {input.device}{driver}"
     if input.is_cuda and (lacking := _lacking(input.device)) is not None:
         return lacking
     if input.dtype not in _DTYPES:
@@ -70,8 +71,15 @@ def why_not(input: Tensor) -> str | None:
 def prefers(
     input: Tensor, weight: Tensor, offsets: Tensor, geometry: ConvGeometry, needs: Sequence[bool] | None = None
 ) -> bool:
-    """On GPUs that have measured it: "auto" follows measurements."""
-    return measured(input)
+    """Where it was measured as faster on this GPU ("auto" does so itself), or on GPUs of its kind."""
+    if not input.is_cuda:
+        if input.device.type not in ("cpu", "meta"):
+            uses_dense_only(input.device.type)
+        return False
+    by_rule = measured(input)
+    if why_not(input) is not None or not input.numel():
+        return by_rule
+    return choose(input, weight, offsets, geometry, needs, "triton" if by_rule else "dense") == "triton"
 
 
 def measured(input: Tensor) -> bool:

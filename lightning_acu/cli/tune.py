@@ -1,0 +1,128 @@
+"""``lightning-acu tune``: measure which backend each layer of a model takes on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ..models import create_model
+from ..ops.autoselect import Call, Selector, Verdict, selector_of
+from ..ops.autoselect.verdicts import Store
+from ..surgery import convert_to_acu
+from ..tuning import model_calls, tune_calls
+
+__all__ = ["dry_run_selector", "run", "verdict_table"]
+
+_MODELS = ("resnet50", "efficientnet_b0")
+
+
+def run(words: Sequence[str]) -> None:
+    """``lightning-acu tune [--model NAME ...]``; the first of ``words`` is "tune"."""
+    parser = argparse.ArgumentParser(
+        "lightning-acu tune",
+        description="measure which backend is fastest for each layer, and keep it for later processes",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", nargs="+", default=_MODELS, metavar="NAME", help="default: " + " ".join(_MODELS))
+    parser.add_argument("--input_size", type=int, nargs=3, default=(3, 224, 224), metavar=("C", "H", "W"))
+    parser.add_argument("--batch", type=int, default=32, metavar="N")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
+    parser.add_argument("--again", action="store_true", help="measure also what is known")
+    parser.add_argument(
+        "--dry_run", choices=sorted(_FAKE), metavar="KIND", help=f"nothing runs; a made-up GPU: {', '.join(_FAKE)}"
+    )
+    options = parser.parse_args(words[1:])
+    if options.batch < 1:
+        parser.error(f"--batch (={options.batch}) must be at least 1")
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if options.dry_run is not None:
+        selector = dry_run_selector(options.dry_run)
+    else:
+        selector = selector_of(device)
+        if selector.mode == "off":
+            parser.error("LIGHTNING_ACU_AUTO=off: choices would be neither kept nor used")
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    for name in options.model:
+        calls = _calls(name, options, selector.device)
+        found = []
+        for number, (call, verdict) in enumerate(tune_calls(calls, selector, options.again), 1):
+            print(f"\r{name}: {number} of {len(calls)}", end="", file=sys.stderr, flush=True)
+            found.append((call, verdict))
+        print(file=sys.stderr)
+        console.print(verdict_table(name, found))
+    print(f"kept in {selector.store.path}" if options.dry_run is None else "nothing was run or kept")
+
+
+def _calls(name: str, options: argparse.Namespace, device: torch.device) -> list[Call]:
+    """The calls of a training step of a model on ``device``, found by a pass of one image on the CPU."""
+    model = convert_to_acu(create_model(name))
+    on_gpu = device.type == "cuda"
+    seen = model_calls(model, torch.zeros(1, *options.input_size))
+    calls = [
+        call._replace(
+            device=device.type,
+            dtype=options.dtype,
+            input=(options.batch, *call.input[1:]),
+            threads=0 if on_gpu else call.threads,
+        )
+        for call in seen
+    ]
+    return list({call.signature: call for call in calls}.values())
+
+
+def verdict_table(title: str, found: Sequence[tuple[Call, Verdict]]) -> Table:
+    """A row for each call: its choice, and the times it rests on."""
+    table = Table("call", "backend", "milliseconds", "why", title=title, pad_edge=False)
+    for call, verdict in found:
+        times = ", ".join(f"{name} {1e3 * seconds:.3f}" for name, seconds in verdict.seconds.items())
+        why = "; ".join(filter(None, [verdict.outcome, verdict.detail]))
+        table.add_row(call.signature, verdict.backend or "by the rule", times, why)
+    return table
+
+
+#: Made-up GPUs: what Triton does there. "estimated" has the bounds that compiled code gives (ops/triton/README.md).
+_FAKE = {
+    "estimated": "measured",
+    "wrong": "wrong",
+    "crash": "crashed",
+    "memory": "out of memory",
+}
+
+
+def dry_run_selector(kind: str) -> Selector:
+    """A selector of a made-up GPU, whose times follow from a call's arithmetic; nothing runs and nothing is kept.
+
+    Args:
+        kind: "estimated" (Triton as fast as estimated), "wrong", "crash" or "memory" (what happens to Triton).
+    """
+
+    def measure(call: Call, device: torch.device, rule: str, positions: object) -> Verdict:
+        seconds = {"triton": _estimate(call, "triton"), "dense": _estimate(call, "dense")}
+        outcome = _FAKE[kind]
+        if outcome == "out of memory":
+            return Verdict(None, outcome)
+        if outcome != "measured":
+            return Verdict("dense", outcome, {"dense": seconds["dense"]})
+        return Verdict("triton" if seconds["triton"] <= 0.95 * seconds["dense"] else "dense", outcome, seconds)
+
+    return Selector(torch.device("cuda"), Store(None, f"made-up GPU {kind}"), measure, "measure")
+
+
+def _estimate(call: Call, backend: str) -> float:
+    """Seconds on a chip of 500 TFLOP/s: plain, times what the backend adds to it."""
+    batch, c_in, height, width = call.input
+    pixels = batch * height * width / (call.geometry.stride[0] * call.geometry.stride[1])
+    plain = 2 * pixels * call.weight[0] * (c_in // call.geometry.groups) * call.geometry.taps / 5e14
+    if backend == "dense":
+        factor = (call.geometry.kernel_size[0] + 2) ** 2 / call.geometry.taps
+    elif call.needs is not None:
+        factor = 3.2
+    else:
+        factor = 2.4 if c_in <= 64 else 1.6 if c_in < 512 else 1.35
+    return plain * factor * (1 if call.needs is None else sum(call.needs[:2]))
