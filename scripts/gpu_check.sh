@@ -1,14 +1,22 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call of at most 9 minutes: tests, layers, training steps, tiles, memory errors.
-#   scripts/gpu_check.sh OUT        logs and CSV files go to the folder OUT; a short table comes last
+# Everything that needs a GPU: tests, memory errors, tiles, then layers and training steps with these tiles.
+#   scripts/gpu_check.sh OUT        in at most 9 minutes; logs and CSV files go to the folder OUT, a short table comes last
+#   scripts/gpu_check.sh OUT 1      tests, memory errors and tiles, in at most 4 minutes
+#   scripts/gpu_check.sh OUT 2      layers and training steps, in at most 4 minutes more
 # PYTHON: an interpreter with torch, Triton, timm and pytest (faster with pytest-xdist); the package need not be
-# installed. DEADLINE (510): seconds after which no step begins. A step that fails or runs out of time is reported, the
+# installed. DEADLINE (510; 220 for a part): seconds after which no step begins. A step that fails or runs out of time is reported, the
 # next one runs all the same, and the exit status is 1; 2 without a GPU. Not yet run on a GPU.
 set -uo pipefail
 out=$(mkdir -p "${1:?usage: scripts/gpu_check.sh OUT}" && cd "$1" && pwd) || exit
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-deadline=${DEADLINE:-510}
+part=${2:-both}
+case $part in
+    both) deadline=${DEADLINE:-510} ;;
+    1 | 2) deadline=${DEADLINE:-220} ;;
+    *) echo "the part is 1 or 2, not $part" >&2 && exit 2 ;;
+esac
+export LIGHTNING_ACU_CACHE=$out # the tiles of part 1 are those of part 2
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "torch finds no GPU here; without one, tests/ops/test_triton.py runs in the interpreter and" \
@@ -63,7 +71,7 @@ warm() { # NAME COMMAND...
     timeout --kill-after=5 115 "${few_threads[@]}" "${@:2}" --samples 1 --out "$scratch/$1" >"$out/warm-up-$1.log" 2>&1 &
     warming+=($!)
 }
-if ((SECONDS < deadline)); then
+if [[ $part != 1 ]] && ((SECONDS < deadline)); then
     for kind in dense3x3 dense5x5 depthwise; do
         warm "bfloat16-$kind" "$python" benchmarks/bench_acu_conv2d.py "${bench[@]}" --methods ours --launch eager \
             --dtype bfloat16 --kind "$kind"
@@ -76,15 +84,18 @@ if ((SECONDS < deadline)); then
         warm "$model" "$python" benchmarks/train_step.py "${train[@]}" --models "$model" --warm-up 1
     done
 fi
+if [[ $part != 2 ]]; then
 workers=()
 "$python" -c 'import xdist' 2>/dev/null && workers=(-n 12)
 step tests 120 "${few_threads[@]}" "$python" -m pytest tests/ops/test_triton*.py -q "${workers[@]}" \
     -k 'not compile_without_spills' # that needs no GPU
+fi
 start=$SECONDS ready=0
 for pid in "${warming[@]}"; do wait "$pid" && ((ready += 1)); done
 row warm-ups - $((SECONDS - start)) \
     "$ready of ${#warming[@]} filled the compilers' caches; a failure shows again in its step"
 
+if [[ $part != 2 ]]; then
 # Random layers of the tests against the closed form. Without torch's memory pool, no memory beyond a tensor is allocated.
 if command -v compute-sanitizer >/dev/null; then
     step sanitizer 55 env PYTHONPATH="$PYTHONPATH:tests" PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
@@ -96,13 +107,17 @@ else
     row sanitizer skipped 0 "no compute-sanitizer on this machine"
 fi
 
+step tiles 65 "$python" -m lightning_acu.ops.triton.tune --out "$out/triton_tiles.json" --seconds 50
+fi
+
+if [[ $part != 1 ]]; then
 layers bfloat16 80 --dtype bfloat16 --kind dense3x3 depthwise dense5x5
 step train 105 "$python" benchmarks/train_step.py "${train[@]}" --models "${models[@]}" --limit 70 --out "$out"
-step tiles 65 "$python" -m lightning_acu.ops.triton.tune --out "$out/triton_tiles.json" --seconds 50
 layers float16 28 --dtype float16 --launch graph "${some[@]}"
 layers tf32 28 --dtype float32 --launch graph "${some[@]}"
 layers float32 28 --dtype float32 --no-tf32 --launch graph "${some[@]}"
 layers memory 22 --dtype bfloat16 --memory "${some[@]}"
+fi
 {
     cat "$out/device.txt"
     printf '%s\n' "${table[@]}"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "gpu_check.sh"
-STEPS = ["tests", "sanitizer", "bfloat16", "train", "tiles", "float16", "tf32", "float32", "memory"]
+STEPS = ["tests", "sanitizer", "tiles", "bfloat16", "train", "float16", "tf32", "float32", "memory"]
 STAND_INS = {
     "python": f"""#!/bin/sh
 printf '%s\\n' "$*" >>"$CALLS"
@@ -43,11 +43,11 @@ def check(tmp_path):
         path.chmod(0o755)
     out = tmp_path / "out"
 
-    def run(**settings):
+    def run(*part, **settings):
         paths = {name: str(tmp_path / name.lower()) for name in ("CALLS", "LIMITS")}
         path = f"{tmp_path / 'bin'}{os.pathsep}/usr/bin{os.pathsep}/bin"
         environment = {"PATH": path, "PYTHON": "python", "HOME": str(tmp_path), **paths, **settings}
-        done = subprocess.run([str(SCRIPT), str(out)], capture_output=True, text=True, env=environment)
+        done = subprocess.run([str(SCRIPT), str(out), *part], capture_output=True, text=True, env=environment)
         rows = {line.split()[0]: line for line in done.stdout.splitlines() if line.split()[0] in [*STEPS, "warm-ups"]}
         return done, rows, out
 
@@ -65,6 +65,21 @@ def test_all_steps_run_and_fit_into_nine_minutes(check, tmp_path):
     alone = re.findall(r"^(\d+) (?!.*--samples 1 )", (tmp_path / "limits").read_text(), re.MULTILINE)  # no warm-up
     assert len(alone) == len(STEPS)
     assert sum(map(int, alone)) <= 9 * 60
+
+
+@pytest.mark.parametrize(("part", "steps"), [("1", STEPS[:3]), ("2", STEPS[3:])])
+def test_a_part_has_its_own_steps_and_fits_into_four_minutes(check, tmp_path, part, steps):
+    done, rows, _ = check(part)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert set(rows) - {"warm-ups"} == set(steps)
+    alone = re.findall(r"^(\d+) (?!.*--samples 1 )", (tmp_path / "limits").read_text(), re.MULTILINE)
+    assert max(map(int, alone)) <= 240  # each ends 240 seconds after the start at the latest
+
+
+def test_another_part_is_refused(check):
+    done, _, _ = check("3")
+    assert done.returncode == 2
+    assert "the part is 1 or 2, not 3" in done.stderr
 
 
 def test_a_step_that_fails_is_reported_and_the_rest_runs(check):

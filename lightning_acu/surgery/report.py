@@ -139,7 +139,7 @@ def _backends(layer: ACUConv2d, shape: tuple[int, ...]) -> tuple[str, ...]:
     if layer.weight.is_meta:
         return ()
     sizes = shape if len(shape) == 4 else (1, *shape)
-    image = layer.weight.detach().new_empty(()).expand(sizes)  # (without memory: it is only looked at)
+    image = layer.weight.detach().new_empty(sizes)  # (only looked at)
     offsets = layer.active_offsets().detach()
     return tuple(
         planned(image, layer.weight, offsets, layer.geometry, layer.backend, needs) for needs in (None, (True,) * 3)

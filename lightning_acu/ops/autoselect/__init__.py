@@ -1,4 +1,4 @@
-"""``backend="auto"`` that measures itself: which backend takes a call where the rule is a guess ([README](README.md))."""
+"""``backend="auto"`` that measures itself: which backend takes a call (README.md)."""
 
 from .calls import Call
 from .selector import Selector, choose, note, planning, recording, selector_of, uses_dense_only

@@ -70,7 +70,7 @@ class Selector:
 
     def __init__(self, device: torch.device, store: Store, measure: Measure, mode: str) -> None:
         self.device, self.store, self.mode = device, store, mode
-        self._measure = measure
+        self.measurement = measure
         self._lock = threading.Lock()  # backward runs in a thread of autograd
         self._quick: dict[Call, Verdict] = {}
         self._said: set[str] = set()
@@ -112,7 +112,7 @@ class Selector:
             if known is not None and not again:  # another thread or process was quicker
                 return known
             _say_that_it_measures(str(self.store.path))
-            verdict = self._measure(call, self.device, rule, positions)
+            verdict = self.measurement(call, self.device, rule, positions)
             self.store.add(call.signature, verdict, replace=again)
             if verdict.outcome in ("wrong", "failed", "crashed", "hung"):
                 logger.warning("%s: %s", call.signature, verdict)

@@ -164,7 +164,7 @@ def _warn_once(message: str) -> None:
 
 
 def cache_file() -> Path | None:
-    """``backend_choices.json`` in $LIGHTNING_ACU_CACHE, or in lightning_acu of the user's cache; None without a home."""
+    """``backend_choices.json`` in $LIGHTNING_ACU_CACHE or the user's cache; None without a home."""
     from ..triton.tiles import tuned_tiles
 
     try:

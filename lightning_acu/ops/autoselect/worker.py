@@ -1,12 +1,13 @@
 """A process that measures for another one: what kills or blocks it does no harm there.
 
-An illegal memory access of a GPU kernel leaves a process unable to use that GPU again, and a kernel that hangs cannot be
-stopped; so kernels that have not been proven on a kind of GPU never run in the user's process. The worker is kept for
+An illegal memory access of a GPU kernel leaves a process unable to use that GPU again, and a kernel that hangs cannot
+be stopped; so kernels that have not been proven on a kind of GPU never run in the user's process. The worker is kept for
 the next call, since it takes seconds to start, and ends by itself when there is none for a while.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -61,7 +62,8 @@ class Worker:
             problem = self._start()
             if problem:
                 return Verdict(None, "not started", detail=problem)
-            assert self._process is not None and self._process.stdin is not None
+            assert self._process is not None
+            assert self._process.stdin is not None
             try:
                 self._process.stdin.write(json.dumps(request) + "\n")
                 self._process.stdin.flush()
@@ -93,10 +95,8 @@ class Worker:
             process.wait()
         for stream in (process.stdin, process.stdout):
             if stream is not None:
-                try:
+                with contextlib.suppress(OSError):  # what was still to be written to it
                     stream.close()
-                except OSError:  # what was to be written to it
-                    pass
         return process.returncode
 
     def _start(self) -> str:
@@ -135,12 +135,10 @@ class Worker:
 
 def _read(stream: TextIO, lines: queue.Queue[str | None]) -> None:
     """Pass on the lines of the protocol, and None at the end."""
-    try:
+    with contextlib.suppress(ValueError):  # it was closed
         for line in stream:
             if line.startswith(_MARK):
                 lines.put(line.removeprefix(_MARK).strip())
-    except ValueError:  # closed
-        pass
     lines.put(None)
 
 

@@ -65,8 +65,8 @@ def prefers(
 ) -> bool:
     """Whether this backend is faster here than the dense one: as measured on this machine, or else by a rule.
 
-    The rule was measured with ``benchmarks/auto_rule.py``. The taps are interpolated again for each run of output channels that
-    share a convolution group and a position group; runs of fewer than 16 channels do not pay for that.
+    The rule was measured with ``benchmarks/auto_rule.py``. The taps are interpolated again for each run of output
+    channels that share a convolution group and a position group; runs of fewer than 16 channels do not pay for that.
     """
     if input.device.type != "cpu":
         return False
