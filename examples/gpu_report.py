@@ -2,8 +2,9 @@
 
     python examples/gpu_report.py --out gpu_report.json
 
-It measures 3x3 layers of ResNet and depthwise ones of EfficientNet, forward and backward, in a process of its own: kernels
-that crash or hang do no harm. It takes some minutes, and sends nothing anywhere. Without a GPU it reports the CPU.
+It measures 3x3 layers of ResNet and depthwise ones of EfficientNet, forward and backward, in a process of its own:
+kernels that crash or hang do no harm. It takes some minutes, and sends nothing anywhere.
+Without a GPU it reports the CPU.
 """
 
 import argparse
@@ -37,6 +38,7 @@ def calls(device: torch.device, dtype: str, batch: int) -> list[Call]:
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("gpu_report.json"))
     parser.add_argument("--batch", type=int, default=64)

@@ -33,6 +33,7 @@ def run(words: Sequence[str]) -> None:
     parser.add_argument("--batch", type=int, default=32, metavar="N")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
+    parser.add_argument("--channels_last", action="store_true", help="images in that memory format")
     parser.add_argument("--again", action="store_true", help="measure also what is known")
     parser.add_argument(
         "--dry_run", choices=sorted(_FAKE), metavar="KIND", help=f"nothing runs; a made-up GPU: {', '.join(_FAKE)}"
@@ -41,6 +42,8 @@ def run(words: Sequence[str]) -> None:
     if options.batch < 1:
         parser.error(f"--batch (={options.batch}) must be at least 1")
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if options.dry_run is None and device.type == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device {options.device}: torch finds no GPU here")
     if options.dry_run is not None:
         selector = dry_run_selector(options.dry_run)
     else:
@@ -68,6 +71,7 @@ def _calls(name: str, options: argparse.Namespace, device: torch.device) -> list
         call._replace(
             device=device.type,
             dtype=options.dtype,
+            channels_last=options.channels_last,
             input=(options.batch, *call.input[1:]),
             threads=0 if on_gpu else call.threads,
         )

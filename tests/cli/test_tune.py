@@ -10,9 +10,9 @@ from lightning_acu.cli import tune
     [("estimated", "triton 0."), ("wrong", "wrong"), ("crash", "crashed"), ("memory", "by the rule")],
 )
 def test_a_dry_run_prints_the_choices_for_a_made_up_gpu(capsys, kind, expected):
-    tune.run(["tune", "--model", "cifar_resnet20", "--input_size", "3", "32", "32", "--dry_run", kind])
+    tune.run(["tune", "--model", "acu_plain", "--input_size", "3", "32", "32", "--dry_run", kind])
     out = capsys.readouterr().out
-    assert "cifar_resnet20" in out
+    assert "acu_plain" in out
     assert expected in out
     assert "backward of xwp" in out
     assert "nothing was run or kept" in out

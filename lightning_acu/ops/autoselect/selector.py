@@ -111,7 +111,8 @@ class Selector:
             known = self.store.verdicts.get(call.signature)
             if known is not None and not again:  # another thread or process was quicker
                 return known
-            _say_that_it_measures(str(self.store.path))
+            if self.store.path is not None:
+                _say_that_it_measures(str(self.store.path))
             verdict = self.measurement(call, self.device, rule, positions)
             self.store.add(call.signature, verdict, replace=again)
             if verdict.outcome in ("wrong", "failed", "crashed", "hung"):
