@@ -1,8 +1,8 @@
 """A process that measures for another one: what kills or blocks it does no harm there.
 
-An illegal memory access of a GPU kernel leaves a process unable to use that GPU again, and a kernel that hangs cannot
-be stopped; so kernels that have not been proven on a kind of GPU never run in the user's process. The worker is kept for
-the next call, since it takes seconds to start, and ends by itself when there is none for a while.
+An illegal memory access of a GPU kernel leaves a process unable to use that GPU again, and a kernel that hangs
+cannot be stopped; so kernels that have not been proven on a kind of GPU never run in the user's process. The worker is
+kept for the next call, since it takes seconds to start, and ends by itself when there is none for a while.
 """
 
 from __future__ import annotations
