@@ -15,19 +15,16 @@ from ..ops.autoselect import Call, Selector, Verdict, selector_of
 from ..ops.autoselect.verdicts import Store
 from ..surgery import convert_to_acu
 from ..tuning import model_calls, tune_calls
+from .errors import Parser
 
-__all__ = ["dry_run_selector", "run", "verdict_table"]
+__all__ = ["dry_run_selector", "make_parser", "run", "verdict_table"]
 
 _MODELS = ("resnet50", "efficientnet_b0")
 
 
-def run(words: Sequence[str]) -> None:
-    """``lightning-acu tune [--model NAME ...]``; the first of ``words`` is "tune"."""
-    parser = argparse.ArgumentParser(
-        "lightning-acu tune",
-        description="measure which backend is fastest for each layer, and keep it for later processes",
-        allow_abbrev=False,
-    )
+def make_parser() -> Parser:
+    """The options."""
+    parser = Parser("tune", "measure which backend is fastest for each layer, and keep it for later processes")
     parser.add_argument("--model", nargs="+", default=_MODELS, metavar="NAME", help="default: " + " ".join(_MODELS))
     parser.add_argument("--input_size", type=int, nargs=3, default=(3, 224, 224), metavar=("C", "H", "W"))
     parser.add_argument("--batch", type=int, default=32, metavar="N")
@@ -38,6 +35,12 @@ def run(words: Sequence[str]) -> None:
     parser.add_argument(
         "--dry_run", choices=sorted(_FAKE), metavar="KIND", help=f"nothing runs; a made-up GPU: {', '.join(_FAKE)}"
     )
+    return parser
+
+
+def run(words: Sequence[str]) -> None:
+    """``lightning-acu tune [--model NAME ...]``."""
+    parser = make_parser()
     options = parser.parse_args(words[1:])
     if options.batch < 1:
         parser.error(f"--batch (={options.batch}) must be at least 1")
