@@ -1,4 +1,4 @@
-# make quickstart: set up .venv, then train a timm model whose convolutions learn their shape (about 5 minutes the first time).
+# make quickstart: set up .venv, then train a small network plain, active, and active rounded to dilations, and compare them.
 # make test:       the same set-up, then the tests, a process of one thread on each core (4 at most).
 # make test-fast:  without the slow ones.
 # make docs:       the documentation site, in build/site, with every link checked; make docs-serve shows it on port 8000.
@@ -13,8 +13,12 @@ BIN := $(VENV)/bin
 
 .PHONY: quickstart test test-fast clients docs docs-serve notebooks wheel lint setup clean
 
+QUICKSTART := quickstart_baseline quickstart search_dilation
+RUNS ?= runs
+
 quickstart: setup
-	$(BIN)/lightning-acu fit --config configs/quickstart.yaml $(ARGS)
+	for name in $(QUICKSTART); do $(BIN)/lightning-acu fit --config configs/$$name.yaml --trainer.logger.init_args.save_dir $(RUNS) $(ARGS) || exit 1; done
+	$(BIN)/lightning-acu compare $(addprefix $(RUNS)/,$(QUICKSTART))
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)

@@ -21,7 +21,7 @@ LEVELS = [
     {"folded", "plain"},
     {"grid_fold", "forms"},
     {"conv"},
-    {"active_shift", "derived", "timm_convs", "statistics"},
+    {"active_shift", "derived", "timm_convs", "statistics", "receptive_field"},
     {"efficientnet_convs"},
     {"transformers_convs"},
     {"surgery", "metrics", "figures", "training"},
@@ -29,7 +29,7 @@ LEVELS = [
     {"models", "data"},
     {"classifier"},
     {"saving"},
-    {"checkpoint", "cifar_models"},
+    {"checkpoint", "cifar_models", "view"},
     {"cli"},
     {"__main__"},
 ]

@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "configs": ("list the configurations that come with the package, or copy one", "configs quickstart"),
     "report": ("what a conversion makes active, and its arithmetic", "report --model resnet50 --kernel_sizes 3"),
     "view": ("write a page of the learned shapes, to open in a browser", "view runs/mine/version_0"),
+    "compare": ("put finished runs beside one another", "compare runs/quickstart_baseline runs/quickstart"),
     "convert": ("write a converted model to a file", "convert --model resnet50 --pretrained --out net.safetensors"),
     "export": ("fold a trained model, write it for other runtimes", "export --ckpt final.ckpt --to onnx"),
     "tune": ("measure which backend is fastest here", "tune --model resnet50 --input_size 3 224 224"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from ..callbacks import RoundThenFinetune, evaluate_stages
 from ..callbacks._trainer import callbacks_of, is_fast_dev_run, run_directory, save_whole_checkpoint
@@ -24,6 +26,7 @@ from ..classifier import ImageClassifier  # noqa: F401  # LightningCLI knows cla
 from ..data import ImageDataModule
 from ..files import write_whole
 from ..statistics import model_statistics
+from ..surgery import report_acu
 from .config_files import ConfigFile
 from .errors import UsageError, quiet_retries
 from .misspelt import explain
@@ -117,13 +120,18 @@ class ACULightningCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Nothing: see above."""
 
+    def before_fit(self) -> None:
+        """Start the clock."""
+        self._began = time.monotonic()
+
     def after_fit(self) -> None:
         """Test the models of this fit, with ``--test_after_fit true``."""
+        seconds = time.monotonic() - self._began
         if self.config["fit"]["test_after_fit"] and not is_fast_dev_run(self.trainer):
             directory = run_directory(self.trainer)
             save_whole_checkpoint(self.trainer, directory / "final.ckpt")
             stages = evaluate_stages(self.trainer, self.model, self._rounding, datamodule=self.datamodule)
-            self._summarize(directory, stages)
+            self._summarize(directory, stages, seconds)
 
     def before_predict(self) -> None:
         """Write what is predicted, and do not keep it."""
@@ -138,13 +146,14 @@ class ACULightningCLI(LightningCLI):
         return next((c for c in callbacks if isinstance(c, RoundThenFinetune) and c.rounded_at is not None), None)
 
     @rank_zero_only
-    def _summarize(self, directory: Path, tests: dict[str, dict[str, float]]) -> None:
+    def _summarize(self, directory: Path, tests: dict[str, dict[str, float]], seconds: float) -> None:
         layers = model_statistics(self.model)
         learned = self._rounding.learned if self._rounding is not None else layers
         summary = {
             "test": tests,
             "learned": {name: vars(row) for name, row in learned.items()},
             "final": {name: vars(row) for name, row in layers.items()},
+            "price": self._price(seconds),
         }
         text = json.dumps(summary, indent=2) + "\n"
         write_whole(directory / "summary.json", lambda draft: draft.write_text(text))
@@ -162,6 +171,21 @@ class ACULightningCLI(LightningCLI):
                 moved.add_row(name, *(f"{number:.2f}" for number in numbers))
             console.print(moved)
         console.print(f"In {directory}: {', '.join(sorted(path.name for path in directory.iterdir()))}")
+
+    def _price(self, seconds: float) -> dict[str, float | None]:
+        """Parameters, seconds of the fit, and the arithmetic of an image: plain and folded, None where not known."""
+        example = getattr(self.model, "example_input_array", None)
+        macs = folded = None
+        if isinstance(example, Tensor) and example.ndim == 4:
+            _, channels, height, width = example.shape
+            report = report_acu(self.model, (channels, height, width))
+            macs, folded = report.macs, report.folded_macs
+        return {
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "fit_seconds": round(seconds, 1),
+            "macs": macs,
+            "folded_macs": folded,
+        }
 
 
 def run(words: list[str]) -> None:

@@ -6,9 +6,9 @@ import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..figures.view import view_run
 from ..files import write_whole
 from ..saving.checkpoint import recorded_images
+from ..view import view_run
 from .errors import Parser
 from .options import add_input_size, add_trust
 

@@ -3,6 +3,5 @@
 from .animation import animate_shapes
 from .plot import plot_shapes
 from .shapes import LayerShape, shapes_of
-from .view import view_model, view_run
 
-__all__ = ["LayerShape", "animate_shapes", "plot_shapes", "shapes_of", "view_model", "view_run"]
+__all__ = ["LayerShape", "animate_shapes", "plot_shapes", "shapes_of"]

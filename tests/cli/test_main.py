@@ -34,14 +34,14 @@ def fit_quickstart(tmp_path, monkeypatch, name="quickstart", *extra):
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory):
-    """One short quickstart, for several tests to look at."""
+    """A short training that rounds, for several tests to look at."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        return fit_quickstart(tmp_path_factory.mktemp("quickstart"), monkeypatch)
+        return fit_quickstart(tmp_path_factory.mktemp("quickstart"), monkeypatch, "round_to_pixels")
 
 
 @pytest.mark.slow
 def test_quickstart_writes_what_it_says(quickstart):
-    expected = {"shapes.png", "shapes_before_rounding.png", "metrics.csv", "summary.json", "config.yaml"}
+    expected = {"shapes.png", "shapes.html", "shapes_before_rounding.png", "metrics.csv", "summary.json", "config.yaml"}
     expected |= {"before_rounding.ckpt", "rounded.ckpt", "final.ckpt"}
     assert expected <= {path.name for path in quickstart.iterdir()}
     summary = json.loads((quickstart / "summary.json").read_text())
@@ -79,7 +79,7 @@ def test_the_command_line_has_the_last_word_about_the_model(quickstart, tmp_path
     """Also when a training goes on from a checkpoint, whose hyperparameters say something else."""
     saved = ["--config", str(quickstart / "config.yaml"), "--ckpt_path", str(quickstart / "before_rounding.ckpt")]
     run(tmp_path, monkeypatch, "validate", *saved, "--model.init_args.label_smoothing=0.25", *QUIET)
-    (written,) = tmp_path.glob("runs/quickstart/*/config.yaml")
+    (written,) = tmp_path.glob("runs/round_to_pixels/*/config.yaml")
     assert yaml.safe_load(written.read_text())["model"]["init_args"]["label_smoothing"] == 0.25
 
 
@@ -141,6 +141,26 @@ def test_baseline_runs_and_shows_one_row(tmp_path, monkeypatch, capsys):
     assert "on the test images" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_compare_puts_runs_beside_one_another(tmp_path, monkeypatch, capsys):
+    for name in ("quickstart_baseline", "quickstart"):
+        fit_quickstart(tmp_path, monkeypatch, name)
+    price = json.loads((tmp_path / "runs/quickstart/version_0/summary.json").read_text())["price"]
+    assert price["parameters"] == 6274 + 3 * 18
+    assert price["folded_macs"] >= price["macs"] > 1000
+    capsys.readouterr()
+    run(tmp_path, monkeypatch, "compare", "runs/quickstart_baseline", "runs/quickstart/version_0")
+    shown = capsys.readouterr().out
+    assert "6,274" in shown
+    assert "6,328" in shown
+    with pytest.raises(SystemExit):
+        run(tmp_path, monkeypatch, "compare", "runs/quickstart", "--metric", "test/f1")
+    assert "--metric (='test/f1')" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(tmp_path, monkeypatch, "compare", "runs")
+    assert "runs has no summary.json" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_key_of_every_config_has_a_comment_or_a_documented_twin(path):
     lines = path.read_text().splitlines()
@@ -178,7 +198,7 @@ def test_a_wrong_key_or_value_is_named(tmp_path, monkeypatch, capsys, arguments,
 def test_the_search_ends_in_dilations(tmp_path, monkeypatch):
     directory = fit_quickstart(tmp_path, monkeypatch, "search_dilation")
     module = ImageClassifier.load_from_checkpoint(directory / "final.ckpt", map_location="cpu")
-    assert len(report_acu(module).dilations) == 7
+    assert len(report_acu(module).dilations) == 3
 
 
 def test_callbacks_can_be_added_by_dotted_path(tmp_path, monkeypatch):
@@ -190,7 +210,7 @@ def test_callbacks_can_be_added_by_dotted_path(tmp_path, monkeypatch):
     ]
     monkeypatch.setattr(LightningArgumentParser, "instantiate_classes", _stop_after(found := []))
     with pytest.raises(StopIteration):
-        fit_quickstart(tmp_path, monkeypatch, "quickstart", *extra)
+        fit_quickstart(tmp_path, monkeypatch, "round_to_pixels", *extra)
     names = [callback.class_path.rsplit(".", 1)[1] for callback in found[0].fit.trainer.callbacks]
     assert names == ["PositionLRSchedule", "RoundThenFinetune", "OffsetLogger", "OffsetLogger", "LearningRateMonitor"]
     assert found[0].fit.trainer.callbacks[3].init_args.every_n_steps == 7

@@ -15,7 +15,7 @@ from torch import nn
 from lightning_acu import ACUConv2d, acu_layers
 from lightning_acu.figures import shapes_of
 from lightning_acu.figures.page import Note, TableOf, shapes_page
-from lightning_acu.figures.view import view_model, view_run
+from lightning_acu.view import view_model, view_run
 
 
 class Reader(html.parser.HTMLParser):

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..conv import acu_layers
-from ..receptive_field import receptive_energy, spread
-from ..surgery.arithmetic import default_input_size
-from ..surgery.report import report_acu
-from .page import Fields, Frame, Note, TableOf, shapes_page
-from .shapes import shapes_of
+from .conv import acu_layers
+from .figures.page import Fields, Frame, Note, TableOf, shapes_page
+from .figures.shapes import shapes_of
+from .receptive_field import receptive_energy, spread
+from .surgery.arithmetic import default_input_size
+from .surgery.report import report_acu
 
 __all__ = ["view_model", "view_run"]
 
@@ -48,7 +48,7 @@ def view_run(
         FileNotFoundError: there is no such file, or the folder has no checkpoint.
         ValueError: the file is none of these, needs ``trust``, or its model has no active convolution.
     """
-    from ..saving.checkpoint import load_any  # needs Lightning, which view_model does not
+    from .saving.checkpoint import load_any  # needs Lightning, which view_model does not
 
     source = Path(source)
     path = _checkpoint_of(source) if source.is_dir() else source
