@@ -37,7 +37,7 @@ PAGES = (
         "layers",
         "Operator and layers",
         "The function, the layers, and the active versions of timm's convolutions.",
-        (ROOT, "acu_conv2d", "ACUConv2d", "acu_layers", "ActiveShift2d", "FoldedConv2d"),
+        (ROOT, "acu_conv2d", "ACUConv2d", "acu_layers", "ActiveShift2d", "FoldedConv2d", "warm_up"),
         "lightning_acu.functional",
         "lightning_acu.timm_convs",
     ),

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from .checks import require_module
 from .ops.autoselect import Call, Selector, Verdict, planning, recording, selector_of
 from .ops.cpu.backend import is_faster_by_rule
 
@@ -31,8 +32,13 @@ def warm_up(model: nn.Module, example_input: Any) -> dict[str, str]:
         {what was called, such as "forward, float32, 64->64, 3x3, ...": backend}.
 
     Raises:
+        TypeError: ``model`` is not a module, or ``example_input`` neither a tensor nor a tuple.
         ValueError: the environment variable ``LIGHTNING_ACU_AUTO`` has an unknown value.
     """
+    require_module(model)
+    if not isinstance(example_input, (Tensor, tuple)):
+        kind = type(example_input).__name__
+        raise TypeError(f"`example_input` (={example_input!r}) must be a tensor or a tuple of arguments, got {kind}")
     calls = model_calls(model, example_input)
     devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()]}
     by_type = {device.type: device for device in devices}

@@ -3,7 +3,7 @@
 python scripts/kill_trials.py --trials 24 --seed 0     12 minutes on 1 core
 python scripts/kill_trials.py --trials 1 --seed 7      trial 7 alone: the same kind of kill, at a like moment
 
-Each is configs/round_to_pixels.yaml on some of its digits, through the command line: `lightning-acu fit`, with a checkpoint every 4
+Each is configs/round_to_pixels.yaml on some of its digits, by `lightning-acu fit`, with a checkpoint every 4
 steps. It is killed at a random moment, while a file is being written, or after its last step; half of them twice.
 Then it is resumed from its last checkpoint, as a user would, and compared with a training that nothing interrupted.
 """

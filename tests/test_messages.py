@@ -35,6 +35,7 @@ from lightning_acu import (
     save_acu,
     save_pretrained,
     training,
+    warm_up,
 )
 
 NAN, INF = math.nan, math.inf
@@ -140,6 +141,8 @@ CASES = [
     (convert_to_acu, (net(False),), {"on_unsupported": "eror"}, "`on_unsupported` (='eror')", "did you mean 'error'?"),
     (ConvertConfig(preset="c23").apply, (net(False),), "`preset` (='c23')", "did you mean 'C23'?"),
     (report_acu, (5,), "`model`", "5"),
+    (warm_up, (5, torch.zeros(1, 3, 8, 8)), "`model`", "5"),
+    (warm_up, (net(), [1]), "`example_input` (=[1])"),
     (report_acu, (net(),), {"input_size": (3, 8)}, "`input_size` (=(3, 8))"),
     (report_acu, (net(),), {"input_size": 8}, "`input_size` (=8)"),
     (report_acu, (net(),), {"input_size": (3, -8, 8)}, "`input_size` (=(3, -8, 8))"),

@@ -74,7 +74,7 @@ class OffsetLogger(PositionCallback):
         figures: draw the shapes.
         animation: make the animation.
         figures_every_n_steps: also draw and log the figure during training; this takes about a second for 50 layers.
-        live: write ``shapes.html``.
+        live: write ``shapes.html``; None: as ``figures``.
         receptive_field_images: also log ``acu/receptive_field`` at each record: the radius, in pixels, of the effective
             receptive field (:class:`~lightning_acu.metrics.EffectiveReceptiveField`) over so many images of the batch.
             This takes a forward and a backward pass; 0: not.
@@ -98,13 +98,13 @@ class OffsetLogger(PositionCallback):
         figures: bool = True,
         animation: bool = True,
         figures_every_n_steps: int | None = None,
-        live: bool = True,
+        live: bool | None = None,
         receptive_field_images: int = 0,
     ) -> None:
         self.every_n_steps = whole_number("every_n_steps", every_n_steps, 1)
         self.figures = figures
         self.animation = animation
-        self.live = live
+        self.live = figures if live is None else live
         self.receptive_field_images = whole_number("receptive_field_images", receptive_field_images)
         self.figures_every_n_steps = None
         if figures_every_n_steps is not None:

@@ -168,7 +168,9 @@ class ImageFolderDataModule(ClassFoldersDataModule):
         if near or self.val_size is not None or not self.root.is_dir():
             return near
         flat = [entry.name for entry in self.root.iterdir() if entry.is_dir()]
-        return f"; if {few(sorted(flat))} are the classes, `val_size`=0.2 splits them" if flat else ""
+        if not flat or {"train", "val"} & set(flat):
+            return ""
+        return f"; if {few(sorted(flat))} are the classes, `val_size`=0.2 splits them"
 
 
 def _published(model: str) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def report_table(report: ConvRows, every: bool) -> Table:
     active = [[row] for row in report.converted]
     if active:
         columns = _COLUMNS | {"added": lambda row: f"+{row.added}", "fold x": _fold_ratio}
-        if any(row.backends for row in report.converted):
+        if len(_backends(report)) > 1:  # else the caption says it for all
             columns["backend"] = _backend
         if any(row.form_prices for row in report.converted):
             columns["cheapest fold"] = _cheapest
@@ -81,6 +81,8 @@ def _caption(report: ConvRows) -> list[str]:
                 text += "impossible: not all positions are finite" if macs is None else _number(macs / factor)
                 text += f" ({macs / report.macs:.2f}x)" if macs and report.macs else ""
         lines.append(text)
+        if len(_backends(report)) == 1:
+            lines.append(f"backend on this machine, for one image: {_backends(report)[0]} in all layers")
     elif report.converted:
         ratios = [row.folded_macs / row.macs for row in report.converted if row.folded_macs is not None]
         if ratios:
@@ -126,6 +128,10 @@ def _names(rows: list[ConvRow]) -> str:
 
 def _fold_ratio(row: ConvRow) -> str:
     return "not finite" if row.folded_macs is None else f"{row.folded_macs / row.macs:.2f}"
+
+
+def _backends(report: ConvRows) -> list[str]:
+    return list(dict.fromkeys(_backend(row) for row in report.converted if row.backends))
 
 
 def _backend(row: ConvRow) -> str:

@@ -77,7 +77,9 @@ def test_pictures_that_cannot_be_written_are_said_and_all_else_is_done(tmp_path,
         assert f"{tmp_path / name} could not be written (OSError: [Errno 28] No space left on device)" in said
     assert trainer.global_step == 12
     assert torch.equal(model.offsets, model.offsets.round())
-    assert {path.name for path in tmp_path.iterdir()} == {"before_rounding.ckpt", "rounded.ckpt", "metrics.csv"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "before_rounding.ckpt", "rounded.ckpt", "metrics.csv", "shapes.html"
+    }  # fmt: skip
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_no_training(tmp_path, monkeypatch):

@@ -281,7 +281,7 @@ def test_pages_take_at_most_a_hundredth_of_the_time(tmp_path, monkeypatch):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             now[0] += 30
 
-    logger = OffsetLogger(1, figures=False, animation=False)
+    logger = OffsetLogger(1, figures=False, animation=False, live=True)
     fit(TinyModule(), [PositionLRSchedule(0.1, 0), Clock(), logger], tmp_path, max_epochs=1)
     assert written == [130.0, 190.5, 251.0, 281.5]  # every 50 seconds at most, of steps of 30; and at the end
 

@@ -362,7 +362,7 @@ def test_the_summary_counts_flops(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     main([*QUICKSTART, "--trainer.enable_progress_bar=false", "--trainer.fast_dev_run=1"])
     shown = capsys.readouterr().out
-    plain = create_model("test_resnet", num_classes=10, in_chans=1).eval()
+    plain = create_model("acu_small", num_classes=10, in_chans=1).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         plain(torch.zeros(1, 1, 28, 28))
     assert f"Total FLOPs: {counter.get_total_flops() / 1e6:.1f} M" in shown

@@ -27,6 +27,7 @@ ARGUMENTS = {
         "root": "here", "train": "a", "val": "b", "test": "c", "image_size": [160, 192], "mean": [0.1, 0.2, 0.3],
         "std": [0.3, 0.2, 0.1], "interpolation": "bilinear", "crop_pct": 0.9, "transforms_of": "test_resnet",
         "auto_augment": "rand-m9", "hflip": 0.1, "scale": [0.2, 0.9], "color_jitter": 0.4,
+        "val_size": 0.2, "test_size": 3,
     },
 }  # fmt: skip
 

@@ -217,7 +217,7 @@ def test_what_cannot_be_drawn_is_refused():
     with pytest.raises(ValueError, match=r"`model_or_shapes` \(=\[\]\) has no layer to draw"):
         plot_shapes([])
     for reach in (0, -1, torch.nan, torch.inf):
-        with pytest.raises(ValueError, match=rf"`reach` \(={reach}\) must be a positive number"):
+        with pytest.raises(ValueError, match=rf"`reach` \(={reach}\) must"):
             plot_shapes(ACUConv2d(1, 1, 3), reach=reach)
 
 
