@@ -22,7 +22,16 @@ from .fold_rule import RUNTIMES, cheapest_form
 from .fold_times import fastest_form
 from .guards import guard_merging, may_be_merged
 from .marks import FOLDED, RESHAPED, SKIP_REASON
-from .outputs import Arguments, difference, recorded_arguments, recorded_outputs, run, tolerance
+from .outputs import (
+    Arguments,
+    difference,
+    image_sizes,
+    recorded_arguments,
+    recorded_outputs,
+    run,
+    run_at_another_size,
+    tolerance,
+)
 from .transformers_guards import guard_transformers
 
 __all__ = ["fold_acu", "fold_by", "fold_layers", "round_acu"]
@@ -58,9 +67,10 @@ def fold_acu(
 
     Args:
         model: any module.
-        example_input: what ``model`` takes, a tuple for several arguments. The output for it is then compared before
-            and after, in eval mode, and methods that merge weights can later be tried with inputs of these shapes.
-            The sizes of images in this pass are those that "auto" counts with.
+        example_input: what ``model`` takes, a tuple for several arguments. The output for it, and for images of another
+            size if ``model`` takes any, is then compared before and after, in eval mode, and methods that merge weights
+            can later be tried with inputs of these shapes. The sizes of images in this pass are those that "auto"
+            counts with.
         form: one of :data:`lightning_acu.forms.FORMS`. "auto" without ``example_input`` is one ``nn.Conv2d`` for each
             layer unless its taps are far apart. With it, each layer takes the form with the least arithmetic and
             memory traffic (:mod:`lightning_acu.surgery.fold_rule`), except in modules with a method that may merge
@@ -77,9 +87,9 @@ def fold_acu(
         ValueError: an unknown ``form`` or ``runtime``, or a ``runtime`` without ``example_input`` or with another form
             than "auto"; positions that are not finite, or too far apart for ``form``; or the output for
             ``example_input`` has no tensors. The message names the layer. Nothing has been folded.
-        RuntimeError: the output for ``example_input`` is another one after the fold, because code of the model reads
-            more of a convolution than its output; the message names the first module that differs. The fold has been
-            undone.
+        RuntimeError: the output for ``example_input``, or at the other size, is another one after the fold, because
+            code of the model reads more of a convolution than its output; the message names the first module that
+            differs. The fold has been undone.
         ModuleNotFoundError: ``runtime`` is "onnxruntime", and it or what exports to it is not installed.
     """
     check_form(form)
@@ -110,26 +120,32 @@ def fold_by(model: nn.Module, example_input: Any, form: str, choose: Choice | No
         return model
     args = example_input if isinstance(example_input, tuple) else (example_input,)
     with recorded_arguments(model) as called:
-        expected = run(model, args)
-    if not expected:
+        compared = [(args, run(model, args))]
+    if not compared[0][1]:
         raise ValueError(f"`example_input`: the output of {type(model).__name__} for it has no tensors to compare")
+    if (other := run_at_another_size(model, args)) is not None:
+        compared.append(other)
     layers = [layer for _, layer in acu_layers(model)]
     forms = {layer: choose(layer, called[layer]) for layer in layers if choose is not None and layer in called}
     before = [(layer, type(layer), dict(vars(layer))) for layer in layers]
     try:
         fold_layers(model, form, forms)
-        with recorded_arguments(model) as arguments:
-            got = run(model, args)
-        worst, limit = difference(got, expected), tolerance(expected)
-        if not worst <= limit:
-            with recorded_outputs(model) as after:
-                run(model, args)
-            _restore(before)
-            raise RuntimeError(
-                f"the output of {type(model).__name__} for `example_input` would change by {worst:.1e} of its largest "
-                f"value (tolerance {limit:.1e}), first that of {_first_difference(model, args, after)}: its code reads "
-                "the weight or an attribute of a convolution that the fold changes. Nothing has been folded"
-            )
+        folded: list[list[Tensor]] = []
+        for inputs, _ in reversed(compared):  # the given size last: the model may keep something for its size
+            with recorded_arguments(model) as arguments:
+                folded.insert(0, run(model, inputs))
+        for (inputs, expected), got in zip(compared, folded, strict=True):
+            if not difference(got, expected) <= tolerance(expected):
+                with recorded_outputs(model) as after:
+                    run(model, inputs)
+                _restore(before)
+                size = "" if inputs is args else ", enlarged to " + " and ".join(map(str, image_sizes(inputs)))
+                raise RuntimeError(
+                    f"the output of {type(model).__name__} for `example_input`{size} would change by "
+                    f"{difference(got, expected):.1e} of its largest value (tolerance {tolerance(expected):.1e}), "
+                    f"first that of {_first_difference(model, inputs, after)}: its code reads the weight or an "
+                    "attribute of a convolution that the fold changes. Nothing has been folded"
+                )
     except BaseException:
         _restore(before)
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,11 +13,13 @@ from torch import Tensor, nn
 __all__ = [
     "Arguments",
     "difference",
+    "image_sizes",
     "map_tensors",
     "random_devices",
     "recorded_arguments",
     "recorded_outputs",
     "run",
+    "run_at_another_size",
     "tensors_in",
     "tolerance",
 ]
@@ -26,6 +29,10 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 #: Largest difference, relative to the largest value, that another order of the same arithmetic may make.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+
+#: By how many pixels images are made larger to try another size: an odd one, by which code that pads shows itself, and
+#: what networks take that halve their images five or six times and put them together again.
+_MORE_PIXELS = (1, 32, 64)
 
 
 def tensors_in(output: Any) -> Iterator[Tensor]:
@@ -81,6 +88,36 @@ def run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | Non
     finally:
         for module, flag in training.items():
             module.training = flag
+
+
+def image_sizes(args: Any) -> list[tuple[int, ...]]:
+    """The distinct (height, width) of all images: floating-point tensors of three dimensions or more."""
+    images = [tensor for tensor in tensors_in(args) if tensor.is_floating_point() and tensor.ndim > 2]
+    return list(dict.fromkeys(tuple(image.shape[-2:]) for image in images if image.numel()))
+
+
+def run_at_another_size(model: nn.Module, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Tensor]] | None:
+    """Arguments like ``args`` with larger images, and what ``model`` gives for them; None if it takes one size only.
+
+    Masks, tensors of any kind with the height and width of an image, grow as it does.
+    """
+    sizes = image_sizes(args)
+
+    def larger(tensor: Tensor, by: int) -> Tensor:
+        if tuple(tensor.shape[-2:]) in sizes:
+            for axis in (-2, -1):  # its first rows and columns once more
+                length = tensor.shape[axis]
+                index = torch.arange(length + by, dtype=torch.long, device=tensor.device) % length
+                tensor = tensor.index_select(axis, index)
+        return tensor
+
+    for by in _MORE_PIXELS if sizes else ():
+        other = map_tensors(functools.partial(larger, by=by), args)
+        try:
+            return other, run(model, other)
+        except Exception:  # whatever this model says about a size that it does not take
+            continue
+    return None
 
 
 def random_devices(model: nn.Module) -> list[int]:

@@ -204,6 +204,66 @@ def test_the_first_module_that_differs_is_named(image, inner):
     assert torch.equal(model(image), expected)
 
 
+class PadsOddImages(nn.Module):
+    """Makes images of an odd width even, by half of the kernel that it finds: wrong after a fold, at those only."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+
+    def forward(self, images):
+        x = images["x"] if isinstance(images, dict) else images
+        return self.conv(F.pad(x, (0, self.conv.weight.shape[-1] // 2)) if x.shape[-1] % 2 else x)
+
+
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_a_fold_that_differs_at_another_size_only_is_undone(as_dict):
+    model, image = moved(nn.Sequential(PadsOddImages(), nn.ReLU())), torch.randn(1, 3, 12, 16)
+    state, expected = model.state_dict(keep_vars=True), model(image)
+    with pytest.raises(
+        RuntimeError, match=r"`example_input`, enlarged to \(13, 17\) would change by .*first that of 0\.conv:"
+    ):
+        fold_acu(model, {"x": image} if as_dict else image)
+    assert all(model.state_dict(keep_vars=True)[name] is value for name, value in state.items())
+    assert torch.equal(model(image), expected)
+
+
+class Picky(nn.Module):
+    """Takes images of one size, or of multiples of ``step`` pixels, with a mask; notes what came."""
+
+    def __init__(self, step=None):
+        super().__init__()
+        self.conv, self.step, self.seen = nn.Conv2d(3, 8, 3, padding=1), step, []
+
+    def forward(self, x, mask):
+        self.seen.append(tuple(x.shape[-2:]))
+        if self.seen[-1] != (64, 96) and (self.step is None or any(size % self.step for size in self.seen[-1])):
+            raise AssertionError("wrong size")
+        return self.conv(x) * mask
+
+
+@pytest.mark.parametrize(
+    ("step", "sizes"),
+    [(None, [(64, 96)]), (32, [(64, 96), (96, 128)]), (64, [(64, 96)]), (1, [(64, 96), (65, 97)])],
+)
+def test_a_fold_is_compared_at_two_sizes_where_the_model_takes_them(step, sizes):
+    model, image, mask = moved(Picky(step)), torch.randn(1, 3, 64, 96), torch.ones(1, 64, 96, dtype=torch.bool)
+    model.seen.clear()
+    fold_acu(model, (image, mask))
+    tried = model.seen.index(sizes[-1]) + 1 if len(sizes) > 1 else 4
+    assert model.seen[0] == (64, 96)
+    assert model.seen[tried:] == sizes[::-1]  # after the fold, at the given size last
+    assert not any(acu_layers(model))
+
+
+def test_other_sizes_are_tried_for_images_only():
+    seen = []
+    model = type("Bag", (nn.Module,), {"forward": lambda self, x: seen.append(x.shape) or self.layer(x)})()
+    model.layer = nn.Linear(4, 2)
+    fold_acu(model, torch.randn(5, 4))
+    assert seen == [(5, 4), (5, 4)]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_with_an_example_noise_and_precision_are_no_difference(image, dtype):
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Dropout(), nn.Conv2d(8, 4, 3)).to(dtype)
