@@ -16,12 +16,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from layers import LAYERS
+from layers import LAYERS, Layer
 from timing import device_name, slug, versions
 from torch import nn
 
 from lightning_acu import ACUConv2d
 from lightning_acu.surgery import fold_rule, fold_times
+
+#: Besides those of all benchmarks: a merged RepVGG-A0 consists of nothing else.
+MEASURED = [
+    *LAYERS,
+    Layer("dense3x3", "RepVGG", 48, 48, 56),
+    Layer("dense3x3", "RepVGG", 96, 96, 28),
+    Layer("dense3x3", "RepVGG", 192, 192, 14),
+    Layer("dense3x3", "RepVGG", 48, 48, 112, stride=2),
+    Layer("dense3x3", "RepVGG", 48, 96, 56, stride=2),
+    Layer("dense3x3", "RepVGG", 96, 192, 28, stride=2),
+    Layer("dense3x3", "RepVGG", 192, 1280, 14, stride=2),
+]
 
 #: How far taps move in pixels, and whether they are then rounded.
 TAPS = {"near": (0.5, False), "fractional": (1.2, False), "whole": (1.2, True)}
@@ -120,7 +132,7 @@ def main():
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        for layer in LAYERS:
+        for layer in MEASURED:
             for taps in options.taps if any(text in layer.name for text in options.only) else ():
                 for runtime in options.runtimes:
                     for form, milliseconds, ratio, counts in measure(layer, taps, runtime, options.budget):

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import numbers
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = [
     "WRAPPERS",
     "at_least",
+    "check_finite_offsets",
     "few",
     "find_wrapper",
     "qualified_name",
@@ -65,6 +66,25 @@ def whole_number(name: str, value: Any, minimum: int = 0) -> int:
     if number != int(number):
         raise TypeError(f"`{name}` (={value}) must be a whole number")
     return int(number)
+
+
+def check_finite_offsets(layers: Iterable[tuple[str, Tensor]]) -> None:
+    """Check that the offsets (P, K, 2) of each layer, with its name, are finite; those on the meta device pass.
+
+    Raises:
+        ValueError: some are nan or inf; the message names the taps and, where they have names, the layers.
+    """
+    bad = [
+        f"tap {tap}" + (f" of position group {group}" if len(offsets) > 1 else "") + (f" of {name}" if name else "")
+        for name, offsets in layers
+        if not offsets.is_meta
+        for group, tap in (~offsets.isfinite().all(-1)).nonzero().tolist()
+    ]
+    if bad:
+        raise ValueError(
+            f"positions are not finite: {few(bad)}; the training has diverged: load an earlier checkpoint, and lower "
+            "the learning rate of positions or of the weights"
+        )
 
 
 def require_module(model: Any) -> None:

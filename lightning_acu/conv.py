@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .checks import refuse_peft, require_module
+from .checks import check_finite_offsets, refuse_peft, require_module
 from .dilation import RoundTo, check_round_to, dilated_offsets, grid_dilations, nearest_dilations
 from .folded import FoldedConv2d, padding_layer
 from .forms import fold_in_form
@@ -29,7 +29,7 @@ from .plain import (
 from .rounding import round_offsets
 from .sharded import copy_whole_, like_sharded, whole
 
-__all__ = ["ACUConv2d", "acu_layers", "check_grids"]
+__all__ = ["ACUConv2d", "acu_layers", "check_finite", "check_grids"]
 
 torch.fx.wrap("acu_conv2d")  # torch.fx (torchvision's create_feature_extractor) records the call, not what is inside
 torch.fx.wrap("conv2d_as_plain")
@@ -296,20 +296,21 @@ class ACUConv2d(nn.Conv2d):
 
         Raises:
             ModuleNotFoundError: ``separate`` and taps that would meet, and SciPy is not installed.
-            ValueError: ``offsets`` are not finite, with ``separate`` or ``to="dilation"``; they are parametrized, and
-                the parametrization cannot give whole pixels; ``to`` is neither; or it is "dilation" and the layer has
-                a free shape, which no dilated grid has.
+            ValueError: positions are not finite, or on the meta device with ``separate`` or ``to="dilation"``; they are
+                parametrized, and the parametrization cannot give whole pixels; ``to`` is neither; or it is "dilation"
+                and the layer has a free shape, which no dilated grid has.
         """
         check_round_to("to", to)
-        offsets = whole(self.offsets).view(self.position_groups, -1, 2)
+        offsets = self.active_offsets()
+        check_finite_offsets([("", offsets)])
         if to == "dilation":
             self.check_has_grid()
-            offsets = self.active_offsets()
-            if offsets.is_meta or not offsets.isfinite().all():
-                raise ValueError("`offsets` must have finite values to be rounded with `to`='dilation'")
+            if offsets.is_meta:
+                raise ValueError("`offsets` are on the meta device, without values to round with `to`='dilation'")
             moved = dilated_offsets(nearest_dilations(offsets, self.geometry), self.geometry).to(offsets.dtype)
         else:
-            moved = round_offsets(offsets, self._grid(offsets), self.fixed_tap, separate)
+            stored = whole(self.offsets).view_as(offsets)
+            moved = round_offsets(stored, self._grid(stored), self.fixed_tap, separate)
         self._set_offsets(moved.flatten())
         return self
 
@@ -534,6 +535,16 @@ def acu_layers(model: nn.Module) -> Iterator[tuple[str, ACUConv2d]]:
     """
     require_module(model)
     return ((name, module) for name, module in model.named_modules() if isinstance(module, ACUConv2d))
+
+
+@torch.no_grad()
+def check_finite(layers: Iterable[tuple[str, ACUConv2d]]) -> None:
+    """Check that all positions of ``layers``, (name, layer), are finite; under FSDP2 a collective operation.
+
+    Raises:
+        ValueError: some are nan or inf; the message names the layers and taps.
+    """
+    check_finite_offsets((name, layer.active_offsets()) for name, layer in layers)
 
 
 def check_grids(layers: Iterable[tuple[str, ACUConv2d]]) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import refuse_peft
+from .checks import check_finite_offsets, refuse_peft
 from .expansion import Plan, expand_kernel, pad_or_crop, plan_windows
 from .geometry import ConvGeometry, same_sides
 
@@ -18,7 +18,6 @@ __all__ = [
     "FoldedConv2d",
     "PadSame2d",
     "ReshapedConv2d",
-    "check_finite",
     "fold_conv2d",
     "kernel_size_of",
     "padding_layer",
@@ -236,7 +235,7 @@ def fold_conv2d(
     Raises:
         ValueError: ``offsets`` are not finite, or too far apart for one convolution.
     """
-    check_finite(offsets)
+    check_finite_offsets([("", offsets)])
     plan = plan_windows(offsets, geometry, one=one)
     if one and plan.cells > _MOST_CELLS:
         raise ValueError(
@@ -269,14 +268,6 @@ def fold_conv2d(
         convs.append(conv)
         sides.append((top, left, bottom, right))
     return FoldedConv2d(convs, sides, pad)
-
-
-def check_finite(offsets: Tensor) -> None:
-    """Raise a ValueError if some ``offsets`` are NaN or infinite."""
-    if not offsets.isfinite().all():
-        raise ValueError(
-            f"`offsets` has {int((~offsets.isfinite()).sum())} values that are not finite and cannot be folded"
-        )
 
 
 def _kernels(weight: Tensor, offsets: Tensor, plan: Plan) -> list[Tensor]:

@@ -25,9 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import check_finite_offsets
 from .choices import one_of
 from .expansion import Window, split_offsets
-from .folded import FoldedConv2d, check_finite, fold_conv2d
+from .folded import FoldedConv2d, fold_conv2d
 from .geometry import ConvGeometry
 
 __all__ = ["FORMS", "ShiftedConv2d", "check_form", "fold_in_form"]
@@ -134,7 +135,7 @@ def fold_in_form(
     check_form(form)
     if form in ("auto", "single", "sum"):
         return fold_conv2d(weight, offsets, bias, geometry, pad, one={"single": True, "sum": False}.get(form))
-    check_finite(offsets)
+    check_finite_offsets([("", offsets)])
     make = _depthwise if form == "depthwise" else _shifts
     return make(list(_taps(weight, offsets, geometry)), weight, bias, geometry, pad)
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .checks import require_package
+from .checks import check_finite_offsets, require_package
 
 __all__ = ["round_offsets"]
 
@@ -34,13 +34,12 @@ def round_offsets(offsets: Tensor, grid: Tensor, fixed: int | None = None, separ
     if separate:
         if offsets.is_meta:
             raise ValueError("`offsets` are on the meta device, without values to separate")
-        if not offsets.isfinite().all():
-            raise ValueError("`offsets` must be finite to be separated")
-        movable = torch.ones_like(grid)
+        used = offsets.clone()
         if fixed is not None:
-            movable[fixed] = 0
-        for taps, own in zip(offsets * movable + grid, rounded, strict=True):
-            if len((own * movable + grid).unique(dim=0)) < len(own):
+            used[:, fixed] = 0
+        check_finite_offsets([("", used)])
+        for taps, own in zip(used + grid, rounded, strict=True):
+            if len((taps - grid).round().add(grid).unique(dim=0)) < len(own):
                 own.copy_(_separated(taps.double().cpu(), fixed).to(own) - grid)
     return rounded
 

@@ -220,7 +220,7 @@ def test_folds_can_be_copied_and_loaded(make, clone):
 def test_positions_that_are_not_finite_cannot_be_folded(bad):
     layer = ACUConv2d(2, 4, 3)
     layer.offsets.data[:3] = bad
-    with pytest.raises(ValueError, match=r"`offsets` has 3 values that are not finite"):
+    with pytest.raises(ValueError, match=r"positions are not finite: tap 0, tap 1; the training has diverged"):
         layer.fold()
 
 

@@ -98,7 +98,7 @@ def test_a_tap_gives_way_to_the_fixed_one_whatever_the_stored_offset_of_that_is(
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_positions_that_are_not_finite_are_an_error_when_separating(value):
     offsets = torch.tensor([[[0.0, 0.0], [value, 0.0]]])
-    with pytest.raises(ValueError, match="`offsets` must be finite"):
+    with pytest.raises(ValueError, match="positions are not finite: tap 1;"):
         round_offsets(offsets, grid_of((1, 2), (1, 1)).float(), separate=True)
 
 
@@ -177,3 +177,29 @@ def test_separating_what_is_separate_changes_nothing():
     once = round_offsets(offsets, grid, 1, separate=True)
     once[:, 1] = 0
     assert torch.equal(round_offsets(once, grid, 1, separate=True), once)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("how", [{}, {"separate": True}, {"to": "dilation"}], ids=str)
+def test_a_layer_refuses_to_round_positions_that_are_not_finite(value, how):
+    layer = ACUConv2d(2, 4, 3, position_groups=2)
+    with torch.no_grad():
+        layer.offsets.fill_(0.3)
+        layer.offsets[8:10] = value  # of the fixed tap, which counts for nothing
+    layer.round_(**how)
+    with torch.no_grad():
+        layer.offsets.fill_(0.3)
+        layer.offsets[20] = value
+    before = layer.offsets.clone()
+    with pytest.raises(
+        ValueError, match="positions are not finite: tap 1 of position group 1; the training has diverged"
+    ):
+        layer.round_(**how)
+    assert torch.equal(layer.offsets.nan_to_num(9.0), before.nan_to_num(9.0))
+
+
+def test_positions_on_the_meta_device_are_rounded_without_values():
+    layer = ACUConv2d(2, 4, 3, device="meta")
+    assert layer.round_().offsets.is_meta
+    with pytest.raises(ValueError, match="on the meta device, without values to separate"):
+        layer.round_(separate=True)

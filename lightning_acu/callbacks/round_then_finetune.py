@@ -93,10 +93,10 @@ class RoundThenFinetune(PositionCallback):
             :func:`lightning_acu.fold_acu` at the end makes the model plain.
 
     Raises:
-        ValueError: not exactly one of the first three arguments is given, or it is out of range.
+        ValueError: not exactly one of the first three arguments is given, or it is out of range; when rounding, if
+            positions are not finite.
         RuntimeError: before training starts, if the model has no active convolution, the training ends before the step
-            of rounding, or the strategy is not supported; when rounding, for positions that are not finite, or
-            collisions under "error".
+            of rounding, or the strategy is not supported; when rounding, for collisions under "error".
 
     Warns:
         UserWarning: when training ends, positions of the model or of a copy that can be found are not on whole pixels,

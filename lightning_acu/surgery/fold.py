@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from ..checks import require_module
 from ..choices import one_of
-from ..conv import ACUConv2d, acu_layers, check_grids
+from ..conv import ACUConv2d, acu_layers, check_finite, check_grids
 from ..derived import DerivedACUConv2d, reshaped_class
 from ..dilation import RoundTo, check_round_to
 from ..folded import GEOMETRY, FoldedConv2d, PadSame2d, ReshapedConv2d
@@ -270,13 +270,7 @@ def round_acu(model: nn.Module, *, to: RoundTo = "pixels", separate: bool = Fals
     check_not_traced(model)
     check_round_to("to", to)
     layers = list(acu_layers(model))
-    for name, layer in layers:
-        offsets = layer.active_offsets().detach()
-        if not offsets.is_meta and not offsets.isfinite().all():
-            raise ValueError(
-                f"the positions of {name or 'the model'} are not finite and cannot be rounded; the training has "
-                "diverged: load an earlier checkpoint"
-            )
+    check_finite(layers)
     if to == "dilation":
         check_grids(layers)
     for _, layer in layers:

@@ -219,7 +219,7 @@ class PositionTrainer:
         ``requires_grad_(False)`` alone would not do: a gradient from before would still be stepped along.
 
         Raises:
-            RuntimeError: see :func:`~lightning_acu.training.round_layers`; no position is changed then.
+            ValueError, RuntimeError: see :func:`~lightning_acu.training.round_layers`; no position is changed then.
         """
         report = round_and_freeze(self._groups.layers, [self.optimizer], self.collision, self.round_to)
         self._groups.write(self.step, True)

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..checks import few
 from ..choices import one_of
-from ..conv import ACUConv2d, check_grids
+from ..conv import ACUConv2d, check_finite, check_grids
 from ..dilation import Dilations, RoundTo, as_dilations, check_round_to
 from ..sharded import copy_whole_, whole
 from ..statistics import layer_statistics
@@ -140,25 +139,6 @@ def compute_as_plain(layers: Iterable[tuple[str, ACUConv2d]]) -> list[str]:
 
 
 @torch.no_grad()
-def check_finite(layers: Iterable[tuple[str, ACUConv2d]]) -> None:
-    """Check that all positions are finite; under FSDP2 a collective operation.
-
-    Raises:
-        RuntimeError: some are nan or inf; the message names the layers and taps.
-    """
-    bad = [
-        f"tap {tap}" + (f" of position group {group}" if layer.position_groups > 1 else "") + f" of {name}"
-        for name, layer in layers
-        for group, tap in (~layer.active_offsets().isfinite().all(-1)).nonzero().tolist()
-    ]
-    if bad:
-        raise RuntimeError(
-            f"positions are not finite: {few(bad)}; the training has diverged: load an earlier checkpoint, and lower "
-            "the learning rate of positions or of the weights"
-        )
-
-
-@torch.no_grad()
 def round_layers(
     layers: Sequence[tuple[str, ACUConv2d]], collision: Collision = "report", to: RoundTo = "pixels"
 ) -> RoundingReport:
@@ -177,9 +157,9 @@ def round_layers(
         What rounding did.
 
     Raises:
-        ValueError: ``collision`` or ``to`` is none of these, or ``to`` is "dilation" and a layer has a free shape.
-        RuntimeError: positions are not finite, or taps collided and ``collision`` is "error"; no position is changed
-            then.
+        ValueError: ``collision`` or ``to`` is none of these, ``to`` is "dilation" and a layer has a free shape, or
+            positions are not finite; no position is changed then.
+        RuntimeError: taps collided and ``collision`` is "error"; no position is changed then.
     """
     check_collision(collision)
     check_round_to("to", to)

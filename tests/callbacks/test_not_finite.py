@@ -94,7 +94,7 @@ def test_rounding_refuses_positions_that_are_not_finite(tmp_path, value):
                     pl_module.net[2].offsets[5] = value
 
     rounding = RoundThenFinetune(at_step=9)
-    with pytest.raises(RuntimeError, match=r"positions are not finite: tap 2 of net\.2; .*load an earlier checkpoint"):
+    with pytest.raises(ValueError, match=r"positions are not finite: tap 2 of net\.2; .*load an earlier checkpoint"):
         fit(TinyModule(), [Breaks(), PositionLRSchedule(3.0, 1), rounding], tmp_path)
     assert rounding.rounded_at is None
     assert not list(tmp_path.glob("*.ckpt"))
