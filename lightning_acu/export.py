@@ -190,7 +190,8 @@ def _outputs(model: nn.Module, images: Tensor, own_size: bool) -> list[Tensor]:
         raise ValueError(
             f"{type(model).__name__} detects objects: how many depends on the image, which these formats cannot hold. "
             "Fold it and use torchvision's own way to ONNX: fold_acu(model.eval()); "
-            "torch.onnx.export(model, ([image],), 'model.onnx', dynamo=False, opset_version=17)"
+            "torch.onnx.export(model, ([image],), 'model.onnx', dynamo=False, opset_version=17, "
+            "input_names=['image'], dynamic_axes={'image': {1: 'height', 2: 'width'}})"
         )
     tensors = list(tensors_in(output))
     for number, tensor in enumerate(tensors):

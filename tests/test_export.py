@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.census_model import wake
 from helpers.oracle import assert_close
 from timm import create_model
 from timm.layers import Conv2dSame, ScaledStdConv2d, StdConv2d
@@ -24,6 +25,9 @@ pytestmark = pytest.mark.slow
 
 SIZE = (2, 15, 18)
 TOLERANCE = 1e-4  # float32, as export_model itself
+
+#: Heights and widths of images for a detector, which resizes them.
+DETECTED = [(120, 160), (200, 140), (160, 300)]
 
 KINDS = {
     "dense": lambda: nn.Conv2d(2, 4, 3, stride=(2, 1), padding=(1, 0)),
@@ -226,6 +230,39 @@ def test_a_detector_says_how_it_is_exported(tmp_path):
     model = convert_to_acu(ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=3))
     with pytest.raises(ValueError, match=r"SSD detects objects: .*torchvision's own way to ONNX"):
         export_model(model, tmp_path / "net.onnx", input_size=(3, 320, 320))
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's former exporter, which torchvision's detectors need
+def test_a_folded_detector_by_torchvisions_own_way_finds_what_the_active_one_does(tmp_path):
+    """By the call that the error above names; scores are compared, since objects of equal scores may change places."""
+    import onnxruntime
+    from torchvision.models.detection import ssdlite320_mobilenet_v3_large
+
+    torch.manual_seed(1)
+    model = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=3)
+    wake(model)
+    images = [torch.rand(3, *size, generator=torch.Generator().manual_seed(n)) for n, size in enumerate(DETECTED)]
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None
+    with torch.no_grad():
+        model.backbone(model.transform(images)[0].tensors)  # norms see images
+    convert_to_acu(model.eval())
+    for _, layer in acu_layers(model):
+        nn.init.uniform_(layer.offsets, -1, 1)
+    path = tmp_path / "model.onnx"
+    with torch.no_grad():
+        expected = [model([image])[0] for image in images]
+        fold_acu(model)
+        torch.onnx.export(
+            model, ([images[0]],), path, dynamo=False, opset_version=17, input_names=["image"],
+            dynamic_axes={"image": {1: "height", 2: "width"}},
+        )  # fmt: skip
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for image, found in zip(images, expected, strict=True):
+        boxes, scores, labels = session.run(None, {"image": image.numpy()})
+        assert len(boxes) == len(labels) == len(found["boxes"]) > 50
+        torch.testing.assert_close(torch.from_numpy(scores), found["scores"], rtol=0, atol=1e-4)
 
 
 def test_the_format_can_be_another_than_the_ending_and_folders_are_made(tmp_path):
