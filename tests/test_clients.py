@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
-from lightning_acu import acu_layers, convert_to_acu, fold_acu
+from lightning_acu import acu_layers, convert_to_acu, export_model, fold_acu
 from lightning_acu.folded import ReshapedConv2d
 from lightning_acu.surgery.convert import NoEffectWarning
 from lightning_acu.surgery.outputs import difference, run, tensors_in
@@ -268,6 +268,36 @@ def test_segmentation_models(architecture, encoder, active):
     arguments = {"decoder_atrous_rates": (1, 2, 3)} if architecture == "DeepLabV3Plus" else {}
     model = getattr(smp, architecture)(encoder, encoder_weights=None, classes=2, **arguments)
     convert_and_fold(model, torch.rand(2, 3, 64, 64), active=active)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's exporter
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: pytest.importorskip("segmentation_models_pytorch").DeepLabV3Plus("tu-xception41", encoder_weights=None),
+        lambda: hugging("MobileNetV1", depth_multiplier=0.25),
+        lambda: hugging("MobileNetV2", depth_multiplier=0.35),
+    ],
+    ids=["DeepLabV3Plus on Xception", "MobileNetV1", "MobileNetV2"],
+)
+def test_padding_by_image_size_survives_fold_and_export(build, tmp_path):
+    """They pad as TensorFlow does, by the size of the image, or take their padding from the kernel's size."""
+    torch.manual_seed(0)
+    model = convert_to_acu(build().eval())
+    for _, layer in active_layers(model):
+        nn.init.uniform_(layer.offsets, -1.2, 1.2)
+    assert export_model(model, tmp_path / "model.onnx", input_size=(3, 64, 96)) < 1e-4
+    for size in ((64, 96), (65, 80)) if "MobileNet" in type(model).__name__ else ((64, 96), (128, 64)):
+        image = torch.rand(2, 3, *size)
+        with torch.no_grad():
+            expected = [*tensors_in(model(image))]
+            found = [*tensors_in(fold_acu(copy.deepcopy(model), example_input=image)(image))]
+        assert difference(found, expected) < 1e-5
+
+
+def hugging(name, **config):
+    transformers = pytest.importorskip("transformers")
+    return getattr(transformers, f"{name}ForImageClassification")(getattr(transformers, f"{name}Config")(**config))
 
 
 # transformers
