@@ -74,7 +74,7 @@ def shapes_page(
     """
     if not frames or not frames[-1][1]:
         raise ValueError("there are no frames, or no layers in them")
-    shown = [(step, [_fewer_groups(shape) for shape in shapes]) for step, shapes in frames]
+    shown: list[Frame] = [(step, [_fewer_groups(shape) for shape in shapes]) for step, shapes in frames]
     kept = _thinned(shown)
     reach = max(common_reach(shapes) for _, shapes in kept)
     layers = [

@@ -8,7 +8,7 @@ name                what                                                        
 ``acu_plain_d2``    the same with dilation 2 in conv3/x ("Base-D2")                                   855,162
 ``acu_plain_f5``    the same with 5x5 in conv3/x ("Base-F5")                                          1,739,898
 ``acu_resnet32``    3x3 16; 3 stages of 5 basic blocks with 16, 32, 64 channels; 10 classes           464,154
-``acu_small``       3x3 8; 16 (stride 2); 32 (stride 2); global average; 10 classes; sees 9x9 pixels    6,378
+``acu_small``       3x3 8; 16 (stride 2); 32 (stride 2); global average; 10 classes; sees 9x9 pixels    6,418
 ==================  ================================================================================  ===============
 
 All have plain convolutions; ``convert_to_acu`` turns them into the paper's active ones. Importing this module registers
@@ -178,7 +178,7 @@ class SmallNet(_CIFARNet):
         self, num_classes: int = 10, in_chans: int = 3, global_pool: str = "avg", drop_rate: float = 0.0
     ) -> None:
         super().__init__()
-        self.feature_info = []
+        self.feature_info: list[dict[str, Any]] = []
         before = in_chans
         for stage, channels, stride in (("conv1", 8, 1), ("conv2", 16, 2), ("conv3", 32, 2)):
             self.add_module(stage, ConvNormAct(before, channels, 3, stride))
