@@ -5,7 +5,8 @@
 
 Both arms train the same network in the same state; they take turns, so that both see the same machine. Two measures:
 the ratio of mean step times (which noise of a percent or so blurs), and the time spent inside the callbacks' own hooks
-and the gradient gate (which it does not). Drawing the pictures at the end of a training is timed separately.
+and the gradient gate (which it does not). Drawing the pictures at the end of a training, and one page of the shapes as
+OffsetLogger writes it meanwhile, are timed separately.
 """
 
 import argparse
@@ -27,6 +28,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_acu import acu_layers, convert_to_acu
 from lightning_acu.callbacks import OffsetLogger, PositionLRSchedule, RoundThenFinetune
+from lightning_acu.figures import shapes_of
+from lightning_acu.figures.page import shapes_page
 
 #: Steps of the training that is begun, long enough for default settings.
 TRAINING = 64_000
@@ -138,6 +141,20 @@ def measure(arguments, setting, warmup_steps):
     }
 
 
+def page_milliseconds(model):
+    """Median time to make the page of 64 moments of ``model`` and write it: (ms, MB)."""
+    shapes = shapes_of(model)
+    frames = [(step, shapes) for step in range(64)]
+    times = []
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "shapes.html")
+        for _ in range(7):
+            began = time.process_time()
+            path.write_text(shapes_page(frames, title="page", refresh=10))
+            times.append(time.process_time() - began)
+        return 1e3 * statistics.median(times), path.stat().st_size / 1e6
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -155,6 +172,11 @@ def main():
     ]
     for row in rows:
         print(row)
+    for name in ("resnet18", "resnet50", "resnet200d"):
+        milliseconds, megabytes = page_milliseconds(convert_to_acu(timm.create_model(name)))
+        # OffsetLogger waits 100 times as long, and 5 seconds at least.
+        share = milliseconds / (1e3 * max(5, milliseconds / 10) + milliseconds)
+        print(f"page of {name}: {milliseconds:.0f} ms, {megabytes:.2f} MB; at most {share:.2%} of a training")
     if arguments.out is not None:
         new = not arguments.out.exists()
         with arguments.out.open("a", newline="") as file:

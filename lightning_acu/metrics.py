@@ -143,8 +143,8 @@ class EffectiveReceptiveField(Metric):
     def __init__(self, layer: str | None = None) -> None:
         super().__init__()
         self.layer = layer
-        self.add_state("energy", torch.zeros(1, 1, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("images", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("energy", torch.zeros(1, 1, dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
+        self.add_state("images", torch.zeros((), dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
 
     def update(self, model: nn.Module, images: Tensor) -> None:
         """Add what ``images`` (N, C, H, W), float, say of ``model``, which runs in eval mode and is not changed."""

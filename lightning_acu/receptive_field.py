@@ -45,7 +45,8 @@ def receptive_energy(
     images = images.detach().clone().requires_grad_(True)
     with _in_eval_mode(model), torch.enable_grad():
         features = _features(model, images, layer)
-        signs = torch.randint(0, 2, features.shape[:2], generator=generator, device="cpu").to(features) * 2 - 1
+        coins = torch.randint(0, 2, features.shape[:2], generator=generator, dtype=torch.int64, device="cpu")
+        signs = coins.to(features) * 2 - 1
         middle = features[:, :, features.shape[2] // 2, features.shape[3] // 2]
         (gradient,) = torch.autograd.grad((signs * middle).sum(), images)
     return gradient.double().square().sum(1).mean(0).cpu()
@@ -58,7 +59,7 @@ def spread(energy: Tensor) -> tuple[Tensor, Tensor]:
     taps at positions p (in pixels of its input) adds var(p) times the square of the product of the strides before it.
     """
     energy = energy.double() / energy.double().sum()
-    places = [torch.arange(size, dtype=torch.float64) for size in energy.shape]
+    places = [torch.arange(size, dtype=torch.float64, device="cpu") for size in energy.shape]
     sums = [energy.sum(1), energy.sum(0)]
     centre = torch.stack([(each * place).sum() for each, place in zip(sums, places, strict=True)])
     variance = [(each * (place - mean) ** 2).sum() for each, place, mean in zip(sums, places, centre, strict=True)]

@@ -154,7 +154,7 @@ def _field(model: nn.Module, size: tuple[int, int, int]) -> list[Note]:
             layer.offsets.copy_(layer.starting_offsets(layer.offsets.device).flatten())
     parameter = next(model.parameters())
     random = torch.Generator().manual_seed(0)
-    images = torch.randn(_IMAGES, *size, generator=random).to(parameter)
+    images = torch.randn(_IMAGES, *size, generator=random, dtype=torch.float32, device="cpu").to(parameter)
     fields = []
     for name, network in (("taps where they started", before), ("taps as learned", model)):
         try:

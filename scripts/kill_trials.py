@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 
 #: Files of a finished run; the first three may be in the folder of the part before the kill.
 KEPT = ("before_rounding.ckpt", "rounded.ckpt", "shapes_before_rounding.png")
-RESULTS = ("shapes.png", "shapes.gif", "final.ckpt", "summary.json")
+RESULTS = ("shapes.html", "shapes.png", "shapes.gif", "final.ckpt", "summary.json")
 MOMENTS = ("any time", "a file", "a file", "the end")
 
 #: Seconds that a training may take.
@@ -177,6 +177,8 @@ def check_whole(folder: Path) -> None:
                 json.loads(path.read_text())
             elif path.name in ("config.yaml", "hparams.yaml"):
                 assert path.stat().st_size == 0 or yaml.unsafe_load(path.read_text()) is not None
+            elif path.suffix == ".html":
+                assert path.read_text(encoding="utf-8").endswith("</html>\n")
             elif path.name == "metrics.csv":
                 rows(path)
             else:

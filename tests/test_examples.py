@@ -74,11 +74,12 @@ def test_huggingface_trainer(example, capsys, tmp_path):
 
 
 def test_every_example_has_a_page_and_is_run():
-    """plain_script.py by tests/integrations/test_run.py."""
+    """plain_script.py by tests/integrations/test_run.py, gpu_report.py on GPUs by whoever has one."""
     names = {path.stem for path in EXAMPLES.glob("*.py")} - {"digits"}
-    pages = "".join(path.read_text() for path in (EXAMPLES.parent / "docs/recipes").glob("*.md"))
+    pages = "".join(path.read_text() for path in (EXAMPLES.parent / "docs").glob("**/*.md"))
     assert names == {
         "pytorch_loop", "plain_script", "huggingface_trainer", "accelerate_loop", "fabric_loop", "ignite_loop",
+        "several_machines", "gpu_report",
     }  # fmt: skip
     assert all(f"examples/{name}.py" in pages for name in names)
 

@@ -122,7 +122,9 @@ class OffsetLogger(PositionCallback):
         self._records = 0
         self._stride = 1  # records from one frame to the next
         self._step = 0
-        self._page_due = 0.0  # on time.monotonic's clock
+        self._page_due = 0.0  # on time.monotonic's clock, which every process reads differently
+        # Where the page goes, and the layers in it: found by all processes together, so that one alone can write it.
+        self._page: tuple[Path, list[LayerShape]] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Reset what an earlier training left; the state of a checkpoint to resume from is loaded after this."""
@@ -151,6 +153,8 @@ class OffsetLogger(PositionCallback):
                 "configure_optimizers, or add PositionLRSchedule"
             )
         self._step = trainer.global_step
+        if self.live:
+            self._page = run_directory(trainer) / "shapes.html", trained_shapes(pl_module)
         if self._last is None:
             self._remember(trainer.global_step, {name: layer.positions.cpu() for name, layer in layers})
 
@@ -165,7 +169,7 @@ class OffsetLogger(PositionCallback):
             if not trainer.barebones:  # for the progress bar alone: loggers have had it
                 pl_module.log("moved_px", moved, prog_bar=True, logger=False, rank_zero_only=True)
             if self.live and time.monotonic() >= self._page_due and not is_fast_dev_run(trainer):
-                self._write_page(trainer, pl_module, _REFRESH)
+                self._write_page(trainer, _REFRESH)
         often = self.figures_every_n_steps
         if often is not None and self._step // often > before // often and not is_fast_dev_run(trainer):
             self._draw(trainer, pl_module, f"shapes_{self._step:06}.png")
@@ -184,7 +188,9 @@ class OffsetLogger(PositionCallback):
         if is_fast_dev_run(trainer) or trainer.barebones:
             return
         if self.live:
-            self._write_page(trainer, pl_module, None)
+            # Again: training has not started if there were no steps left.
+            self._page = run_directory(trainer) / "shapes.html", trained_shapes(pl_module)
+            self._write_page(trainer, None)
         if self.figures:
             self._draw(trainer, pl_module, "shapes.png")
         if self.animation:
@@ -280,19 +286,18 @@ class OffsetLogger(PositionCallback):
                 elif hasattr(logger, "log_image") and written:  # W&B
                     logger.log_image("acu/shapes", [str(path)], step=trainer.global_step)
 
-    def _write_page(self, trainer: pl.Trainer, pl_module: pl.LightningModule, refresh: int | None) -> None:
+    def _write_page(self, trainer: pl.Trainer, refresh: int | None) -> None:
+        """Not a collective operation: processes come here at different times."""
         began = time.monotonic()
-        shapes = trained_shapes(pl_module)
         if trainer.is_global_zero:
+            assert self._page is not None
+            path, shapes = self._page
             page = shapes_page(
                 self._film(shapes),
                 title=f"Step {trainer.global_step:,}",
-                subtitle=""
-                if refresh is None
-                else f"Training goes on; this page loads itself again every {refresh} s.",
+                subtitle="" if refresh is None else f"Training goes on; this page loads itself every {refresh} s.",
                 refresh=refresh,
             )
-            path = run_directory(trainer) / "shapes.html"
             self._write(path, lambda file: write_whole(file, lambda draft: draft.write_text(page, encoding="utf-8")))
         now = time.monotonic()
         self._page_due = now + max(_SHORTEST_WAIT, _TIMES_AS_LONG * (now - began))

@@ -69,7 +69,7 @@ def _calls(name: str, options: argparse.Namespace, device: torch.device) -> list
     """The calls of a training step of a model on ``device``, found by a pass of one image on the CPU."""
     model = convert_to_acu(create_model(name))
     on_gpu = device.type == "cuda"
-    seen = model_calls(model, torch.zeros(1, *options.input_size))
+    seen = model_calls(model, torch.zeros(1, *options.input_size, dtype=torch.float32, device="cpu"))
     calls = [
         call._replace(
             device=device.type,

@@ -108,7 +108,7 @@ def _fewer_groups(shape: LayerShape) -> LayerShape:
     groups = len(shape.positions)
     if groups <= _MOST_GROUPS:
         return shape
-    chosen = torch.linspace(0, groups - 1, _MOST_GROUPS).round().long()
+    chosen = torch.linspace(0, groups - 1, _MOST_GROUPS, dtype=torch.float32, device="cpu").round().long()
     return replace(shape, positions=shape.positions[chosen])
 
 

@@ -84,16 +84,16 @@ def _set_conv(conv: Any, layers: dict[str, list[Tensor]], name: str, path: Any) 
     weight = torch.empty_like(conv.weight)
     _set(weight, layers, name, 0, path)
     conv.weight.flatten(2)[:, :, _RASTER] = weight.flatten(2)
-    x, y = torch.empty(3, 3), torch.empty(3, 3)
+    x, y = torch.empty(2, 3, 3, dtype=torch.float32, device="cpu")
     _set(x, layers, name, 2, path)
     _set(y, layers, name, 3, path)
     conv.offsets.view(9, 2)[_RASTER] = torch.stack((y.flatten(), x.flatten()), 1) - torch.tensor(
-        _TAPS, dtype=torch.float32
+        _TAPS, dtype=torch.float32, device="cpu"
     )
 
 
 def _set_norm(norm: Any, layers: dict[str, list[Tensor]], name: str, path: Any) -> None:
-    count = torch.empty(1)
+    count = torch.empty(1, dtype=torch.float32, device="cpu")
     _set(count, layers, f"bn{name}", 2, path)
     if not count > 0:
         raise ValueError(f"{path}: layer bn{name} has a count of {count.item():g} of its statistics; it is not trained")
@@ -139,7 +139,7 @@ def _read(path: Path) -> dict[str, list[Tensor]]:
 
 def _tensor(blob: Any, name: str, path: Path) -> Tensor:
     shape = list(blob.shape.dim) or [blob.num, blob.channels, blob.height, blob.width]
-    values = torch.tensor(blob.data, dtype=torch.float32)
+    values = torch.tensor(blob.data, dtype=torch.float32, device="cpu")
     if any(size < 0 for size in shape) or math.prod(shape) != len(values):
         raise ValueError(f"{path}: a blob of layer {name} should have shape {shape}, but holds {len(values)} numbers")
     return values.view(shape)

@@ -117,7 +117,8 @@ def test_where_it_cannot_run(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     tensors = torch.randn(1, 3, 5, 5), torch.randn(4, 3, 3, 3), torch.zeros(9, 2)
     with pytest.raises(
-        RuntimeError, match=r"`backend` \(='triton'\) cannot run here: it runs on GPUs, and `input` is on"
+        RuntimeError,
+        match=r"`backend` \(='triton'\) cannot run here: it runs on GPUs of NVIDIA and AMD, and `input` is on",
     ):
         acu_conv2d(*tensors, backend="triton")
     monkeypatch.setattr(triton_backend, "_missing", lambda: "Triton is not installed")
