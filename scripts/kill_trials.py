@@ -34,7 +34,8 @@ ROOT = Path(__file__).parents[1]
 
 #: Files of a finished run; the first three may be in the folder of the part before the kill.
 KEPT = ("before_rounding.ckpt", "rounded.ckpt", "shapes_before_rounding.png")
-RESULTS = ("shapes.html", "shapes.png", "shapes.gif", "final.ckpt", "summary.json")
+ENDING = ("shapes.png", "shapes.gif", "final.ckpt", "summary.json")
+RESULTS = (*ENDING, "shapes.html")  # (the page is written while training too)
 MOMENTS = ("any time", "a file", "a file", "the end")
 
 #: Seconds that a training may take.
@@ -146,7 +147,7 @@ def kill_at(dice: random.Random, moment: str, folder: Path, pid: int, duration: 
         what, condition = f"at new file {count}", lambda: len(new()) >= count
     else:
         # Its temporary folder comes first, then the file: pictures, the final model, its evaluation.
-        name = dice.choice(RESULTS)
+        name = dice.choice(ENDING)
         what, condition = f"at {name}", lambda: any(name in path.name for path in new())
     if (status := wait(pid, condition)) is not None:
         assert status == 0, f"the training failed with {status}"

@@ -33,8 +33,11 @@ def runs(tmp_path, *names):
         for file in (*kill_trials.KEPT, *kill_trials.RESULTS):
             if file.endswith(".ckpt"):
                 torch.save({"state_dict": {"offsets": torch.arange(4.0)}}, folder / file)
+            elif file == "summary.json":
+                # How long a training took is its own in each run.
+                (folder / file).write_text(json.dumps({"price": {"fit_seconds": len(name)}}))
             else:
-                (folder / file).write_text(json.dumps(file))
+                (folder / file).write_text(file)
         (folder / "metrics.csv").write_text("step,acu/x,test/loss\n2,0.5,\n4,0.7,\n4,,1\n4,,2\n")
     return [tmp_path / name for name in names]
 
@@ -53,6 +56,8 @@ def test_equal_runs_pass_also_with_less_recorded_before_the_kill(tmp_path):
     ("file", "content", "message"),
     [
         ("shapes.gif", "another", "shapes.gif differs"),
+        ("shapes.html", "another", "shapes.html differs"),
+        ("summary.json", '{"price": {"fit_seconds": 1, "steps": 2}}', "summary.json differs"),
         ("summary.json", None, "summary.json was not written"),
         ("metrics.csv", "step,acu/x,test/loss\n2,0.6,\n4,0.7,\n4,,1\n4,,2\n", r"acu/x.* is \['0.6'\] .*\['0.5'\]"),
         ("metrics.csv", "step,acu/x,test/loss\n2,0.5,\n4,0.7,\n4,,1\n", r"test/loss.* is \['1'\] .*\['1', '2'\]"),
