@@ -4,7 +4,7 @@
 # make docs:       the documentation site, in build/site, with every link checked; make docs-serve shows it on port 8000.
 # make notebooks:  run the notebooks in examples/notebooks in a Jupyter kernel; they are left as they are.
 # make clients:    the same set-up, then other libraries' models (docs/compatibility.md), which it installs into .venv.
-# make wheel:      the source distribution and a wheel in dist/, checked, and used in a clean environment (3 minutes).
+# make wheel:      the source distribution and a wheel in dist/, checked, and used in a clean environment (a minute).
 # Use another interpreter with `make PYTHON=python3.12 ...`.
 
 PYTHON ?= python3

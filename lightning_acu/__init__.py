@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     )
     from .tuning import warm_up
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ACUConv2d",

@@ -6,7 +6,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$(realpath --no-symlinks "${PYTHON:-.venv/bin/python}")
-export PATH=$(dirname "$python"):$PATH
+PATH=$(dirname "$python"):$PATH
+export PATH
 built=$(mktemp -d)
 trap 'rm -rf "$built"' EXIT
 
@@ -16,7 +17,7 @@ mkdir dist
 mv "$built"/*.tar.gz dist
 if [ "$(uname)" = Linux ]; then # OpenMP is torch's own copy: with another, two pools of threads would compete
     auditwheel repair --strip --exclude libgomp.so.1 --wheel-dir dist "$built"/*.whl
-    auditwheel show dist/*.whl
+    auditwheel show --ldpaths "$built" dist/*.whl # (what torch's libgomp itself needs does not count)
 else
     mv "$built"/*.whl dist
 fi

@@ -14,7 +14,7 @@ cd "$work"
 
 if [ -n "${FULL:-}" ]; then
     "$python" -m venv clean
-    clean/bin/python -m pip install --quiet "$wheel[onnx]"
+    clean/bin/python -m pip install --quiet "${wheel}[onnx]"
 else
     "$python" -m venv --without-pip clean
     "$python" -m pip --python clean/bin/python install --quiet --no-deps "$wheel"
