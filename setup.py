@@ -15,7 +15,7 @@ from setuptools.command.build_py import build_py
 ROOM = "lightning_acu/ops/cpu/"
 HEADERS = ["_platform", "_vectors", "_vector_isa", "_vector_types", "_vector_routines", "_transpose"]
 HEADERS = [f"{ROOM}{name}.h" for name in HEADERS]
-SHARED = [f"{ROOM}{name}.pxd" for name in ("_vectors", "_sampling", "_packing", "_cells", "_bands", "_jobs")]
+SHARED = [f"{ROOM}{name}.pxd" for name in ("_vectors", "_sampling", "_packing", "_cells", "_bands", "_jobs", "_planar")]
 
 # No -march: the instruction set is chosen at run time. Numbers stay IEEE's (NaN and infinities mean something).
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"]
@@ -93,6 +93,7 @@ def kernels() -> list[Extension]:
         return []
     names = ["_vectors", "_memory", "_positions"]
     names += ["_product", "_product_weight", "_channelwise", "_channelwise_weight"]
+    names += ["_planar", "_planar_backward"]
     extensions = [
         Extension(
             f"lightning_acu.ops.cpu.{name}",

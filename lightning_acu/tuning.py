@@ -66,7 +66,8 @@ def model_calls(model: nn.Module, example_input: Any) -> list[Call]:
 def rule_of(call: Call) -> str:
     """The backend that takes ``call`` where nothing was measured."""
     if call.device == "cpu":
-        return "cython" if is_faster_by_rule(call.weight, call.geometry, call.position_groups) else "dense"
+        faster = is_faster_by_rule(call.weight, call.geometry, call.position_groups, call.needs is not None)
+        return "cython" if faster else "dense"
     return "dense"
 
 

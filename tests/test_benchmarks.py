@@ -233,3 +233,22 @@ def test_a_folded_network_is_measured_as_it_is_shipped(run, modules, monkeypatch
     assert [row["variant"] for row in rows][:3] == ["plain", "fractional", "pixels"]
     assert all(float(row["difference"]) < 1e-4 for row in rows)
     assert all(float(row["megabytes"]) > 0 for row in rows if row["runtime"] == "onnxruntime")
+
+
+def test_narrow_layers(modules, tmp_path, capsys, monkeypatch):
+    threads = torch.get_num_threads()
+    narrow = modules("narrow")
+    try:
+        narrow.main(["--only", "4 -> 8 @28", "--seconds", "0.01", "--out", str(tmp_path)])
+        with pytest.raises(SystemExit):
+            narrow.main(["--only", "no such layer"])
+        assert "no layer is called so; there are 4 -> 4 @28, 3x3" in capsys.readouterr().err
+        monkeypatch.setattr(narrow.dense, "forward", lambda *args: torch.ones(64, 8, 14, 14))
+        with pytest.raises(RuntimeError, match="cython and dense differ"):
+            narrow.main(["--only", "4 -> 8 @28", "--seconds", "0.01", "--out", str(tmp_path)])
+    finally:
+        torch.set_num_threads(threads)
+    with (tmp_path / "narrow.csv").open(newline="") as file:
+        (line,) = csv.DictReader(file)
+    assert line["layer"] == "4 -> 8 @28, 3x3, stride 2"
+    assert all(float(value) > 0 for name, value in line.items() if name.startswith(("cython", "dense")))

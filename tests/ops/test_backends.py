@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lightning_acu import acu_conv2d
+from lightning_acu.geometry import ConvGeometry
 from lightning_acu.ops import available_backends, backends, dense
 from lightning_acu.ops.cpu import backend as cpu_backend
 
@@ -63,3 +64,28 @@ def test_auto_says_that_the_compiled_kernels_are_missing_on_the_cpu_alone(monkey
     with pytest.warns(UserWarning, match="uses 'dense', about twice as slow as 'cython' would be: the compiled"):
         torch.testing.assert_close(acu_conv2d(*CASE), expected)
     assert not cpu_backend.prefers(*(tensor.to("meta") for tensor in CASE), geometry=None)
+
+
+@pytest.mark.parametrize(
+    ("weight", "kernel", "groups", "positions", "forward", "backward"),
+    [
+        ((64, 64), 3, 1, 1, True, True),
+        ((64, 16), 3, 4, 1, True, True),
+        ((128, 4), 3, 32, 1, True, True),  # narrow groups share nothing with each other, and need not
+        ((64, 64), 3, 1, 8, False, False),  # runs of 8 outputs
+        ((64, 64), 3, 1, 4, True, True),
+        ((64, 1), 3, 64, 64, True, True),
+        ((16, 16), 5, 1, 1, True, False),
+        ((8, 8), 7, 1, 1, True, False),
+        ((8, 8), 11, 1, 1, False, False),
+        ((64, 64), 11, 1, 1, True, True),
+        ((8, 1), 11, 8, 1, True, True),
+    ],
+)
+def test_the_rule_on_a_cpu(weight, kernel, groups, positions, forward, backward):
+    geometry = ConvGeometry((kernel, kernel), groups=groups)
+    found = [
+        cpu_backend.is_faster_by_rule((*weight, kernel, kernel), geometry, positions, backward=direction)
+        for direction in (False, True)
+    ]
+    assert found == [forward, backward]

@@ -1,5 +1,7 @@
 """Random cases of the fast backends against the closed form of `fast_oracle.py`; a failure says which `case` it was."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from helpers.fast_oracle import LARGE, NAMES, NEAR, acu_conv2d_closed_form, case
 from helpers.oracle import GEOMETRY, acu_conv2d_loops
 from torchvision.ops import deform_conv2d
 
+from lightning_acu.geometry import ConvGeometry
 from lightning_acu.ops.cpu import _vectors
 from lightning_acu.ops.cpu import backend as cpu_backend
 
@@ -47,6 +50,32 @@ def test_every_instruction_set_equals_the_closed_form():
     each(range(2_000_000, 2_000_200), lambda seed, one: one.check(run(one, "cython")))
     for fixed in LARGE:
         each(range(2, 3), lambda seed, one: one.check(run(one, "cython")), **fixed)
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("route", ["planar", "product"])
+def test_every_route_equals_the_closed_form_where_the_rule_takes_another(monkeypatch, route):
+    rule = cpu_backend._route
+
+    def chosen(image, weight, output, cell, geometry):
+        # Planes of a tap that is far away would fill the memory; and nothing is computed without pixels.
+        possible = 0 not in (*image.shape, *output) and abs(cell).max() < 200
+        return route if possible else rule(image, weight, output, cell, geometry)
+
+    monkeypatch.setattr(cpu_backend, "_route", chosen)
+    each(range(3_000_000, 3_000_250), lambda seed, one: one.check(run(one, "cython")))
+    for fixed in LARGE:
+        each(range(4, 5), lambda seed, one: one.check(run(one, "cython")), **fixed)
+    monkeypatch.setattr(cpu_backend, "_THREAD_WORK", 0)
+    each(range(20), _check_threads)
+
+
+@pytest.mark.parametrize("size", [(67, 131), (300, 9), (5, 700)])
+@pytest.mark.parametrize("stride", [(1, 1), (2, 3)])
+def test_planes_of_large_images_are_cut_into_bands(size, stride):
+    fixed = {"channels": (3, 5, 1), "size": size, "batch": 2, "positions": 1, "stride": stride}
+    each(range(3), lambda seed, one: one.check(run(one, "cython")), **fixed)
+    each(range(2), _check_threads, **fixed)
 
 
 def test_an_instruction_set_that_is_not_there_is_refused():
@@ -201,3 +230,40 @@ def test_the_closed_form_has_the_derivative_to_the_right_on_the_lattice():
         moved[at] += 0.5  # bilinear interpolation is linear up to the next pixel
         change = ((one.oracle(offsets=moved)[0] - here) * one.direction.numpy()).sum()
         np.testing.assert_allclose(gradient[at], change / 0.5, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("weight", "size", "groups", "positions", "kind", "expected"),
+    [
+        ((12, 12), 32, 1, 1, torch.float32, "planar"),
+        ((32, 3), 32, 1, 1, torch.float32, "planar"),
+        ((3, 64), 32, 1, 1, torch.float32, "planar"),
+        ((128, 4), 14, 32, 1, torch.float32, "planar"),
+        ((64, 64), 14, 1, 1, torch.float32, "product"),
+        ((24, 24), 7, 1, 1, torch.float32, "product"),  # as many zeros as pixels
+        ((24, 24), 28, 1, 1, torch.float32, "planar"),
+        ((24, 24), 28, 1, 1, torch.float64, "product"),
+        ((64, 1), 14, 64, 1, torch.float32, "channelwise"),
+        ((64, 64), 28, 1, 8, torch.float32, "planar"),  # runs of 8 outputs
+        ((12, 12), 0, 1, 1, torch.float32, "product"),
+    ],
+)
+@pytest.mark.skipif(_vectors.supported()[-1] != "avx512", reason="thresholds count in vectors of AVX-512")
+def test_the_route_of_a_layer(weight, size, groups, positions, kind, expected):
+    weight = torch.empty(*weight, 9, dtype=kind)
+    geometry = ConvGeometry((3, 3), padding=(1,) * 4, groups=groups)
+    cell = np.array([[(y - 1, x - 1) for y in range(3) for x in range(3)]] * positions)
+    image = torch.empty(2, weight.shape[1] * groups, size, size)
+    assert cpu_backend._route(image, weight, (2, len(weight), size, size), cell, geometry) == expected
+
+
+def test_what_reaches_far_goes_by_the_product():
+    weight, image = torch.empty(4, 4, 9), torch.empty(2, 4, 99, 99)
+    cell = np.array([[(y - 1, x - 1) for y in range(3) for x in range(3)]])
+    geometry = ConvGeometry((3, 3), padding=(1,) * 4)
+    assert cpu_backend._route(image, weight, (2, 4, 99, 99), cell, geometry) == "planar"
+    assert cpu_backend._route(image, weight, (2, 4, 99, 99), cell * 20, geometry) == "product"
+    assert (
+        cpu_backend._route(image, weight, (2, 4, 9, 9), cell, dataclasses.replace(geometry, stride=(11, 11)))
+        == "product"
+    )

@@ -2,13 +2,14 @@
  *
  * No include guard: _vector_isa.h includes this file once for each instruction set and element type, with
  *   REAL       float or double
+ *   REAL_BYTES of one element
  *   BYTES      of one vector register
  *   TILE_ROWS  rows of a matrix tile: TILE_ROWS * 2 accumulators fill the registers
  *   NAME(x)    x with the instruction set and the type appended
  * Pointers never overlap unless a comment says so. Sizes count elements, not bytes.
  */
 
-#define LANES ((int)(BYTES / sizeof(REAL)))
+#define LANES (BYTES / REAL_BYTES)
 #define WIDTH (2 * LANES) /* columns of a matrix tile and of a packed panel */
 
 /* Loads and stores of any alignment, as float or double arrays have it. */
@@ -46,6 +47,8 @@ static void NAME(store)(int rows, int columns, const REAL *product, REAL *c, int
             for (int j = 0; j < columns; j++) c[j] += product[j];
         else if (start)
             for (int j = 0; j < columns; j++) c[j] = start[j] + product[j];
+        else if (columns == WIDTH) /* memcpy would be a call */
+            AT(c) = READ(product), AT(c + LANES) = READ(product + LANES);
         else
             memcpy(c, product, columns * sizeof(REAL));
 }
@@ -281,9 +284,199 @@ static void NAME(correlate_kernel)(int64_t pixels, int64_t cells, const int64_t 
         NAME(correlate_cells)(1, pixels, place, kernel, from, from_step, to, to_step);
 }
 
+/* ---- planes: vectors run along the pixels of one channel ---------------------------------------------------------
+ * A tap has 4 neighbours, `place` elements from the pixel of the output, each with its share. */
+
+/* Lanes 1 ... LANES of two vectors that follow each other; and the sum of all lanes, which ends up in each of them. */
+#if LANES == 16
+#define NEXT(a, b) __builtin_shufflevector(a, b, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16)
+#define ADD_LANES(v) \
+    v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7); \
+    v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3); \
+    v += __builtin_shufflevector(v, v, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1); \
+    v += __builtin_shufflevector(v, v, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0);
+#elif LANES == 8
+#define NEXT(a, b) __builtin_shufflevector(a, b, 1, 2, 3, 4, 5, 6, 7, 8)
+#define ADD_LANES(v) \
+    v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3); \
+    v += __builtin_shufflevector(v, v, 2, 3, 4, 5, 6, 7, 0, 1); \
+    v += __builtin_shufflevector(v, v, 1, 2, 3, 4, 5, 6, 7, 0);
+#elif LANES == 4
+#define NEXT(a, b) __builtin_shufflevector(a, b, 1, 2, 3, 4)
+#define ADD_LANES(v) \
+    v += __builtin_shufflevector(v, v, 2, 3, 0, 1); \
+    v += __builtin_shufflevector(v, v, 1, 2, 3, 0);
+#else /* 2 */
+#define NEXT(a, b) __builtin_shufflevector(a, b, 1, 2)
+#define ADD_LANES(v) \
+    v += __builtin_shufflevector(v, v, 1, 0);
+#endif
+
+/* to[(c * taps + k) * WIDTH + i] = sum over terms[k] neighbours n of share[4k+n] * from[c * step + place[4k+n] + i]: one
+ * panel of outputs. */
+ALWAYS_INLINE void NAME(sample_tap)(const int terms, const int64_t *place, const REAL *share, int64_t channels,
+                                    int64_t step, const REAL *from, REAL *to, int64_t to_step) {
+    for (int64_t c = 0; c < channels; c++, from += step, to += to_step)
+        UNROLL for (int v = 0; v < 2; v++) {
+            VEC sum = {0};
+            UNROLL for (int n = 0; n < terms; n++) sum += share[n] * READ(from + place[n] + v * LANES);
+            AT(to + v * LANES) = sum;
+        }
+}
+
+/* The same for 4 neighbours of which two follow each other in each row: loads are what limits this loop. */
+ALWAYS_INLINE void NAME(sample_cell)(const int64_t *place, const REAL *share, int64_t channels, int64_t step,
+                                     const REAL *from, REAL *to, int64_t to_step) {
+    for (int64_t c = 0; c < channels; c++, from += step, to += to_step) {
+        VEC sum[2] = {{0}, {0}};
+        UNROLL for (int r = 0; r < 2; r++) {
+            const REAL *row = from + place[2 * r];
+            VEC first = READ(row), second = READ(row + LANES), third = READ(row + WIDTH);
+            sum[0] += share[2 * r] * first + share[2 * r + 1] * NEXT(first, second);
+            sum[1] += share[2 * r] * second + share[2 * r + 1] * NEXT(second, third);
+        }
+        AT(to) = sum[0], AT(to + LANES) = sum[1];
+    }
+}
+
+static void NAME(sample_panel)(int64_t taps, const int64_t *place, const REAL *share, const int *terms,
+                               int64_t channels, int64_t step, const REAL *from, REAL *to) {
+    for (int64_t k = 0; k < taps; k++, place += 4, share += 4, to += WIDTH) switch (terms[k]) {
+            case 1: NAME(sample_tap)(1, place, share, channels, step, from, to, taps * WIDTH); break;
+            case 2: NAME(sample_tap)(2, place, share, channels, step, from, to, taps * WIDTH); break;
+            case 3: NAME(sample_tap)(3, place, share, channels, step, from, to, taps * WIDTH); break;
+            default:
+                if (place[1] == place[0] + 1 && place[3] == place[2] + 1)
+                    NAME(sample_cell)(place, share, channels, step, from, to, taps * WIDTH);
+                else
+                    NAME(sample_tap)(4, place, share, channels, step, from, to, taps * WIDTH);
+        }
+}
+
+/* One tap of one channel, all 4 neighbours: to[i] = the sample, zero from `count` to the end of the panel; and
+ * sums[n] += sum over i of gradient[i] * from[place[n] + i]. to or gradient may be NULL: not computed then. */
+ALWAYS_INLINE void NAME(sample_row_of)(const int want_samples, const int want_sums, int64_t count,
+                                       const int64_t *place, const REAL *share, const REAL *from, REAL *to,
+                                       const REAL *gradient, double *sums) {
+    VEC sum[4] = {{0}, {0}, {0}, {0}};
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) {
+        VEC sample = {0}, grad;
+        if (want_sums) grad = READ(gradient + i);
+        UNROLL for (int n = 0; n < 4; n++) {
+            VEC value = READ(from + place[n] + i);
+            if (want_samples) sample += share[n] * value;
+            if (want_sums) sum[n] += grad * value;
+        }
+        if (want_samples) AT(to + i) = sample;
+    }
+    if (want_sums)
+        UNROLL for (int n = 0; n < 4; n++) {
+            ADD_LANES(sum[n])
+            sums[n] += sum[n][0];
+        }
+    for (; i < count; i++) {
+        REAL sample = 0;
+        UNROLL for (int n = 0; n < 4; n++) {
+            REAL value = from[place[n] + i];
+            sample += share[n] * value;
+            if (want_sums) sums[n] += gradient[i] * value;
+        }
+        if (want_samples) to[i] = sample;
+    }
+    if (want_samples)
+        for (; i % WIDTH; i++) to[i] = 0;
+}
+
+static void NAME(sample_row)(int64_t count, const int64_t *place, const REAL *share, const REAL *from, REAL *to,
+                             const REAL *gradient, double *sums) {
+    if (to && gradient)
+        NAME(sample_row_of)(1, 1, count, place, share, from, to, gradient, sums);
+    else if (to)
+        NAME(sample_row_of)(1, 0, count, place, share, from, to, NULL, NULL);
+    else
+        NAME(sample_row_of)(0, 1, count, place, share, from, NULL, gradient, sums);
+}
+
+/* to[i] += sum over n of share[n] * from[place[n] + i], in whole panels. */
+static void NAME(gather_row)(int64_t count, int64_t terms, const int64_t *place, const REAL *share, const REAL *from,
+                             REAL *to) {
+    int64_t i = 0;
+    for (; i + 2 * WIDTH <= count; i += 2 * WIDTH) {
+        VEC sum[4];
+        UNROLL for (int v = 0; v < 4; v++) sum[v] = READ(to + i + v * LANES);
+        for (int64_t n = 0; n < terms; n++)
+            UNROLL for (int v = 0; v < 4; v++) sum[v] += share[n] * READ(from + place[n] + i + v * LANES);
+        UNROLL for (int v = 0; v < 4; v++) AT(to + i + v * LANES) = sum[v];
+    }
+    for (; i < count; i += LANES) {
+        VEC sum = READ(to + i);
+        for (int64_t n = 0; n < terms; n++) sum += share[n] * READ(from + place[n] + i);
+        AT(to + i) = sum;
+    }
+}
+
+#if TILE_ROWS > 6
+#define DOT_COLUMNS 8 /* 3 x 8 accumulators fit into 32 registers */
+#else
+#define DOT_COLUMNS 4
+#endif
+/* c[r * c_row + q * c_column] += sum over panels j and their outputs i of a[r * a_step + j * WIDTH + i] *
+ * b[j * b_step + q * WIDTH + i]. */
+ALWAYS_INLINE void NAME(dot_block)(const int rows, const int columns, int64_t panels, const REAL *a, int64_t a_step,
+                                   const REAL *b, int64_t b_step, REAL *c, int64_t c_row, int64_t c_column) {
+    VEC sum[3][DOT_COLUMNS];
+    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int q = 0; q < columns; q++) sum[r][q] = (VEC){0};
+    for (int64_t j = 0; j < panels; j++, a += WIDTH, b += b_step)
+        UNROLL for (int v = 0; v < WIDTH; v += LANES) {
+            VEC left[3];
+            UNROLL for (int r = 0; r < rows; r++) left[r] = READ(a + r * a_step + v);
+            UNROLL for (int q = 0; q < columns; q++) {
+                VEC right = READ(b + q * WIDTH + v);
+                UNROLL for (int r = 0; r < rows; r++) sum[r][q] += left[r] * right;
+            }
+        }
+    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int q = 0; q < columns; q++) {
+        ADD_LANES(sum[r][q])
+        c[r * c_row + q * c_column] += sum[r][q][0];
+    }
+}
+
+#define DOT_CASE(n, m) \
+    case 10 * n + m: NAME(dot_block)(n, m, panels, a, a_step, right, b_step, to, c_row, c_column); break;
+#define DOT_CASES(m) DOT_CASE(1, m) DOT_CASE(2, m) DOT_CASE(3, m)
+static void NAME(dot_panels)(int64_t rows, int64_t columns, int64_t panels, const REAL *a, int64_t a_step,
+                             const REAL *b, int64_t b_step, REAL *c, int64_t c_row, int64_t c_column) {
+    for (int64_t r = 0; r < rows; r += 3, a += 3 * a_step)
+        for (int64_t q = 0; q < columns; q += DOT_COLUMNS) {
+            int height = rows - r < 3 ? (int)(rows - r) : 3;
+            int width = columns - q < DOT_COLUMNS ? (int)(columns - q) : DOT_COLUMNS;
+            const REAL *right = b + q * WIDTH;
+            REAL *to = c + r * c_row + q * c_column;
+            switch (10 * height + width) {
+                DOT_CASES(1) DOT_CASES(2) DOT_CASES(3) DOT_CASES(4)
+#if DOT_COLUMNS > 4
+                DOT_CASES(5) DOT_CASES(6) DOT_CASES(7) DOT_CASES(8)
+#endif
+            }
+        }
+}
+
+/* Whether all numbers are finite: x * 0 is NaN for those that are not. */
+static int NAME(all_finite)(int64_t count, const REAL *from) {
+    VEC sum = {0};
+    REAL rest = 0;
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) sum += READ(from + i) * (REAL)0;
+    for (; i < count; i++) rest += from[i] * (REAL)0;
+    for (int lane = 0; lane < LANES; lane++) rest += sum[lane];
+    return rest == 0;
+}
+
 static const NAMED(routines) NAME(table) = {
     LANES, TILE_ROWS, NAME(multiply_rows), NAME(multiply_transposed), NAME(blend), NAME(adjoint), NAME(copy),
-    NAME(spread_taps), NAME(correlate), NAME(correlate_kernel),
+    NAME(spread_taps), NAME(correlate), NAME(correlate_kernel), NAME(sample_panel), NAME(sample_row), NAME(gather_row),
+    NAME(dot_panels), NAME(all_finite),
 };
 
 #undef LANES
@@ -293,3 +486,8 @@ static const NAMED(routines) NAME(table) = {
 #undef READ
 #undef TILE_CASE
 #undef RUN
+#undef DOT_CASE
+#undef DOT_CASES
+#undef DOT_COLUMNS
+#undef NEXT
+#undef ADD_LANES

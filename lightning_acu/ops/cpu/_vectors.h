@@ -39,6 +39,13 @@
                           REAL *, int64_t);                                                                            \
         void (*correlate_kernel)(int64_t, int64_t, const int64_t *, REAL *, const REAL *, int64_t, const REAL *,       \
                                  int64_t);                                                                             \
+        void (*sample_panel)(int64_t, const int64_t *, const REAL *, const int *, int64_t, int64_t, const REAL *,      \
+                             REAL *);                                                                                  \
+        void (*sample_row)(int64_t, const int64_t *, const REAL *, const REAL *, REAL *, const REAL *, double *);      \
+        void (*gather_row)(int64_t, int64_t, const int64_t *, const REAL *, const REAL *, REAL *);                     \
+        void (*dot_panels)(int64_t, int64_t, int64_t, const REAL *, int64_t, const REAL *, int64_t, REAL *, int64_t,   \
+                           int64_t);                                                                                   \
+        int (*all_finite)(int64_t, const REAL *);                                                                      \
     } type;
 DECLARE_ROUTINES(float, routines_f32)
 DECLARE_ROUTINES(double, routines_f64)

@@ -34,6 +34,17 @@ cdef extern from "_vectors.h" nogil:
         void (*correlate_kernel)(
             int64_t, int64_t, const int64_t*, float*, const float*, int64_t, const float*, int64_t
         ) noexcept nogil
+        void (*sample_panel)(
+            int64_t, const int64_t*, const float*, const int*, int64_t, int64_t, const float*, float*
+        ) noexcept nogil
+        void (*sample_row)(
+            int64_t, const int64_t*, const float*, const float*, float*, const float*, double*
+        ) noexcept nogil
+        void (*gather_row)(int64_t, int64_t, const int64_t*, const float*, const float*, float*) noexcept nogil
+        void (*dot_panels)(
+            int64_t, int64_t, int64_t, const float*, int64_t, const float*, int64_t, float*, int64_t, int64_t
+        ) noexcept nogil
+        int (*all_finite)(int64_t, const float*) noexcept nogil
 
     ctypedef struct routines_f64:
         int lanes
@@ -59,6 +70,17 @@ cdef extern from "_vectors.h" nogil:
         void (*correlate_kernel)(
             int64_t, int64_t, const int64_t*, double*, const double*, int64_t, const double*, int64_t
         ) noexcept nogil
+        void (*sample_panel)(
+            int64_t, const int64_t*, const double*, const int*, int64_t, int64_t, const double*, double*
+        ) noexcept nogil
+        void (*sample_row)(
+            int64_t, const int64_t*, const double*, const double*, double*, const double*, double*
+        ) noexcept nogil
+        void (*gather_row)(int64_t, int64_t, const int64_t*, const double*, const double*, double*) noexcept nogil
+        void (*dot_panels)(
+            int64_t, int64_t, int64_t, const double*, int64_t, const double*, int64_t, double*, int64_t, int64_t
+        ) noexcept nogil
+        int (*all_finite)(int64_t, const double*) noexcept nogil
 
 cdef class Buffer:
     """`count` numbers of `size` bytes, aligned for vectors; freed with the object. MemoryError where there is none left."""
@@ -156,3 +178,49 @@ cdef inline void correlate_kernel(
         f32.correlate_kernel(pixels, cells, place, kernel, source, source_step, to, to_step)
     else:
         f64.correlate_kernel(pixels, cells, place, kernel, source, source_step, to, to_step)
+
+
+cdef inline void sample_panel(
+    int64_t taps, const int64_t* place, const real* share, const int* terms, int64_t channels, int64_t step,
+    const real* source, real* to,
+) noexcept nogil:
+    if real is float:
+        f32.sample_panel(taps, place, share, terms, channels, step, source, to)
+    else:
+        f64.sample_panel(taps, place, share, terms, channels, step, source, to)
+
+
+cdef inline void sample_row(
+    int64_t count, const int64_t* place, const real* share, const real* source, real* to, const real* gradient,
+    double* sums,
+) noexcept nogil:
+    if real is float:
+        f32.sample_row(count, place, share, source, to, gradient, sums)
+    else:
+        f64.sample_row(count, place, share, source, to, gradient, sums)
+
+
+cdef inline void gather_row(
+    int64_t count, int64_t terms, const int64_t* place, const real* share, const real* source, real* to
+) noexcept nogil:
+    if real is float:
+        f32.gather_row(count, terms, place, share, source, to)
+    else:
+        f64.gather_row(count, terms, place, share, source, to)
+
+
+cdef inline void dot_panels(
+    int64_t rows, int64_t columns, int64_t panels, const real* a, int64_t a_step, const real* b, int64_t b_step,
+    real* c, int64_t c_row, int64_t c_column,
+) noexcept nogil:
+    if real is float:
+        f32.dot_panels(rows, columns, panels, a, a_step, b, b_step, c, c_row, c_column)
+    else:
+        f64.dot_panels(rows, columns, panels, a, a_step, b, b_step, c, c_row, c_column)
+
+
+cdef inline bint all_finite(int64_t count, const real* source) noexcept nogil:
+    if real is float:
+        return f32.all_finite(count, source)
+    else:
+        return f64.all_finite(count, source)

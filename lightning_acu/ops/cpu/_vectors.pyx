@@ -19,6 +19,9 @@ OPENMP = bool(HAS_OPENMP)
 
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 
+#: Bytes of a vector.
+BYTES = dict(zip(INSTRUCTION_SETS, (16, 32, 64)))
+
 
 def supported():
     """The instruction sets this processor can run, the fastest last."""
