@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU: tests, memory errors, tiles, then layers and training steps with these tiles.
 #   scripts/gpu_check.sh OUT        in at most 9 minutes; logs and CSV files go to the folder OUT, a short table comes last
-#   scripts/gpu_check.sh OUT 1      tests, memory errors and tiles, in at most 4 minutes
+#   scripts/gpu_check.sh OUT 1      tests, memory errors, races, tiles and a profile, in at most 4 minutes
 #   scripts/gpu_check.sh OUT 2      layers and training steps, in at most 4 minutes more
 # PYTHON: an interpreter with torch, Triton, timm and pytest (faster with pytest-xdist); the package need not be
-# installed. DEADLINE (510; 220 for a part): seconds after which no step begins. A step that fails or runs out of time is reported, the
-# next one runs all the same, and the exit status is 1; 2 without a GPU. Not yet run on a GPU.
+# installed. DEADLINE (510; 220 for a part): seconds after which no step begins. A step that fails or runs out of time
+# is reported, the next one runs all the same, and the exit status is 1; 2 without a GPU. Not yet run on a GPU.
 set -uo pipefail
 out=$(mkdir -p "${1:?usage: scripts/gpu_check.sh OUT}" && cd "$1" && pwd) || exit
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 python=${PYTHON:-python3}
 part=${2:-both}
 case $part in
@@ -87,7 +87,7 @@ fi
 if [[ $part != 2 ]]; then
 workers=()
 "$python" -c 'import xdist' 2>/dev/null && workers=(-n 12)
-step tests 120 "${few_threads[@]}" "$python" -m pytest tests/ops/test_triton*.py -q "${workers[@]}" \
+step tests 110 "${few_threads[@]}" "$python" -m pytest tests/ops/test_triton*.py -q "${workers[@]}" \
     -k 'not compile_without_spills' # that needs no GPU
 fi
 start=$SECONDS ready=0
@@ -97,17 +97,35 @@ row warm-ups - $((SECONDS - start)) \
 
 if [[ $part != 2 ]]; then
 # Random layers of the tests against the closed form. Without torch's memory pool, no memory beyond a tensor is allocated.
-if command -v compute-sanitizer >/dev/null; then
-    step sanitizer 55 env PYTHONPATH="$PYTHONPATH:tests" PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-        compute-sanitizer --error-exitcode 1 --report-api-errors no "$python" -c 'import torch
+cases='import sys, torch
 from helpers.fast_oracle import each, run
 torch.backends.cudnn.allow_tf32 = False
-each(range(5_000_000, 5_000_006), lambda seed, one: one.check(run(one, "triton", "cuda")), dtype=torch.float32)'
+each(range(5_000_000, 5_000_000 + int(sys.argv[1])), lambda seed, one: one.check(run(one, "triton", "cuda")), dtype=torch.float32)'
+layers='import torch
+from lightning_acu import acu_conv2d
+for channels, size, groups in ((128, 28, 1), (144, 28, 144)):
+    image = torch.randn(32, channels, size, size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(channels, channels // groups, 3, 3, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    offsets = (torch.rand(1, 9, 2, device="cuda") * 2 - 1).requires_grad_()
+    acu_conv2d(image, weight, offsets, padding=1, groups=groups, backend="triton").sum().backward()'
+if command -v compute-sanitizer >/dev/null; then
+    checked=(env PYTHONPATH="$PYTHONPATH:tests" PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer)
+    step sanitizer 35 "${checked[@]}" --error-exitcode 1 --report-api-errors no "$python" -c "$cases" 4
+    step racecheck 20 "${checked[@]}" --tool racecheck --error-exitcode 1 "$python" -c "$cases" 2
 else
     row sanitizer skipped 0 "no compute-sanitizer on this machine"
+    row racecheck skipped 0 "no compute-sanitizer on this machine"
 fi
 
-step tiles 65 "$python" -m lightning_acu.ops.triton.tune --out "$out/triton_tiles.json" --seconds 50
+step tiles 55 "$python" -m lightning_acu.ops.triton.tune --out "$out/triton_tiles.json" --seconds 40
+
+# The kernels of a dense and a depthwise layer, with the tiles just found.
+if command -v ncu >/dev/null; then
+    step ncu 25 ncu --clock-control none --target-processes all --kernel-name 'regex:_(product|input|forward|weight)_kernel' \
+        --launch-count 12 --section SpeedOfLight --section MemoryWorkloadAnalysis --section WarpStateStats "$python" -c "$layers"
+else
+    row ncu skipped 0 "no ncu on this machine"
+fi
 fi
 
 if [[ $part != 1 ]]; then

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "gpu_check.sh"
-STEPS = ["tests", "sanitizer", "tiles", "bfloat16", "train", "float16", "tf32", "float32", "memory"]
+STEPS = ["tests", "sanitizer", "racecheck", "tiles", "ncu", "bfloat16", "train", "float16", "tf32", "float32", "memory"]
 STAND_INS = {
     "python": f"""#!/bin/sh
 printf '%s\\n' "$*" >>"$CALLS"
@@ -30,6 +30,7 @@ shift
 exec "$@"
 """,
     "compute-sanitizer": '#!/bin/sh\nshift 4\nexec "$@"\n',
+    "ncu": '#!/bin/sh\nwhile [ "$1" != python ]; do shift; done\nexec "$@"\n',
 }
 
 
@@ -67,7 +68,7 @@ def test_all_steps_run_and_fit_into_nine_minutes(check, tmp_path):
     assert sum(map(int, alone)) <= 9 * 60
 
 
-@pytest.mark.parametrize(("part", "steps"), [("1", STEPS[:3]), ("2", STEPS[3:])])
+@pytest.mark.parametrize(("part", "steps"), [("1", STEPS[:5]), ("2", STEPS[5:])])
 def test_a_part_has_its_own_steps_and_fits_into_four_minutes(check, tmp_path, part, steps):
     done, rows, _ = check(part)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -113,11 +114,12 @@ def test_without_a_gpu_it_says_so(check, tmp_path):
     assert not (tmp_path / "limits").exists()
 
 
-def test_without_the_sanitizer_that_step_alone_is_missing(check, tmp_path):
-    (tmp_path / "bin" / "compute-sanitizer").unlink()
+@pytest.mark.parametrize(("tool", "steps"), [("compute-sanitizer", ["sanitizer", "racecheck"]), ("ncu", ["ncu"])])
+def test_without_a_tool_its_steps_alone_are_missing(check, tmp_path, tool, steps):
+    (tmp_path / "bin" / tool).unlink()
     done, rows, _ = check()
     assert done.returncode == 0
-    assert "skipped" in rows["sanitizer"]
+    assert all(("skipped" in rows[step]) == (step in steps) for step in STEPS)
 
 
 def test_the_table_with_all_results_has_at_most_forty_lines(check, tmp_path):
