@@ -92,3 +92,43 @@ def test_several_machines():
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 processes; positions the same in all: True; rounded: True" in done.stdout
     assert int(re.search(r"furthest tap: (\d+)", done.stdout)[1]) >= 1
+
+
+@pytest.fixture
+def deblurring(monkeypatch):
+    """The folder of the example is imported from; its modules are forgotten afterwards."""
+    pytest.importorskip("skimage")
+    monkeypatch.syspath_prepend(str(EXAMPLES / "deblurring"))
+    yield
+    for name in ("module", "photos", "train"):
+        sys.modules.pop(name, None)
+
+
+def test_deblurring(deblurring, tmp_path, capsys):
+    main = runpy.run_path(str(EXAMPLES / "deblurring" / "train.py"))["main"]
+    rows = ["plain", "active"]
+    results = main(["--steps", "60", "--rows", *rows, "--out", str(tmp_path), "--csv", str(tmp_path / "runs.csv")])
+    assert [result["row"] for result in results] == rows
+    assert all(result["psnr"] > 24 for result in results)  # an image is better than none; the input has 25 dB
+    assert results[1]["parameters"] == results[0]["parameters"] + 4 * 18
+    assert len((tmp_path / "runs.csv").read_text().splitlines()) == 3
+    assert (tmp_path / "restored.png").stat().st_size > 10_000
+    assert "| active |" in capsys.readouterr().out
+
+
+def test_deblurring_photos(deblurring):
+    import photos
+    from scipy.signal import convolve2d
+
+    image = torch.rand(1, 40, 31, generator=torch.Generator().manual_seed(0))
+    kernel = photos.disc()[0, 0].double()
+    assert kernel.sum() == pytest.approx(1, abs=1e-6)
+    assert 3.5 < (kernel > 0).sum(0).max() / 2 <= photos.RADIUS + 1
+    degraded, sharp = photos.blurred(image)
+    expected = torch.from_numpy(convolve2d(image[0].double(), kernel, mode="valid"))
+    assert torch.allclose(degraded[0].double(), expected, rtol=0, atol=1e-6)
+    assert torch.equal(sharp[0, 0, :5], image[0, 5, 5:10])
+    one, again, other = (photos.Patches([image], 0.5, 9, seed, size=12) for seed in (3, 3, 4))
+    assert all(torch.equal(first, second) for first, second in zip(one[7], again[7], strict=True))
+    assert not torch.equal(one[7][1], other[7][1])
+    assert {patch.shape for pair in (one[index] for index in range(9)) for patch in pair} == {(1, 12, 12)}
