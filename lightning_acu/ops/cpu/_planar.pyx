@@ -13,7 +13,7 @@ from ._packing cimport Piece, ceil_div, piece_at, transpose_f32
 from ._planar cimport (
     Band, Neighbours, Planes, band_at, bands, copy_row, load_planes, neighbours_of, planes_of,
 )
-from ._vectors cimport Buffer, lanes, multiply_transposed, real, sample_panel, tile_rows
+from ._vectors cimport Buffer, lanes, multiply_moved, multiply_transposed, real, sample_panel, tile_rows
 
 
 def reach(const int64_t[:, :, ::1] cell):
@@ -42,7 +42,7 @@ def forward(
     cdef Buffer packed = Buffer((c_out + (groups + cell.shape[0]) * tile) * depth, sizeof(real))
     cdef Buffer places = Buffer(4 * cell.shape[0] * cell.shape[1], sizeof(int64_t))
     cdef Buffer shares = Buffer(4 * cell.shape[0] * cell.shape[1], sizeof(real))
-    cdef Buffer terms = Buffer(cell.shape[0] * cell.shape[1], sizeof(int))
+    cdef Buffer terms = Buffer(cell.shape[0] * (cell.shape[1] + 1), sizeof(int))
     cdef Buffer buffer = Buffer(threads * size, sizeof(real))
     pack(weight, bias, groups, cell.shape[0], <real*>packed.data, tile)
     find_terms(&planes, cell, fraction, <int64_t*>places.data, <real*>shares.data, <int*>terms.data)
@@ -75,10 +75,13 @@ cdef void find_terms(
     const Planes* planes, const int64_t[:, :, ::1] cell, const double[:, :, ::1] fraction, int64_t* places,
     real* shares, int* terms,
 ):
-    """For each tap the neighbours whose share is not 0: no others are read."""
+    """For each tap the neighbours whose share is not 0: no others are read. A position group's numbers of terms (K) are
+    followed by whether all its taps are on whole pixels."""
     cdef int64_t p, k, n, count
+    cdef bint whole
     cdef Neighbours found
     for p in range(cell.shape[0]):
+        whole = True
         for k in range(cell.shape[1]):
             found = neighbours_of(planes, cell[p, k, 0], cell[p, k, 1], fraction[p, k, 0], fraction[p, k, 1])
             count = 0
@@ -86,10 +89,13 @@ cdef void find_terms(
                 if found.share[n] != 0:
                     places[count], shares[count] = found.place[n], <real>found.share[n]
                     count += 1
+            whole = whole and count == 1
             terms[0] = <int>count
             places += 4
             shares += 4
             terms += 1
+        terms[0] = whole
+        terms += 1
 
 
 cdef void forward_band(
@@ -102,7 +108,10 @@ cdef void forward_band(
     cdef int64_t panel, channel, i, y
     cdef real* panel_of = buffer + image.shape[1] * planes.channel
     cdef real* found = panel_of + (depth + 1) * width
+    cdef real* to
     cdef const real* weights
+    cdef const real* source
+    cdef const int64_t* places_of
     cdef Piece piece
     load_planes(planes, &band, image, buffer)
     for i in range(width):
@@ -112,15 +121,21 @@ cdef void forward_band(
         weights = packed
         while channel < c_out:
             piece = piece_at(channel, c_out, c_out // groups, c_out // position_groups)
-            sample_panel(
-                taps, places + piece.positions * taps * 4, shares + piece.positions * taps * 4,
-                terms + piece.positions * taps, inputs, planes.channel,
-                buffer + piece.group * inputs * planes.channel + planes.origin + panel * width, panel_of,
-            )
-            multiply_transposed(
-                piece.last - channel, width, depth + 1, weights, panel_of,
-                found + channel * planes.outputs + panel * width, planes.outputs, 0,
-            )
+            places_of = places + piece.positions * taps * 4
+            source = buffer + piece.group * inputs * planes.channel + planes.origin + panel * width
+            to = found + channel * planes.outputs + panel * width
+            if terms[piece.positions * (taps + 1) + taps]:
+                multiply_moved(
+                    piece.last - channel, taps, places_of, inputs, planes.channel, source, weights, to, planes.outputs
+                )
+            else:
+                sample_panel(
+                    taps, places_of, shares + piece.positions * taps * 4, terms + piece.positions * (taps + 1), inputs,
+                    planes.channel, source, panel_of,
+                )
+                multiply_transposed(
+                    piece.last - channel, width, depth + 1, weights, panel_of, to, planes.outputs, 0
+                )
             weights += ceil_div(piece.last - channel, tile) * (depth + 1) * tile
             channel = piece.last
     for i in range(band.images):

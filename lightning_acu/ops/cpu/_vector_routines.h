@@ -23,7 +23,7 @@ typedef REAL NAME(vec) __attribute__((vector_size(BYTES), aligned(sizeof(REAL)),
  * addressed from one register. Sums run over d in order and one accumulator holds each, so the result does not depend
  * on how rows are cut into tiles. */
 ALWAYS_INLINE void NAME(tile)(const int rows, const int vectors, int64_t depth, const REAL *a, const int64_t row_step,
-                              const int64_t depth_step, const REAL *b, VEC *product) {
+                              const int64_t depth_step, const REAL *b, REAL *to, int64_t ld) {
     VEC sum[TILE_ROWS][2];
     UNROLL for (int i = 0; i < rows; i++) UNROLL for (int v = 0; v < vectors; v++) sum[i][v] = (VEC){0};
     for (int64_t d = 0; d < depth; d++) {
@@ -36,7 +36,7 @@ ALWAYS_INLINE void NAME(tile)(const int rows, const int vectors, int64_t depth, 
         a += depth_step;
         b += WIDTH;
     }
-    UNROLL for (int i = 0; i < rows; i++) UNROLL for (int v = 0; v < vectors; v++) product[2 * i + v] = sum[i][v];
+    UNROLL for (int i = 0; i < rows; i++) UNROLL for (int v = 0; v < vectors; v++) AT(to + i * ld + v * LANES) = sum[i][v];
 }
 
 /* c = start + product, or c += product where accumulate. */
@@ -47,21 +47,22 @@ static void NAME(store)(int rows, int columns, const REAL *product, REAL *c, int
             for (int j = 0; j < columns; j++) c[j] += product[j];
         else if (start)
             for (int j = 0; j < columns; j++) c[j] = start[j] + product[j];
-        else if (columns == WIDTH) /* memcpy would be a call */
-            AT(c) = READ(product), AT(c + LANES) = READ(product + LANES);
         else
             memcpy(c, product, columns * sizeof(REAL));
 }
 
 #define TILE_CASE(n)                                                                                 \
     case n:                                                                                          \
-        if (columns > LANES) NAME(tile)(n, 2, depth, a, row_step, depth_step, b, product);           \
-        else NAME(tile)(n, 1, depth, a, row_step, depth_step, b, product);                           \
+        if (columns > LANES) NAME(tile)(n, 2, depth, a, row_step, depth_step, b, to, ld);            \
+        else NAME(tile)(n, 1, depth, a, row_step, depth_step, b, to, ld);                            \
         break;
 ALWAYS_INLINE void NAME(any_tile)(int rows, int64_t depth, const REAL *a, const int64_t row_step,
                                   const int64_t depth_step, const REAL *b, REAL *c, int64_t ldc, const REAL *start,
                                   int accumulate, int columns) {
     VEC product[TILE_ROWS * 2];
+    int direct = columns == WIDTH && !start && !accumulate;
+    REAL *to = direct ? c : (REAL *)product;
+    int64_t ld = direct ? ldc : WIDTH;
     switch (rows) {
         TILE_CASE(1) TILE_CASE(2) TILE_CASE(3) TILE_CASE(4)
 #if TILE_ROWS > 4
@@ -71,7 +72,7 @@ ALWAYS_INLINE void NAME(any_tile)(int rows, int64_t depth, const REAL *a, const 
         TILE_CASE(7) TILE_CASE(8) TILE_CASE(9) TILE_CASE(10) TILE_CASE(11) TILE_CASE(12)
 #endif
     }
-    NAME(store)(rows, columns, (const REAL *)product, c, ldc, start, accumulate);
+    if (!direct) NAME(store)(rows, columns, (const REAL *)product, c, ldc, start, accumulate);
 }
 
 /* c (rows x columns, leading dimension ldc) = start + a b, or c += a b where accumulate.
@@ -353,6 +354,39 @@ static void NAME(sample_panel)(int64_t taps, const int64_t *place, const REAL *s
         }
 }
 
+/* c (rows x WIDTH) = a * panel, where row c * taps + k of the panel is the image itself at a tap on a whole pixel,
+ * from + c * step + place[4k], and a last row is 1. a: blocks of TILE_ROWS rows, as in multiply_transposed. */
+ALWAYS_INLINE void NAME(moved_tile)(const int rows, int64_t taps, const int64_t *place, int64_t channels, int64_t step,
+                                    const REAL *from, const REAL *a, REAL *c, int64_t ldc) {
+    VEC sum[TILE_ROWS][2];
+    UNROLL for (int i = 0; i < rows; i++) sum[i][0] = sum[i][1] = (VEC){0};
+    for (int64_t channel = 0; channel < channels; channel++, from += step)
+        for (int64_t k = 0; k < taps; k++, a += TILE_ROWS) {
+            VEC first = READ(from + place[4 * k]), second = READ(from + place[4 * k] + LANES);
+            UNROLL for (int i = 0; i < rows; i++) sum[i][0] += a[i] * first, sum[i][1] += a[i] * second;
+        }
+    UNROLL for (int i = 0; i < rows; i++) {
+        AT(c + i * ldc) = sum[i][0] + a[i];
+        AT(c + i * ldc + LANES) = sum[i][1] + a[i];
+    }
+}
+
+#define MOVED_CASE(n) \
+    case n: NAME(moved_tile)(n, taps, place, channels, step, from, a, c + i * ldc, ldc); break;
+static void NAME(multiply_moved)(int64_t rows, int64_t taps, const int64_t *place, int64_t channels, int64_t step,
+                                 const REAL *from, const REAL *a, REAL *c, int64_t ldc) {
+    for (int64_t i = 0; i < rows; i += TILE_ROWS, a += (channels * taps + 1) * TILE_ROWS)
+        switch (rows - i < TILE_ROWS ? (int)(rows - i) : TILE_ROWS) {
+            MOVED_CASE(1) MOVED_CASE(2) MOVED_CASE(3) MOVED_CASE(4)
+#if TILE_ROWS > 4
+            MOVED_CASE(5) MOVED_CASE(6)
+#endif
+#if TILE_ROWS > 6
+            MOVED_CASE(7) MOVED_CASE(8) MOVED_CASE(9) MOVED_CASE(10) MOVED_CASE(11) MOVED_CASE(12)
+#endif
+        }
+}
+
 /* One tap of one channel, all 4 neighbours: to[i] = the sample, zero from `count` to the end of the panel; and
  * sums[n] += sum over i of gradient[i] * from[place[n] + i]. to or gradient may be NULL: not computed then. */
 ALWAYS_INLINE void NAME(sample_row_of)(const int want_samples, const int want_sums, int64_t count,
@@ -390,7 +424,10 @@ ALWAYS_INLINE void NAME(sample_row_of)(const int want_samples, const int want_su
 
 static void NAME(sample_row)(int64_t count, const int64_t *place, const REAL *share, const REAL *from, REAL *to,
                              const REAL *gradient, double *sums) {
-    if (to && gradient)
+    if (to && !gradient && share[0] == 1) { /* a whole pixel */
+        memcpy(to, from + place[0], count * sizeof(REAL));
+        for (; count % WIDTH; count++) to[count] = 0;
+    } else if (to && gradient)
         NAME(sample_row_of)(1, 1, count, place, share, from, to, gradient, sums);
     else if (to)
         NAME(sample_row_of)(1, 0, count, place, share, from, to, NULL, NULL);
@@ -475,8 +512,8 @@ static int NAME(all_finite)(int64_t count, const REAL *from) {
 
 static const NAMED(routines) NAME(table) = {
     LANES, TILE_ROWS, NAME(multiply_rows), NAME(multiply_transposed), NAME(blend), NAME(adjoint), NAME(copy),
-    NAME(spread_taps), NAME(correlate), NAME(correlate_kernel), NAME(sample_panel), NAME(sample_row), NAME(gather_row),
-    NAME(dot_panels), NAME(all_finite),
+    NAME(spread_taps), NAME(correlate), NAME(correlate_kernel), NAME(sample_panel), NAME(multiply_moved),
+    NAME(sample_row), NAME(gather_row), NAME(dot_panels), NAME(all_finite),
 };
 
 #undef LANES
@@ -486,6 +523,7 @@ static const NAMED(routines) NAME(table) = {
 #undef READ
 #undef TILE_CASE
 #undef RUN
+#undef MOVED_CASE
 #undef DOT_CASE
 #undef DOT_CASES
 #undef DOT_COLUMNS

@@ -41,6 +41,8 @@
                                  int64_t);                                                                             \
         void (*sample_panel)(int64_t, const int64_t *, const REAL *, const int *, int64_t, int64_t, const REAL *,      \
                              REAL *);                                                                                  \
+        void (*multiply_moved)(int64_t, int64_t, const int64_t *, int64_t, int64_t, const REAL *, const REAL *, REAL *, \
+                               int64_t);                                                                               \
         void (*sample_row)(int64_t, const int64_t *, const REAL *, const REAL *, REAL *, const REAL *, double *);      \
         void (*gather_row)(int64_t, int64_t, const int64_t *, const REAL *, const REAL *, REAL *);                     \
         void (*dot_panels)(int64_t, int64_t, int64_t, const REAL *, int64_t, const REAL *, int64_t, REAL *, int64_t,   \

@@ -37,6 +37,9 @@ cdef extern from "_vectors.h" nogil:
         void (*sample_panel)(
             int64_t, const int64_t*, const float*, const int*, int64_t, int64_t, const float*, float*
         ) noexcept nogil
+        void (*multiply_moved)(
+            int64_t, int64_t, const int64_t*, int64_t, int64_t, const float*, const float*, float*, int64_t
+        ) noexcept nogil
         void (*sample_row)(
             int64_t, const int64_t*, const float*, const float*, float*, const float*, double*
         ) noexcept nogil
@@ -72,6 +75,9 @@ cdef extern from "_vectors.h" nogil:
         ) noexcept nogil
         void (*sample_panel)(
             int64_t, const int64_t*, const double*, const int*, int64_t, int64_t, const double*, double*
+        ) noexcept nogil
+        void (*multiply_moved)(
+            int64_t, int64_t, const int64_t*, int64_t, int64_t, const double*, const double*, double*, int64_t
         ) noexcept nogil
         void (*sample_row)(
             int64_t, const int64_t*, const double*, const double*, double*, const double*, double*
@@ -188,6 +194,16 @@ cdef inline void sample_panel(
         f32.sample_panel(taps, place, share, terms, channels, step, source, to)
     else:
         f64.sample_panel(taps, place, share, terms, channels, step, source, to)
+
+
+cdef inline void multiply_moved(
+    int64_t rows, int64_t taps, const int64_t* place, int64_t channels, int64_t step, const real* source,
+    const real* a, real* c, int64_t ldc,
+) noexcept nogil:
+    if real is float:
+        f32.multiply_moved(rows, taps, place, channels, step, source, a, c, ldc)
+    else:
+        f64.multiply_moved(rows, taps, place, channels, step, source, a, c, ldc)
 
 
 cdef inline void sample_row(
