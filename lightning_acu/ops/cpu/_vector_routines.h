@@ -105,16 +105,19 @@ static void NAME(multiply_transposed)(int64_t rows, int columns, int64_t depth, 
  * `terms` (1 to 4) of the 4 neighbours; pixels are `step` apart in the image and `ld` in the block. */
 ALWAYS_INLINE void NAME(blend_terms)(const int terms, int64_t pixels, int64_t channels, const REAL *const *from,
                                      const REAL *share, int64_t step, REAL *to, int64_t ld) {
+    const REAL *row[4]; /* in registers: vectors may alias, so a store would have them read again */
+    REAL part[4];
+    UNROLL for (int t = 0; t < terms; t++) row[t] = from[t], part[t] = share[t];
     for (int64_t p = 0; p < pixels; p++, to += ld) {
         int64_t c = 0, at = p * step;
         for (; c + LANES <= channels; c += LANES) {
-            VEC sum = share[0] * READ(from[0] + at + c);
-            UNROLL for (int t = 1; t < terms; t++) sum += share[t] * READ(from[t] + at + c);
+            VEC sum = part[0] * READ(row[0] + at + c);
+            UNROLL for (int t = 1; t < terms; t++) sum += part[t] * READ(row[t] + at + c);
             AT(to + c) = sum;
         }
         for (; c < channels; c++) {
-            REAL sum = share[0] * from[0][at + c];
-            UNROLL for (int t = 1; t < terms; t++) sum += share[t] * from[t][at + c];
+            REAL sum = part[0] * row[0][at + c];
+            UNROLL for (int t = 1; t < terms; t++) sum += part[t] * row[t][at + c];
             to[c] = sum;
         }
     }
