@@ -12,8 +12,9 @@ from helpers.oracle import assert_close
 from helpers.triton_cases import DEVICE, SMALL, exact  # noqa: F401
 
 from lightning_acu import acu_conv2d
+from lightning_acu.geometry import ConvGeometry
 from lightning_acu.ops.triton import backend as triton_backend
-from lightning_acu.ops.triton.tiles import set_interpolation
+from lightning_acu.ops.triton.tiles import Tile, set_interpolation
 
 pytest.importorskip("triton")
 # Triton 3.6's interpreter does what NumPy 1.25 deprecated.
@@ -21,6 +22,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
 ]
+triton_cells = pytest.importorskip("lightning_acu.ops.triton.cells")
 triton_gemm = pytest.importorskip("lightning_acu.ops.triton.gemm")
 triton_product = pytest.importorskip("lightning_acu.ops.triton.product")
 SEEDS = [range(first, first + 5) for first in range(5_000_000, 5_000_200, 5)]
@@ -56,6 +58,41 @@ def test_channels_with_positions_of_their_own_equal_the_formula(channels, kernel
         results.append([tensor.detach().cpu().double() for tensor in (output, *grads)])
     for ours, expected in zip(*results, strict=True):
         assert_close(ours, expected, 1e-5)
+
+
+@pytest.mark.parametrize("needs_offsets", [False, True])
+@pytest.mark.parametrize(("channels", "groups"), [((20, 18), 1), ((18, 18), 18)])
+def test_gradients_of_weights_over_several_steps(channels, groups, needs_offsets):
+    """More pixels than a step has, of rows shorter than a step; taps at whole pixels, far outside, and between."""
+    (c_in, c_out), geometry = channels, {"stride": (2, 1), "padding": (1, 2), "groups": groups}
+    image, weight = torch.randn(3, c_in, 13, 5), torch.randn(c_out, c_in // groups, 3, 2)
+    offsets = torch.tensor([[0, 0], [1, -1], [400, 0], [0, -7e8], [0.25, -1.5], [-0.75, 2]])
+    leaves, direction, results = (image, weight, offsets), None, []
+    for backend, device, dtype in (("reference", "cpu", torch.float64), ("triton", DEVICE, torch.float32)):
+        tensors = [tensor.to(device, dtype).requires_grad_() for tensor in leaves]
+        tensors[2].requires_grad_(needs_offsets)
+        output = acu_conv2d(*tensors, **geometry, backend=backend)
+        direction = torch.randn(output.shape) if direction is None else direction
+        needed = [tensor for tensor in tensors if tensor.requires_grad]
+        results.append(torch.autograd.grad(output, needed, direction.to(device, dtype)))
+    for ours, expected in zip(*reversed(results), strict=True):
+        assert_close(ours.cpu().double(), expected, 1e-5)
+
+
+@pytest.mark.parametrize("tile", [(16, 16, 16, 4, 1), (32, 32, 16, 4, 3), (128, 128, 64, 8, 3)])
+def test_any_tile_of_a_weights_gradient_gives_the_same(tile):
+    """From one cell in a program to four, more than the layer's last program has; channels that fill no block."""
+    torch.manual_seed(0)
+    geometry = ConvGeometry((2, 2), (1, 2), (1, 1, 1, 1), (1, 1), 1)
+    image, weight = torch.randn(2, 19, 7, 9, device=DEVICE), torch.randn(21, 19, 2, 2, device=DEVICE)
+    offsets = torch.rand(1, 4, 2, device=DEVICE) - 0.5
+    grad = torch.randn(2, 21, *geometry.output_size((7, 9)), device=DEVICE)
+    image, grad = (t.contiguous(memory_format=torch.channels_last) for t in (image, grad))
+    found = triton_cells.weight_gradient(grad, image, weight, offsets, geometry, Tile(*tile))
+    leaves = [t.double().requires_grad_() for t in (weight, offsets)]
+    output = acu_conv2d(image.double(), *leaves, None, (1, 2), 1, backend="reference")
+    for ours, expected in zip(found, torch.autograd.grad(output, leaves, grad.double()), strict=True):
+        assert_close(ours.double(), expected, 1e-5)
 
 
 def test_half_precision_is_as_close_as_its_rounding():

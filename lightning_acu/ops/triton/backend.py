@@ -122,12 +122,11 @@ def backward(
                 cells.input_gradient(gradient, kernel, positions, geometry, grad_input)
         if needs[1] or needs[2]:
             route: Any = channelwise if depthwise else cells
-            grad_weight, grad_offsets = route.weight_gradient(gradient, _image(input), kernel, positions, geometry)
-    return (
-        grad_input,
-        grad_weight if needs[1] else None,
-        grad_offsets.to(offsets.dtype) if needs[2] and grad_offsets is not None else None,
-    )
+            grad_weight, *rest = route.weight_gradient(
+                gradient, _image(input), kernel, positions, geometry, needs_offsets=needs[2]
+            )
+            grad_offsets = rest[0].to(offsets.dtype) if rest else None
+    return grad_input, grad_weight if needs[1] else None, grad_offsets
 
 
 def _check_size(output: Tensor) -> None:

@@ -17,9 +17,12 @@ from ...geometry import ConvGeometry
 __all__ = [
     "channel_block",
     "channel_blocks",
+    "inside",
+    "next_pixels",
     "shared_span",
     "split_pixels",
     "stride_arguments",
+    "strided_pixels",
     "tap_arguments",
     "unravel_pixels",
 ]
@@ -29,6 +32,41 @@ __all__ = [
 def unravel_pixels(offs_m, height, width):
     """(n, y, x) of pixels (BLOCK_M,) that are numbered through a batch of images."""
     return offs_m // (width * height), offs_m // width % height, offs_m % width
+
+
+@triton.jit
+def strided_pixels(offs_m, height, width, out_height, out_width, STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr):
+    """Where output pixels (BLOCK_M,) lie in the input: (y, x, pixel), with ``pixel`` numbered through the batch."""
+    n, out_y, out_x = unravel_pixels(offs_m, out_height, out_width)
+    y, x = out_y * STRIDE_Y, out_x * STRIDE_X
+    return y, x, (n * height + y) * width + x
+
+
+@triton.jit
+def next_pixels(
+    y, x, pixel, height, width, out_height, out_width, STEP: tl.constexpr, STRIDE_Y: tl.constexpr,
+    STRIDE_X: tl.constexpr,
+):  # fmt: skip
+    """:func:`strided_pixels` of the output pixels STEP further on: carries instead of divisions.
+
+    The quotients of STEP are the same in every step of a loop, so that the compiler computes them once.
+    """
+    step_n, step_y, step_x = unravel_pixels(STEP, out_height, out_width)
+    x += step_x * STRIDE_X
+    wraps_x = x >= out_width * STRIDE_X
+    x = tl.where(wraps_x, x - out_width * STRIDE_X, x)
+    y = tl.where(wraps_x, y + (step_y + 1) * STRIDE_Y, y + step_y * STRIDE_Y)
+    wraps_y = y >= out_height * STRIDE_Y
+    y = tl.where(wraps_y, y - out_height * STRIDE_Y, y)
+    pixel += (step_n * height + step_y * STRIDE_Y) * width + step_x * STRIDE_X
+    pixel += tl.where(wraps_x, STRIDE_Y * width - out_width * STRIDE_X, 0)
+    return y, x, pixel + tl.where(wraps_y, (height - out_height * STRIDE_Y) * width, 0)
+
+
+@triton.jit
+def inside(position, size):
+    """0 <= position < size, in one comparison."""
+    return position.to(tl.uint32) < size.to(tl.uint32)
 
 
 @triton.jit

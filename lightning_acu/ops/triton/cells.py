@@ -15,11 +15,24 @@ import triton.language as tl
 from torch import Tensor
 
 from ...geometry import ConvGeometry
-from .blocks import channel_block, channel_blocks, shared_span, split_pixels, stride_arguments, unravel_pixels
-from .spread import find_cells, gather_gradients, spread_weight
+from .blocks import (
+    channel_block,
+    channel_blocks,
+    inside,
+    next_pixels,
+    shared_span,
+    split_pixels,
+    stride_arguments,
+    strided_pixels,
+    unravel_pixels,
+)
+from .spread import OUTSIDE, find_cells, gather_gradients, spread_weight
 from .tiles import Tile, precision, tile_for
 
 __all__ = ["input_gradient", "weight_gradient"]
+
+#: Cells that a program of the weight's gradient takes at once, as long as its block has no more numbers than that.
+_CELLS_AT_ONCE, _LARGEST_BLOCK = 4, 128 * 128
 
 
 @triton.jit(
@@ -124,11 +137,11 @@ def _weight_kernel(
     grad_ptr, x_ptr, rows_ptr, columns_ptr, counts_ptr, partial_ptr, num_pixels, part_pixels, height, width,
     out_height, out_width, CELLS: tl.constexpr, C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr,
     POSITION_SPAN: tl.constexpr, SPAN: tl.constexpr, STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """partial[part, cell, m, n] = sum over the part's output pixels of grad[pixel, m] * x[pixel at the cell, n].
 
-    A program computes BLOCK_M output and BLOCK_N input channels of one cell and part.
+    A program computes BLOCK_M output and BLOCK_N input channels of AT_ONCE cells and one part.
 
     Args:
         grad_ptr: (N, out_height, out_width, C_OUT), the gradient of the output.
@@ -141,39 +154,57 @@ def _weight_kernel(
         POSITION_SPAN: output channels that share a position group.
         SPAN: those in a row that share a convolution group too.
         PRECISION: of ``tl.dot``.
+        AT_ONCE: cells side by side in one product, which share what is read of ``grad``.
     """
     GROUP_IN: tl.constexpr = C_IN // GROUPS
+    PROGRAMS: tl.constexpr = (CELLS + AT_ONCE - 1) // AT_ONCE
     span, offs_m, mask_m = channel_block(tl.program_id(1), SPAN, BLOCK_M)
     offs_m, position_group = span * SPAN + offs_m, span * SPAN // POSITION_SPAN
-    cell, part = tl.program_id(2) % CELLS, tl.program_id(2) // CELLS
-    if cell >= tl.load(counts_ptr + position_group):
+    first, part = tl.program_id(2) % PROGRAMS * AT_ONCE, tl.program_id(2) // PROGRAMS
+    count = tl.load(counts_ptr + position_group)
+    if first >= count:
         return
-    row = tl.load(rows_ptr + position_group * CELLS + cell)
-    column = tl.load(columns_ptr + position_group * CELLS + cell)
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    lanes = tl.arange(0, AT_ONCE * BLOCK_N)  # of cells, each with its channels
+    row, column = tl.zeros((AT_ONCE * BLOCK_N,), tl.int32), tl.zeros((AT_ONCE * BLOCK_N,), tl.int32)
+    for i in tl.static_range(AT_ONCE):  # numbers selected, where loading them for each lane would hide that lanes agree
+        j, mask, of_cell = position_group * CELLS + first + i, first + i < count, lanes // BLOCK_N == i
+        row = tl.where(of_cell, tl.load(rows_ptr + j, mask=mask, other=OUTSIDE), row)
+        column = tl.where(of_cell, tl.load(columns_ptr + j, mask=mask, other=OUTSIDE), column)
+    shift = row * width + column
+    offs_n = tl.program_id(0) * BLOCK_N + lanes % BLOCK_N
     mask_n = offs_n < GROUP_IN
     channel = span * SPAN // (C_OUT // GROUPS) * GROUP_IN + offs_n
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    end = tl.minimum((part + 1) * part_pixels, num_pixels)
-    for start_k in range(part * part_pixels, end, BLOCK_K):
-        offs_k = start_k + tl.arange(0, BLOCK_K)
-        mask_k = offs_k < end
-        n, out_y, out_x = unravel_pixels(offs_k, out_height, out_width)
-        y, x = out_y * STRIDE_Y + row, out_x * STRIDE_X + column
-        mask_x = mask_k & (y >= 0) & (y < height) & (x >= 0) & (x < width)
-        grad_ptrs = grad_ptr + offs_k.to(tl.int64)[None, :] * C_OUT + offs_m[:, None]
-        grad = tl.load(grad_ptrs, mask=mask_k[None, :] & mask_m[:, None], other=0.0)
-        x_ptrs = x_ptr + (((n * height + y) * width + x).to(tl.int64) * C_IN)[:, None] + channel[None, :]
-        samples = tl.load(x_ptrs, mask=mask_x[:, None] & mask_n[None, :], other=0.0)
+    acc = tl.zeros((BLOCK_M, AT_ONCE * BLOCK_N), tl.float32)
+    start, end = part * part_pixels, tl.minimum((part + 1) * part_pixels, num_pixels)
+    offs_k = tl.arange(0, BLOCK_K)
+    grad_ptr += start.to(tl.int64) * C_OUT
+    grad_tile = offs_k[None, :] * C_OUT + offs_m[:, None]
+    y, x, pixel = strided_pixels(start + offs_k, height, width, out_height, out_width, STRIDE_Y, STRIDE_X)
+    for start_k in range(start, end, BLOCK_K):
+        mask_k = offs_k < end - start_k
+        grad = tl.load(grad_ptr + grad_tile, mask=mask_k[None, :] & mask_m[:, None], other=0.0)
+        mask_x = inside(y[:, None] + row[None, :], height) & inside(x[:, None] + column[None, :], width)
+        x_ptrs = x_ptr + (pixel[:, None] + shift[None, :]).to(tl.int64) * C_IN + channel[None, :]
+        samples = tl.load(x_ptrs, mask=mask_k[:, None] & mask_n[None, :] & mask_x, other=0.0)
         acc = tl.dot(grad, samples, acc, input_precision=PRECISION)
-    rows = (part * CELLS + cell).to(tl.int64) * C_OUT + offs_m
-    partial_ptrs = partial_ptr + rows[:, None] * GROUP_IN + offs_n[None, :]
-    tl.store(partial_ptrs, acc, mask=mask_m[:, None] & mask_n[None, :])
+        grad_ptr += BLOCK_K * C_OUT
+        y, x, pixel = next_pixels(y, x, pixel, height, width, out_height, out_width, BLOCK_K, STRIDE_Y, STRIDE_X)
+    cell = first + lanes // BLOCK_N
+    offs_cell = (part * CELLS + cell).to(tl.int64) * (C_OUT * GROUP_IN) + offs_n
+    partial_ptrs = partial_ptr + offs_cell[None, :] + (offs_m * GROUP_IN)[:, None]
+    tl.store(partial_ptrs, acc, mask=mask_m[:, None] & (mask_n & (cell < count))[None, :])
 
 
 def weight_gradient(
-    grad: Tensor, input: Tensor, weight: Tensor, offsets: Tensor, geometry: ConvGeometry, tile: Tile | None = None
-) -> tuple[Tensor, Tensor]:
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    geometry: ConvGeometry,
+    tile: Tile | None = None,
+    *,
+    needs_offsets: bool = True,
+) -> tuple[Tensor, ...]:
     """Gradients of weight and positions. No atomics: the same bits every time.
 
     Args:
@@ -183,23 +214,26 @@ def weight_gradient(
         offsets: (P, K, 2) in pixels, contiguous, float32.
         geometry: of the convolution.
         tile: None: as :mod:`.tiles` has it.
+        needs_offsets: whether the gradient of positions is asked for; without it, neighbours of weight 0 cost nothing.
 
     Returns:
-        Gradients as ``weight`` and as ``offsets`` are.
+        The gradient as ``weight`` is and, if it is asked for, that as ``offsets`` are.
     """
-    cells = find_cells(offsets, geometry, all_neighbours=True)
+    cells = find_cells(offsets, geometry, all_neighbours=needs_offsets)
     count, c_out, out_height, out_width = grad.shape
     group_in, groups = weight.shape[1], geometry.groups
     span = shared_span(c_out, groups, cells.position_groups)
     tile = tile or tile_for("weight", grad.dtype, group_in, span, grad.device)
     num_pixels = count * out_height * out_width
     blocks = triton.cdiv(group_in, tile.n), channel_blocks(c_out, span, tile.m)
-    part_pixels, parts = split_pixels(num_pixels, tile.k, math.prod(blocks) * cells.size, 1024)
+    at_once = max(1, min(_CELLS_AT_ONCE, _LARGEST_BLOCK // (tile.m * tile.n)))
+    programs = triton.cdiv(cells.size, at_once)
+    part_pixels, parts = split_pixels(num_pixels, tile.k, math.prod(blocks) * programs, 1024)
     partial = grad.new_empty(parts, cells.size, c_out, group_in, dtype=torch.float32)
-    _weight_kernel[(*blocks, cells.size * parts)](
+    _weight_kernel[(*blocks, programs * parts)](
         grad, input, cells.rows, cells.columns, cells.counts, partial, num_pixels, part_pixels, *input.shape[2:],
         out_height, out_width, CELLS=cells.size, C_IN=input.shape[1], C_OUT=c_out, GROUPS=groups,
         POSITION_SPAN=c_out // cells.position_groups, SPAN=span, PRECISION=precision(grad.dtype, grad.device),
-        **stride_arguments(geometry.stride), **tile.launch(),
+        AT_ONCE=at_once, **stride_arguments(geometry.stride), **tile.launch(),
     )  # fmt: skip
-    return gather_gradients(partial, weight, offsets, cells)
+    return gather_gradients(partial, weight, offsets, cells, needs_offsets=needs_offsets)

@@ -8,13 +8,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ...geometry import ConvGeometry
-from .blocks import split_pixels, stride_arguments, unravel_pixels
-from .spread import Cells, find_cells, gather_gradients, spread_weight
+from .blocks import inside, next_pixels, split_pixels, stride_arguments, strided_pixels, unravel_pixels
+from .spread import OUTSIDE, Cells, find_cells, gather_gradients, spread_weight
 from .tiles import Tile, tile_for
 
 __all__ = ["forward", "input_gradient", "weight_gradient"]
-
-_OUTSIDE = tl.constexpr(-(2**24))  # a row that no image has, for cells beyond a position group's last
 
 
 @triton.jit
@@ -37,8 +35,8 @@ def _cell_position(
     else:
         position_group = channel // position_span
         mask = cell < tl.load(counts_ptr + position_group, mask=mask_n, other=0)
-        row = tl.load(rows_ptr + position_group * CELLS + cell, mask=mask, other=_OUTSIDE)
-        column = tl.load(columns_ptr + position_group * CELLS + cell, mask=mask, other=_OUTSIDE)
+        row = tl.load(rows_ptr + position_group * CELLS + cell, mask=mask, other=OUTSIDE)
+        column = tl.load(columns_ptr + position_group * CELLS + cell, mask=mask, other=OUTSIDE)
         return row[None, :], column[None, :]
 
 
@@ -85,7 +83,7 @@ def _forward_kernel(
             rows_ptr, columns_ptr, counts_ptr, cell, offs_n, mask_n, position_span, CELLS, UNIFORM
         )
         y, x = (out_y * STRIDE_Y)[:, None] + row, (out_x * STRIDE_X)[:, None] + column
-        mask_x = mask_m[:, None] & mask_n[None, :] & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+        mask_x = mask_m[:, None] & mask_n[None, :] & inside(y, height) & inside(x, width)
         x_ptrs = image[:, None] + (y * width + x) * C_IN + channel[None, :]
         samples = tl.load(x_ptrs, mask=mask_x, other=0.0).to(tl.float32)
         w = tl.load(cell_w_ptr + cell * C_OUT + offs_n, mask=mask_n, other=0.0)
@@ -167,18 +165,19 @@ def _weight_kernel(
     row, column = _cell_position(rows_ptr, columns_ptr, counts_ptr, cell, offs_n, mask_n, position_span, CELLS, UNIFORM)
     channel = offs_n if C_IN == C_OUT else offs_n // (C_OUT // C_IN)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    end = tl.minimum((part + 1) * part_pixels, num_pixels)
-    for start_m in range(part * part_pixels, end, BLOCK_M):
-        offs_m = start_m + tl.arange(0, BLOCK_M)
-        mask_g = (offs_m < end)[:, None] & mask_n[None, :]
-        n, out_y, out_x = unravel_pixels(offs_m, out_height, out_width)
-        y, x = (out_y * STRIDE_Y)[:, None] + row, (out_x * STRIDE_X)[:, None] + column
-        mask_x = mask_g & (y >= 0) & (y < height) & (x >= 0) & (x < width)
-        image = x_ptr + n.to(tl.int64) * (height * width * C_IN)
-        x_ptrs = image[:, None] + (y * width + x) * C_IN + channel[None, :]
+    start, end = part * part_pixels, tl.minimum((part + 1) * part_pixels, num_pixels)
+    offs_m = tl.arange(0, BLOCK_M)
+    grad_ptr += start.to(tl.int64) * C_OUT
+    grad_tile = offs_m[:, None] * C_OUT + offs_n[None, :]
+    y, x, pixel = strided_pixels(start + offs_m, height, width, out_height, out_width, STRIDE_Y, STRIDE_X)
+    for start_m in range(start, end, BLOCK_M):
+        mask_g = (offs_m < end - start_m)[:, None] & mask_n[None, :]
+        mask_x = mask_g & inside(y[:, None] + row, height) & inside(x[:, None] + column, width)
+        x_ptrs = x_ptr + (pixel[:, None] + (row * width + column)).to(tl.int64) * C_IN + channel[None, :]
         samples = tl.load(x_ptrs, mask=mask_x, other=0.0).to(tl.float32)
-        grad_ptrs = grad_ptr + offs_m.to(tl.int64)[:, None] * C_OUT + offs_n[None, :]
-        acc = tl.fma(samples, tl.load(grad_ptrs, mask=mask_g, other=0.0).to(tl.float32), acc)
+        acc = tl.fma(samples, tl.load(grad_ptr + grad_tile, mask=mask_g, other=0.0).to(tl.float32), acc)
+        grad_ptr += BLOCK_M * C_OUT
+        y, x, pixel = next_pixels(y, x, pixel, height, width, out_height, out_width, BLOCK_M, STRIDE_Y, STRIDE_X)
     tl.store(partial_ptr + (part * CELLS + cell) * C_OUT + offs_n, tl.sum(acc, axis=0), mask=mask_n)
 
 
@@ -204,7 +203,7 @@ def forward(
     """
     cells = find_cells(offsets, geometry, all_neighbours=False)
     cell_weight = spread_weight(weight, cells, torch.float32)
-    tile = tile or _tile(input, weight)
+    tile = tile or _tile(input, weight, cells)
     count, c_out, out_height, out_width = output.shape
     num_pixels = count * out_height * out_width
     _forward_kernel[(triton.cdiv(num_pixels, tile.m), triton.cdiv(c_out, tile.n))](
@@ -225,7 +224,7 @@ def input_gradient(
     """Writes ``grad_input`` (N, C_in, H, W) from ``grad`` (N, C_out, H_out, W_out); see :func:`forward`."""
     cells = find_cells(offsets, geometry, all_neighbours=False)
     cell_weight = spread_weight(weight, cells, torch.float32)
-    tile = tile or _tile(grad, weight)
+    tile = tile or _tile(grad, weight, cells)
     count, c_in, height, width = grad_input.shape
     num_pixels, c_out = count * height * width, grad.shape[1]
     _input_kernel[(triton.cdiv(num_pixels, tile.m), triton.cdiv(c_in, tile.n))](
@@ -236,11 +235,18 @@ def input_gradient(
 
 
 def weight_gradient(
-    grad: Tensor, input: Tensor, weight: Tensor, offsets: Tensor, geometry: ConvGeometry, tile: Tile | None = None
-) -> tuple[Tensor, Tensor]:
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    geometry: ConvGeometry,
+    tile: Tile | None = None,
+    *,
+    needs_offsets: bool = True,
+) -> tuple[Tensor, ...]:
     """Gradients of weight and positions; see :func:`.cells.weight_gradient`."""
-    cells = find_cells(offsets, geometry, all_neighbours=True)
-    tile = tile or _tile(grad, weight)
+    cells = find_cells(offsets, geometry, all_neighbours=needs_offsets)
+    tile = tile or _tile(grad, weight, cells)
     count, c_out, out_height, out_width = grad.shape
     num_pixels, blocks = count * out_height * out_width, triton.cdiv(c_out, tile.n)
     part_pixels, parts = split_pixels(num_pixels, tile.m, blocks * cells.size, 4096)
@@ -250,11 +256,12 @@ def weight_gradient(
         c_out // cells.position_groups, *input.shape[2:], out_height, out_width,
         **_arguments(input.shape[1], c_out, cells, geometry, tile),
     )  # fmt: skip
-    return gather_gradients(partial, weight, offsets, cells)
+    return gather_gradients(partial, weight, offsets, cells, needs_offsets=needs_offsets)
 
 
-def _tile(image: Tensor, weight: Tensor) -> Tile:
-    return tile_for("channelwise", image.dtype, 1, len(weight), image.device)
+def _tile(image: Tensor, weight: Tensor, cells: Cells) -> Tile:
+    channels = len(weight)
+    return tile_for("channelwise", image.dtype, 1 if cells.position_groups == 1 else channels, channels, image.device)
 
 
 def _arguments(c_in: int, c_out: int, cells: Cells, geometry: ConvGeometry, tile: Tile) -> dict[str, int]:

@@ -16,8 +16,9 @@ from ...geometry import ConvGeometry
 from .blocks import tap_arguments
 from .sampling import split_position
 
-__all__ = ["Cells", "find_cells", "gather_gradients", "spread_weight"]
+__all__ = ["OUTSIDE", "Cells", "find_cells", "gather_gradients", "spread_weight"]
 
+OUTSIDE = tl.constexpr(-(2**24))  # a row that no image has, for cells beyond a position group's last
 _CHUNK = tl.constexpr(32)  # neighbours that are compared with all others at a time
 
 
@@ -185,7 +186,7 @@ def spread_weight(weight: Tensor, cells: Cells, dtype: torch.dtype) -> Tensor:
 @triton.jit(do_not_specialize=["elements", "parts", "stride_part"])
 def _gather_kernel(
     partial_ptr, w_ptr, bilinear_ptr, index_ptr, grad_w_ptr, sums_ptr, elements, parts, stride_part,
-    TAPS: tl.constexpr, BLOCK: tl.constexpr,
+    TAPS: tl.constexpr, HAS_SUMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """grad_w[p, e, tap] = sum of bilinear * g and sums[block, p, tap, neighbour] = sum of w * g over elements.
 
@@ -196,7 +197,7 @@ def _gather_kernel(
         w_ptr: (P, elements, TAPS).
         bilinear_ptr, index_ptr: (P, 4 TAPS), see :class:`Cells`.
         grad_w_ptr: (P, elements, TAPS), to write.
-        sums_ptr: (blocks, P, TAPS, 4) float32, to write.
+        sums_ptr: (blocks, P, TAPS, 4) float32, to write where HAS_SUMS.
         elements: C_out * C_in / groups / P.
         parts, stride_part: of ``partial``.
     """
@@ -210,12 +211,14 @@ def _gather_kernel(
         j = (position_group * TAPS + tap) * 4 + neighbour
         cell, bilinear = tl.load(index_ptr + j), tl.load(bilinear_ptr + j)
         offs_g = (cell.to(tl.int64) * position_groups + position_group) * elements + offs_e
+        mask_g = mask_e & (cell >= 0)  # without the positions' gradient, neighbours of weight 0 have no cell
         g = tl.zeros((BLOCK,), tl.float32)
         for part in range(parts):
-            g += tl.load(partial_ptr + part * stride_part + offs_g, mask=mask_e, other=0.0)
+            g += tl.load(partial_ptr + part * stride_part + offs_g, mask=mask_g, other=0.0)
         acc += bilinear * g
-        offs_sum = ((tl.program_id(0) * position_groups + position_group) * TAPS + tap) * 4 + neighbour
-        tl.store(sums_ptr + offs_sum, tl.sum(w * g, axis=0))
+        if HAS_SUMS:
+            offs_sum = ((tl.program_id(0) * position_groups + position_group) * TAPS + tap) * 4 + neighbour
+            tl.store(sums_ptr + offs_sum, tl.sum(w * g, axis=0))
     tl.store(grad_w_ptr + offs_w, acc.to(grad_w_ptr.dtype.element_ty), mask=mask_e)
 
 
@@ -253,28 +256,34 @@ def _offsets_kernel(
     tl.store(grad_offsets_ptr + 2 * offs_p + 1, grad_x, mask=mask_t)
 
 
-def gather_gradients(partial: Tensor, weight: Tensor, offsets: Tensor, cells: Cells) -> tuple[Tensor, Tensor]:
+def gather_gradients(
+    partial: Tensor, weight: Tensor, offsets: Tensor, cells: Cells, *, needs_offsets: bool
+) -> tuple[Tensor, ...]:
     """Gradients of weight and positions from that of the weight on the cells; the same bits every time.
 
     Args:
         partial: (parts, S, C_out, C_in/groups), contiguous, float32; their sum is the gradient.
         weight: (C_out, C_in/groups, kh, kw), contiguous.
         offsets: (P, K, 2), contiguous, float32.
-        cells: with all neighbours.
+        cells: with all neighbours, if ``needs_offsets``.
+        needs_offsets: whether the gradient of positions is asked for.
 
     Returns:
-        Gradients as ``weight`` and as ``offsets`` are.
+        The gradient as ``weight`` is and, if it is asked for, that as ``offsets`` are.
     """
     elements, block = weight.shape[0] * weight.shape[1] // cells.position_groups, 256
     blocks = triton.cdiv(elements, block)
-    grad_weight, grad_offsets = torch.empty_like(weight), torch.empty_like(offsets)
-    sums = partial.new_empty(blocks, cells.position_groups, cells.taps, 4)
+    grad_weight = torch.empty_like(weight)
+    sums = partial.new_empty(blocks, cells.position_groups, cells.taps, 4) if needs_offsets else None
     _gather_kernel[(blocks, cells.taps, cells.position_groups)](
         partial, weight, cells.bilinear, cells.index, grad_weight, sums, elements, len(partial), partial[0].numel(),
-        TAPS=cells.taps, BLOCK=block,
+        TAPS=cells.taps, HAS_SUMS=needs_offsets, BLOCK=block,
     )  # fmt: skip
+    if not needs_offsets:
+        return (grad_weight,)
+    grad_offsets = torch.empty_like(offsets)
     block_taps = triton.next_power_of_2(cells.taps)
-    block_sums = min(triton.next_power_of_2(blocks), max(1, 2048 // block_taps))
+    block_sums = min(triton.next_power_of_2(blocks), max(1, 1024 // block_taps))
     _offsets_kernel[(cells.position_groups,)](
         sums, offsets, grad_offsets, blocks, TAPS=cells.taps, BLOCK=block_taps, BLOCK_SUMS=block_sums
     )

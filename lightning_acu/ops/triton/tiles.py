@@ -33,7 +33,10 @@ __all__ = [
 ]
 
 #: From so many channels on, 16-bit products are interpolated first and multiplied by torch (``gemm.py``).
-_GEMM_FROM = 512
+_GEMM_FROM = 256
+
+#: GPUs whose registers hold a product's 128 x 256 sums without spills.
+_WIDE = frozenset({"sm_90", "gfx942"})
 
 #: A table of every class of layers for one kind of GPU has 20 kB.
 _MAX_BYTES = 2**20
@@ -68,7 +71,8 @@ def tile_for(role: str, dtype: torch.dtype, c_read: int, c_write: int, device: t
         role: "product" (forward, and the input's gradient at stride 1), "cells" (that with a stride), "weight" or
             "channelwise".
         dtype: of the images.
-        c_read: channels that an output of the kernel sums over; for "weight" the input's; 1 for "channelwise".
+        c_read: channels that an output of the kernel sums over; for "weight" the input's; for "channelwise" 1
+            where all channels share their positions, otherwise ``c_write``.
         c_write: channels in a row that the kernel writes; for "weight" the output's.
         device: where it runs.
 
@@ -76,7 +80,7 @@ def tile_for(role: str, dtype: torch.dtype, c_read: int, c_write: int, device: t
         RuntimeError: the user's table is damaged.
     """
     tuned = table(arch_of(device)).get("tiles", {}).get(shape_class(role, dtype, c_read, c_write))
-    return Tile(*tuned) if tuned else _rule(role, dtype, c_read, c_write)
+    return Tile(*tuned) if tuned else _rule(role, dtype, c_read, c_write, arch_of(device))
 
 
 def shape_class(role: str, dtype: torch.dtype, c_read: int, c_write: int) -> str:
@@ -90,14 +94,20 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _rule(role: str, dtype: torch.dtype, c_read: int, c_write: int) -> Tile:
-    """The largest tiles that compile without spills (``scripts/compile_kernels.py``)."""
+def _rule(role: str, dtype: torch.dtype, c_read: int, c_write: int, arch: str | None) -> Tile:
+    """The tiles of the lowest estimated clocks that compile without spills (``scripts/compile_kernels.py``)."""
     if role == "channelwise":
-        return Tile(32, 64, 0, 4)
+        return Tile(64 if c_read == 1 else 32, 64, 0, 4)
     n, k = (64, 32) if dtype == torch.float32 else (128, 64)
     c_read, c_write = rounded(c_read), rounded(c_write)
     if role == "weight":
-        return Tile(min(c_write, 64), min(c_read, 64), k, 4)
+        stages = 2 if arch is not None and arch.startswith("gfx") else 3  # a third fills AMD's 64 kB of shared memory
+        if dtype != torch.float32 and min(c_read, c_write) >= 128:
+            return Tile(128, 128, 64, 8, stages)
+        m, n = min(c_write, 64), min(c_read, 64)
+        return Tile(m, n, k // 2, 4 if arch == "sm_90" or m * n < 64 * 64 else 8, stages)
+    if role == "product" and dtype != torch.float32 and c_write >= 256 and c_read >= 64 and arch in _WIDE:
+        return Tile(128, 256, 32, 8)
     return Tile(64, min(c_write, n), min(c_read, k), 4)
 
 
