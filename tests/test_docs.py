@@ -54,6 +54,10 @@ def test_recipes_pytorch_md():
     assert run("recipes/pytorch.md", 1)["positions"].step == 4
 
 
+def test_recipes_deblurring_md():
+    assert len(run("recipes/deblurring.md", 1)["callbacks"]) == 3
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`isinstance")
 def test_tutorial_md(tmp_path, monkeypatch):
