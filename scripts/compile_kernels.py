@@ -68,6 +68,7 @@ IMAGES = PRODUCTS | {"_forward_kernel", "channelwise._input_kernel", "channelwis
 def launches(target, dtype, layers):
     """(kernel, name, what it is compiled for, options) of forward and backward of the layers, by the target's table."""
     found = {}
+    triton_tiles.tile_for.cache_clear()  # by device, which is the same for all targets
 
     def record(kernel, *given, grid, warmup, **named):
         arguments = dict(zip(kernel.arg_names, given, strict=False))

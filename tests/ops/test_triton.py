@@ -169,10 +169,15 @@ def test_what_it_does_not_know():
         acu_conv2d(*tensors, backend="triton")
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
-def test_kernels_compile_without_spills(target):
+ALL = ["bfloat16", "float16", "float32"]
+
+
+@pytest.mark.parametrize(
+    ("target", "dtypes"),
+    [("sm_80", ALL), ("sm_90", ALL), ("gfx942", ALL), ("gfx950", ["bfloat16"]), ("gfx1100", ["bfloat16"])],
+)
+def test_kernels_compile_without_spills(target, dtypes):
     """Without a GPU, as layers of networks launch them; in one process, which compiles equal kernels once."""
-    dtypes = ["bfloat16", "float16", "float32"]
     script = Path(__file__).parents[2] / "scripts" / "compile_kernels.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(script), "--targets", target, "--dtypes", *dtypes]

@@ -73,6 +73,7 @@ def forget():
 
 def test_tiles_of_a_users_table_override_the_rule(monkeypatch, tmp_path):
     device = torch.device("cpu")
+    forget()
     rule = tile_for("product", torch.bfloat16, 48, 64, device)
     assert rule == Tile(64, 64, 64, 4)
     monkeypatch.setenv("LIGHTNING_ACU_CACHE", str(tmp_path))

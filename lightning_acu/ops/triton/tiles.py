@@ -99,6 +99,8 @@ def _rule(role: str, dtype: torch.dtype, c_read: int, c_write: int, arch: str | 
     if role == "channelwise":
         return Tile(64 if c_read == 1 else 32, 64, 0, 4)
     n, k = (64, 32) if dtype == torch.float32 else (128, 64)
+    if arch is not None and arch.startswith("gfx11"):  # with 256 registers for a lane
+        n = 64
     c_read, c_write = rounded(c_read), rounded(c_write)
     if role == "weight":
         stages = 2 if arch is not None and arch.startswith("gfx") else 3  # a third fills AMD's 64 kB of shared memory
