@@ -117,7 +117,7 @@ else
     row racecheck skipped 0 "no compute-sanitizer on this machine"
 fi
 
-step tiles 55 "$python" -m lightning_acu.ops.triton.tune --out "$out/triton_tiles.json" --seconds 40
+step tiles 55 "$python" -m lightning_acu tune --only tiles --dtype bfloat16 --tile_seconds 40
 
 # The kernels of a dense and a depthwise layer, with the tiles just found.
 if command -v ncu >/dev/null; then

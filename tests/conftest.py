@@ -18,6 +18,14 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """What the user's cache says of backends and tiles must not change what is tested, nor tests the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIGHTNING_ACU_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _same_random_numbers():
     torch.manual_seed(0)

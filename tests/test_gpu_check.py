@@ -93,7 +93,7 @@ def test_a_step_that_fails_is_reported_and_the_rest_runs(check):
 
 
 def test_a_step_that_takes_too_long_is_reported(check):
-    done, rows, _ = check(SLOW="triton.tune")
+    done, rows, _ = check(SLOW="acu tune")
     assert done.returncode == 1
     assert "OUT OF TIME" in rows["tiles"]
     assert " ok " in rows["float16"]

@@ -1,10 +1,11 @@
-"""``lightning-acu tune``: measure which backend each layer of a model takes on this machine."""
+"""``lightning-acu tune``: measure which tiles and which backend each layer of a model takes on this machine."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from rich.console import Console
@@ -13,6 +14,9 @@ from rich.table import Table
 from ..models import create_model
 from ..ops.autoselect import Call, Selector, Verdict, selector_of
 from ..ops.autoselect.verdicts import Store
+from ..ops.triton.tiles import tuned_tiles
+from ..ops.triton.tune import layers_of
+from ..ops.triton.tune import tune as tune_tiles
 from ..surgery import convert_to_acu
 from ..tuning import model_calls, tune_calls
 from .errors import Parser
@@ -32,6 +36,14 @@ def make_parser() -> Parser:
     parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
     parser.add_argument("--channels_last", action="store_true", help="images in that memory format")
     parser.add_argument("--again", action="store_true", help="measure also what is known")
+    parser.add_argument(
+        "--only",
+        choices=["tiles", "backends"],
+        help="default: both; tiles are those of Triton's kernels, on a GPU alone",
+    )
+    parser.add_argument(
+        "--tile_seconds", type=float, default=300, metavar="S", help="try no further tile after that (default: 300)"
+    )
     parser.add_argument(
         "--dry_run", choices=sorted(_FAKE), metavar="KIND", help=f"nothing runs; a made-up GPU: {', '.join(_FAKE)}"
     )
@@ -53,16 +65,36 @@ def run(words: Sequence[str]) -> None:
         selector = selector_of(device)
         if selector.mode == "off":
             parser.error("LIGHTNING_ACU_AUTO=off: choices would be neither kept nor used")
+    if options.only == "tiles" and selector.device.type != "cuda":
+        parser.error(f"--only tiles: Triton's kernels run on GPUs, and the device is {selector.device.type}")
     console = Console(width=None if sys.stdout.isatty() else 160)
-    for name in options.model:
-        calls = _calls(name, options, selector.device)
+    every = {name: _calls(name, options, selector.device) for name in options.model}
+    if options.only != "backends" and selector.device.type == "cuda":  # first: backends are compared with these tiles
+        _tune_tiles(itertools.chain(*every.values()), options, selector.device)
+    for name, calls in {} if options.only == "tiles" else every.items():
         found = []
         for number, (call, verdict) in enumerate(tune_calls(calls, selector, options.again), 1):
             print(f"\r{name}: {number} of {len(calls)}", end="", file=sys.stderr, flush=True)
             found.append((call, verdict))
         print(file=sys.stderr)
         console.print(verdict_table(name, found))
-    print(f"kept in {selector.store.path}" if options.dry_run is None else "nothing was run or kept")
+    if options.dry_run is not None:
+        print("nothing was run or kept")
+    elif options.only != "tiles":
+        print(f"kept in {selector.store.path}")
+
+
+def _tune_tiles(calls: Iterable[Call], options: argparse.Namespace, device: torch.device) -> None:
+    """Measure the tiles of all classes of layers among ``calls`` and say where they are kept."""
+    layers = layers_of(calls)
+    if options.dry_run is not None:
+        for (c_in, c_out), size, groups in layers:
+            kind = "depthwise" if groups > 1 else "3x3"
+            print(f"tiles: would be measured for {kind}, {c_in}->{c_out}, {size}x{size} pixels")
+        return
+    path = tuned_tiles()
+    tune_tiles(device, [getattr(torch, options.dtype)], path, options.tile_seconds, layers)
+    print(f"tiles kept in {path}")
 
 
 def _calls(name: str, options: argparse.Namespace, device: torch.device) -> list[Call]:
@@ -122,14 +154,18 @@ def dry_run_selector(kind: str) -> Selector:
 
 
 def _estimate(call: Call, backend: str) -> float:
-    """Seconds on a chip of 500 TFLOP/s: plain, times what the backend adds to it."""
+    """Seconds on a chip of 500 TFLOP/s: plain, times what the backend adds to it.
+
+    Triton's factors are the bounds of ops/triton/README.md over a plain convolution's at 65 % of the chip's rate (788
+    clocks for 2^20 multiply-adds): 2592 and 1664 forward, 672 to 832 and the traffic through L2 from 256 channels on,
+    and 696 x 25/9 for the weight.
+    """
     batch, c_in, height, width = call.input
     pixels = batch * height * width / (call.geometry.stride[0] * call.geometry.stride[1])
     plain = 2 * pixels * call.weight[0] * (c_in // call.geometry.groups) * call.geometry.taps / 5e14
+    forward = 3.3 if c_in <= 64 else 2.1 if c_in < 256 else 1.35
     if backend == "dense":
         factor = (call.geometry.kernel_size[0] + 2) ** 2 / call.geometry.taps
-    elif call.needs is not None:
-        factor = 3.2
     else:
-        factor = 2.4 if c_in <= 64 else 1.6 if c_in < 512 else 1.35
+        factor = forward if call.needs is None else (forward + 2.45) / 2
     return plain * factor * (1 if call.needs is None else sum(call.needs[:2]))

@@ -13,7 +13,9 @@ from helpers.oracle import acu_conv2d_loops
 from helpers.triton_cases import DEVICE, exact  # noqa: F401
 
 from lightning_acu import ACUConv2d, acu_conv2d
+from lightning_acu.geometry import ConvGeometry
 from lightning_acu.ops import backends, dense
+from lightning_acu.ops.autoselect import Call
 from lightning_acu.ops.triton import backend as triton_backend
 from lightning_acu.ops.triton import tiles as triton_tiles
 from lightning_acu.ops.triton import tune as triton_tune
@@ -232,9 +234,19 @@ def test_tuning_leaves_out_what_is_wrong():
     assert triton_tune._time(lambda: [right * torch.nan], [right], lambda call: 1.0) == float("inf")
 
 
-def test_tuning_needs_a_gpu(capsys):
-    if torch.cuda.is_available():
-        pytest.skip("there is one")
-    with pytest.raises(SystemExit):
-        triton_tune.main([])
-    assert "torch finds no GPU here" in capsys.readouterr().err
+def test_the_layers_to_tune_are_one_for_each_class():
+    def call(c_in, c_out, size, groups=1, needs=None):
+        geometry = ConvGeometry((3, 3), padding=(1,) * 4, groups=groups)
+        return Call("cuda", needs, "bfloat16", (32, c_in, size, size), (c_out, c_in // groups, 3, 3), 1, geometry, True)
+
+    calls = [
+        call(64, 64, 56), call(60, 64, 28), call(64, 64, 56, needs=(True,) * 3), call(64, 128, 28),
+        call(144, 144, 28, groups=144), call(128, 128, 28, groups=32),
+    ]  # fmt: skip
+    expected = (((64, 64), 56, 1), ((64, 128), 28, 1), ((144, 144), 28, 144))
+    assert tuple(triton_tune.layers_of(calls)) == expected
+
+
+def test_stages_are_among_the_candidates():
+    found = {tile.stages for tile in triton_tune.candidates("weight", torch.bfloat16, 128, 128)}
+    assert found == {1, 3}

@@ -1,7 +1,7 @@
 """What measurements decide for the Triton backend: tiles, when a layer takes the GEMM route, how it interpolates.
 
 A table for each kind of GPU overrides the rules below: the one shipped as ``triton_tiles.json``, and before it the
-user's own, which ``python -m lightning_acu.ops.triton.tune`` measures and keeps in :func:`tuned_tiles`.
+user's own, which ``lightning-acu tune`` measures and keeps in :func:`tuned_tiles`.
 """
 
 from __future__ import annotations

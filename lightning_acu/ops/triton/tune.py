@@ -1,22 +1,19 @@
 """Measures which tiles and routes of the Triton backend are fastest on this GPU, and keeps them for later.
 
-    python -m lightning_acu.ops.triton.tune                # some minutes; into the user's cache
-    python -m lightning_acu.ops.triton.tune --seconds 60 --dtypes bfloat16 --out triton_tiles.json
-
-It writes a table of ``triton_tiles.json`` (:mod:`.tiles`) for the kind of GPU at hand, with one entry for each class of
-layers. Processes that start later use it; without a table, or for classes it lacks, the rules of :mod:`.tiles` hold.
+``lightning-acu tune`` calls it before it compares backends. It writes a table of ``triton_tiles.json``
+(:mod:`.tiles`) for the kind of GPU at hand, with one entry for each class of layers. Processes that start later use it;
+without a table, or for classes it lacks, the rules of :mod:`.tiles` hold.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import functools
 import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,14 +22,18 @@ from torch import Tensor
 
 from ...files import write_whole
 from ...geometry import ConvGeometry
+from ..autoselect import Call
 from . import tiles
 from .tiles import Tile, dtype_name, rounded, shape_class, tile_for
 
-__all__ = ["LAYERS", "candidates", "main", "tune"]
+__all__ = ["LAYERS", "Layer", "candidates", "layers_of", "tune"]
 
 
 class Layer(NamedTuple):
-    """``channels`` in and out of a 3x3 convolution of an image of ``size`` x ``size`` pixels, 16 of them."""
+    """``channels`` in and out of a 3x3 convolution of 64 images of ``size`` x ``size`` pixels.
+
+    ``groups``: 1, or that of the channels.
+    """
 
     channels: tuple[int, int]
     size: int
@@ -46,7 +47,7 @@ LAYERS = (
     *(Layer(pair, 28) for pair in itertools.permutations((32, 64, 128, 256), 2)),
     *(Layer((channels, channels), 56) for channels in (16, 32)),
 )
-_BATCH = 16
+_BATCH = 64  # fewer would leave multiprocessors of large GPUs idle
 
 #: Where the GEMM route begins is settled once a layer of so many channels has been measured.
 _SETTLED_AT = 512
@@ -57,13 +58,28 @@ def candidates(role: str, dtype: torch.dtype, c_read: int, c_write: int) -> Iter
     if role == "channelwise":
         yield from (Tile(m, n, 0, warps) for m in (8, 16, 32, 64) for n in (32, 64, 128) for warps in (4, 8))
         return
+    stages = (1, 3)  # loads of the next steps overlap with the product of this one
     c_read, c_write = rounded(c_read), rounded(c_write)
     steps = (16, 32, 64) if dtype == torch.float32 else (32, 64, 128)
     if role == "weight":
         sizes = itertools.product({min(m, c_write) for m in (64, 128)}, {min(n, c_read) for n in (64, 128)}, steps[:2])
     else:
         sizes = itertools.product((64, 128), {min(n, c_write) for n in (64, 128, 256)}, {min(k, c_read) for k in steps})
-    yield from (Tile(*size, warps) for size in sizes for warps in (4, 8))
+    yield from (Tile(*size, warps, depth) for size in sizes for warps in (4, 8) for depth in stages)
+
+
+def layers_of(calls: Iterable[Call]) -> tuple[Layer, ...]:
+    """A layer for each class that tiles are kept for, of the forward passes among ``calls``.
+
+    Grouped convolutions that are not depthwise share the classes of ordinary ones and are left out.
+    """
+    found: dict[tuple[int, ...], Layer] = {}
+    for call in calls:
+        (_, c_in, height, width), c_out, groups = call.input, call.weight[0], call.geometry.groups
+        if call.needs is None and groups in (1, c_in):
+            layer = Layer((c_in, c_out), max(height, width), groups)
+            found.setdefault((groups > 1, rounded(c_in // groups), rounded(c_out)), layer)
+    return tuple(found.values())
 
 
 def _milliseconds(call: Callable[[], Any]) -> float:
@@ -163,6 +179,7 @@ def tune(
     seconds: float = math.inf,
     layers: tuple[Layer, ...] = LAYERS,
     milliseconds: Callable[[Callable[[], Any]], float] = _milliseconds,
+    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Times every tile for every class of ``layers``; the table so far is in ``out`` after each.
 
@@ -173,6 +190,7 @@ def tune(
         seconds: try no further tile after that.
         layers: what to time.
         milliseconds: how long a call takes.
+        say: is told of each class, as it is measured.
 
     Returns:
         The table of this kind of GPU: the one in use, with what was measured.
@@ -190,7 +208,7 @@ def tune(
         for layer in layers:
             for role, work in _work(layer, dtype, device).items():
                 if time.monotonic() > deadline:
-                    print("out of time; the rest keeps its rules")
+                    say("out of time; the rest keeps its rules")
                     return table
                 name = shape_class(role, dtype, work.c_read, work.c_write)
                 tuned = table["tiles"].get(name)
@@ -203,10 +221,10 @@ def tune(
                     times[tile] = _time(functools.partial(work.run, tile), expected, milliseconds)
                 best = min(times, key=times.__getitem__)
                 table["tiles"][name] = list(best)
-                print(f"{name}: {times[before]:.4f} ms with {tuple(before)}, {times[best]:.4f} ms with {tuple(best)}")
+                say(f"{name}: {times[before]:.4f} ms with {tuple(before)}, {times[best]:.4f} ms with {tuple(best)}")
                 if work.run_by_gemm is not None:
                     by_gemm = _time(work.run_by_gemm, expected, milliseconds)
-                    print(f"{name}: {by_gemm:.4f} ms interpolated first")
+                    say(f"{name}: {by_gemm:.4f} ms interpolated first")
                     gemm_is_faster[work.c_read] = by_gemm < times[best]
                     if max(gemm_is_faster) >= _SETTLED_AT:
                         table["gemm_from"][dtype_name(dtype)] = _gemm_from(gemm_is_faster)
@@ -230,21 +248,3 @@ def _write(out: Path, arch: str, table: dict[str, Any]) -> None:
     tables = tiles.read_tables(out)
     text = json.dumps(tables | {arch: table}, indent=2) + "\n"
     write_whole(out, lambda draft: draft.write_text(text))
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--seconds", type=float, default=math.inf, help="try no further tile after that")
-    parser.add_argument("--out", type=Path, default=tiles.tuned_tiles(), help="default: the user's cache")
-    options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        parser.error("torch finds no GPU here, and there is nothing to tune without one")
-    dtypes = [getattr(torch, dtype) for dtype in options.dtypes]
-    tune(torch.device("cuda", torch.cuda.current_device()), dtypes, options.out, options.seconds)
-    print(f"{options.out} written")
-
-
-if __name__ == "__main__":
-    main()
